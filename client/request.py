@@ -1,0 +1,214 @@
+"""From keyword arguments to a ``GenerateRequest``, checked before anything is sent.
+
+Only what is wrong for every server is refused here; what depends on the served model (vocabulary,
+context, presets) the server answers.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+from kvstrata.client.validation import check_integer, check_number, check_text
+from kvstrata.protos import frame_pb2, inference_pb2
+from kvstrata.protos.errors import (
+    EmptyPromptError,
+    InvalidRequestError,
+    InvalidTokenError,
+    LimitError,
+    MessageTooLargeError,
+)
+from kvstrata.protos.service import MAX_MESSAGE_BYTES
+
+Role = Literal["system", "user", "assistant"]
+StratumName = Literal["base", "mid", "fine", "exact"]
+
+ROLES = ("system", "user", "assistant")
+STRATA: dict[str, frame_pb2.Stratum] = {
+    "base": frame_pb2.STRATUM_BASE,
+    "mid": frame_pb2.STRATUM_MID,
+    "fine": frame_pb2.STRATUM_FINE,
+    "exact": frame_pb2.STRATUM_EXACT,
+}
+MAX_UINT32 = 2**32 - 1
+MAX_UINT64 = 2**64 - 1
+MAX_FLOAT32 = 3.4028234e38
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One message of a conversation; ``{"role": ..., "content": ...}`` is accepted in its place."""
+
+    role: Role
+    content: str
+
+
+Prompt = str | Sequence[int] | Sequence[ChatMessage | Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSettings:
+    """Explicit method settings, in place of a preset. None takes the codec's default.
+
+    Attributes:
+        codec: "exact" or "fallback".
+        sink_tokens: Fallback codec: how many first tokens are kept at 8 bits.
+        read_stratum: Finest stratum to read; None reads all that is stored.
+    """
+
+    codec: str
+    sink_tokens: int | None = None
+    read_stratum: StratumName | None = None
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keyword arguments of every call that generates. None is the same as leaving one out.
+
+    Attributes:
+        preset: Named method settings; the server's default is "balanced".
+        settings: Explicit method settings, in place of a preset.
+        max_tokens: At most this many new tokens; the server's default is 256.
+        temperature: 0, the default, is greedy.
+        top_p: Nucleus sampling, above 0; the default 1 is off.
+        top_k: Sample from the k likeliest; the default 0 is off.
+        seed: Makes sampling repeatable.
+        stop: Text, or texts, before which the continuation ends.
+        ignore_eos: Go on past the end-of-sequence token.
+        session_id: Names the conversation in logs; never part of a block's identity.
+        model: Refuse to be answered by another model.
+        timeout_s: Time limit of this call, in place of the client's.
+    """
+
+    preset: str | None
+    settings: MethodSettings | None
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    ignore_eos: bool
+    session_id: str | None
+    model: str | None
+    timeout_s: float | None
+
+
+def build_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.GenerateRequest:
+    """Return the message for ``prompt`` and ``options``; ``timeout_s`` is not part of it.
+
+    Raises:
+        InvalidRequestError: Input that no server could answer; a subclass where one fits.
+        MessageTooLargeError: The request is larger than a server accepts.
+    """
+    unknown = options.keys() - GenerateOptions.__annotations__.keys()
+    if unknown:
+        raise InvalidRequestError(
+            f"unknown option {sorted(unknown)[0]!r}",
+            f"use one of {', '.join(GenerateOptions.__annotations__)}",
+        )
+    request = inference_pb2.GenerateRequest()
+    _set_prompt(request, prompt)
+    _set_method(request, options.get("preset"), options.get("settings"))
+    _set_sampling(request.sampling, options)
+    request.session_id = check_text("session_id", options.get("session_id") or "")
+    request.model = check_text("model", options.get("model") or "")
+    if request.ByteSize() > MAX_MESSAGE_BYTES:
+        raise MessageTooLargeError(
+            f"the request has {request.ByteSize()} bytes, a server accepts {MAX_MESSAGE_BYTES}",
+            "shorten the prompt",
+        )
+    return request
+
+
+def _set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:
+    if isinstance(prompt, str):
+        request.text = check_text("prompt", prompt)
+        if not prompt:
+            raise EmptyPromptError("the prompt is empty", "give at least one character")
+        return
+    if isinstance(prompt, bytes | bytearray | Mapping) or not isinstance(prompt, Iterable):
+        raise InvalidRequestError(
+            f"a prompt cannot be a {type(prompt).__name__}",
+            "give text, a list of token ids, or a list of messages",
+        )
+    items = list(prompt)
+    if not items:
+        raise EmptyPromptError("the prompt is empty", "give at least one token id or message")
+    if isinstance(items[0], ChatMessage | Mapping):
+        request.messages.messages.extend(_message(i, item) for i, item in enumerate(items))
+    else:
+        request.token_ids.ids.extend(_token_id(i, item) for i, item in enumerate(items))
+
+
+def _token_id(index: int, item: object) -> int:
+    try:
+        return check_integer(f"token id {index}", item, 0, MAX_UINT32)
+    except InvalidRequestError as error:
+        raise InvalidTokenError(error.message, "give ids of the model's vocabulary") from None
+
+
+def _message(index: int, item: object) -> inference_pb2.ChatMessage:
+    if isinstance(item, ChatMessage):
+        role, content = item.role, item.content
+    elif isinstance(item, Mapping) and item.keys() == {"role", "content"}:
+        role, content = item["role"], item["content"]
+    else:
+        raise InvalidRequestError(
+            f"message {index} is no chat message: {str(item)[:80]!r}",
+            'give {"role": "user", "content": "..."} or ChatMessage(role, content)',
+        )
+    if role not in ROLES:
+        raise InvalidRequestError(
+            f"message {index} has the role {str(role)[:40]!r}", f"use one of {', '.join(ROLES)}"
+        )
+    content = check_text(f"the content of message {index}", content)
+    return inference_pb2.ChatMessage(role=role, content=content)
+
+
+def _set_method(
+    request: inference_pb2.GenerateRequest, preset: str | None, settings: MethodSettings | None
+) -> None:
+    if preset is not None and settings is not None:
+        raise InvalidRequestError("both preset and settings are given", "give one of the two")
+    if preset is not None:
+        request.preset = check_text("preset", preset)
+        if not preset:
+            raise InvalidRequestError("the preset is empty", "name one or leave it out")
+    if settings is not None:
+        request.settings.codec = check_text("codec", settings.codec)
+        if not settings.codec:
+            raise InvalidRequestError("the codec is empty", 'name one, such as "exact"')
+        if settings.sink_tokens is not None:
+            sinks = check_integer("sink_tokens", settings.sink_tokens, 0, MAX_UINT32)
+            request.settings.sink_tokens = sinks
+        if settings.read_stratum is not None:
+            if settings.read_stratum not in STRATA:
+                raise InvalidRequestError(
+                    f"unknown read_stratum {settings.read_stratum!r}",
+                    f"use one of {', '.join(STRATA)}",
+                )
+            request.settings.read_stratum = STRATA[settings.read_stratum]
+
+
+def _set_sampling(sampling: inference_pb2.Sampling, options: GenerateOptions) -> None:
+    if (max_tokens := options.get("max_tokens")) is not None:
+        sampling.max_tokens = check_integer("max_tokens", max_tokens, 1, MAX_UINT32)
+    if (temperature := options.get("temperature")) is not None:
+        sampling.temperature = check_number("temperature", temperature, 0.0, MAX_FLOAT32)
+    if (top_p := options.get("top_p")) is not None:
+        sampling.top_p = check_number("top_p", top_p, 0.0, 1.0)
+        if top_p == 0:
+            raise LimitError("top_p is 0", "give a number above 0 and at most 1")
+    if (top_k := options.get("top_k")) is not None:
+        sampling.top_k = check_integer("top_k", top_k, 0, MAX_UINT32)
+    if (seed := options.get("seed")) is not None:
+        sampling.seed = check_integer("seed", seed, 0, MAX_UINT64)
+    sampling.stop.extend(_stops(options.get("stop")))
+    sampling.ignore_eos = bool(options.get("ignore_eos"))
+
+
+def _stops(stop: str | Sequence[str] | None) -> list[str]:
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
+    for text in stops:
+        if not check_text("stop", text):
+            raise InvalidRequestError("a stop string is empty", "give at least one character")
+    return stops

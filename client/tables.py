@@ -1,0 +1,120 @@
+"""What ``kvctl`` prints for people, drawn from the dictionaries of ``admin``."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from kvstrata.client.terminal import printable
+
+PIPE_COLUMNS = 160  # a pipe has no width; wide enough for four strata side by side
+
+
+def show_stats(found: dict[str, Any]) -> None:
+    """Print tiers, misses and counters."""
+    table = Table("tier", "health", *right("blocks", "bytes", "capacity", "hits", "evictions"))
+    for name, tier in found["tiers"].items():
+        health = "ok" if tier["healthy"] else f"down: {tier['detail']}"
+        sizes = (size(tier["bytes"]), size(tier["capacity_bytes"]))
+        add(table, name, health, tier["blocks"], *sizes, tier["hits"], tier["evictions"])
+    line(f"health {found['health']}, up {found['uptime_s']:.0f} s")
+    draw(table)
+    misses = ", ".join(f"{n} {reason}" for reason, n in sorted(found["misses"].items()))
+    line(f"{found['hits']} hits; misses: {misses or 'none'}")
+    line(
+        f"{found['pinned_blocks']} blocks pinned ({size(found['pinned_bytes'])}), "
+        f"{found['in_flight_puts']} puts in flight"
+    )
+    if found["counters"]:
+        counters = Table("counter", "labels", *right("value"))
+        for counter in found["counters"]:
+            labels = ", ".join(f"{k}={v}" for k, v in counter["labels"].items())
+            add(counters, counter["name"], labels, counter["value"])
+        draw(counters)
+
+
+def show_blocks(found: dict[str, Any]) -> None:
+    """Print one line per block; keys are never shortened, so that they can be copied."""
+    for block in found["blocks"]:
+        strata = "+".join(block["strata"])
+        pinned = " pinned" if block["pinned"] else ""
+        tiers = ",".join(block["tiers"])
+        line(f"{block['key']}  {size(block['bytes']):>10}  {strata}  {tiers}{pinned}")
+    more = "; there are more, see --limit" if found["truncated"] else ""
+    line(f"{len(found['blocks'])} blocks{more}")
+
+
+def show_block(found: dict[str, Any]) -> None:
+    """Print one block and the header of each stratum."""
+    line(f"{found['key']}{' (pinned)' if found['pinned'] else ''}")
+    line(f"{size(found['bytes'])} in {', '.join(found['tiers'])}")
+    shown = {
+        "encoding id": "encoding_id",
+        "profile": "profile",
+        "parent": "parent_hash",
+        "rope": "rope",
+        "dtype": "kv_dtype",
+        "KV heads": "num_kv_heads",
+        "head dim": "head_dim",
+        "first position": "first_position",
+        "tokens": "num_tokens",
+    }
+    table = Table("", *(header["stratum"] for header in found["headers"]))
+    headers = found["headers"]
+    add(table, "frame bytes", *(found["strata"].get(h["stratum"], "") for h in headers))
+    add(table, "codec", *(f"{h['codec']}/{h['codec_version']}" for h in headers))
+    add(table, "layers", *(f"{len(h['layers'])} of {h['num_layers']}" for h in headers))
+    for title, key in shown.items():
+        add(table, title, *(header[key] for header in headers))
+    add(table, "attachments", *(", ".join(h["attachments"]) for h in headers))
+    draw(table)
+
+
+def show_health(found: dict[str, Any]) -> None:
+    """Print one word, then the reasons."""
+    line("ok" if found["ok"] else f"not ok ({found['status']})")
+    for reason in found["why"]:
+        line(f"  {reason}")
+
+
+def show_evicted(found: dict[str, Any]) -> None:
+    """Print what was evicted."""
+    line(f"{found['evicted']} evicted, {found['skipped_pinned']} pinned and kept")
+
+
+def show_drained(found: dict[str, Any]) -> None:
+    """Print whether all work has ended."""
+    line("drained" if found["drained"] else f"not drained: {found['in_flight']} in flight")
+
+
+def size(count: int) -> str:
+    """Return a number of bytes as a person reads it; powers of 1024."""
+    number = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
+
+
+def right(*titles: str) -> list[Column]:
+    """Return right-aligned columns."""
+    return [Column(title, justify="right") for title in titles]
+
+
+def add(table: Table, *cells: object) -> None:
+    """Add a row; what a server sent is shown, never interpreted as markup."""
+    table.add_row(*(Text(printable(str(cell))) for cell in cells))
+
+
+def draw(table: Table) -> None:
+    """Print ``table`` to stdout."""
+    width = None if sys.stdout.isatty() else PIPE_COLUMNS
+    Console(highlight=False, width=width).print(table)
+
+
+def line(text: str) -> None:
+    """Print one line to stdout, unwrapped."""
+    Console(highlight=False).print(Text(printable(text)), soft_wrap=True)

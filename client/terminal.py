@@ -1,0 +1,100 @@
+"""What both commands share: errors as two lines of text, exit codes, and common options.
+
+Exit codes: 0 done, 1 failed, 2 bad input.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from kvstrata.protos.errors import (
+    InvalidRequestError,
+    KVStrataError,
+    MessageTooLargeError,
+    PromptTooLongError,
+    UnknownModelError,
+    UnknownPresetError,
+)
+
+FAILED = 1
+BAD_INPUT = 2
+# What typer raises for a wrong option; it exports only the subclass.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+_INPUT_ERRORS = (
+    InvalidRequestError,
+    MessageTooLargeError,
+    PromptTooLongError,
+    UnknownModelError,
+    UnknownPresetError,
+)
+
+Address = Annotated[
+    str, typer.Option(envvar="KVSTRATA_ADDRESS", help="gRPC address of the server, host:port.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object with stable keys.")]
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+
+class ErrorReportingGroup(TyperGroup):
+    """A command group that prints errors, wrong usage included, and exits with their code."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> Any:
+        """Return the context of the group's own options."""
+        with _reported():
+            return super().make_context(info_name, args, parent=parent, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the subcommand."""
+        with _reported():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    try:
+        yield
+    except KVStrataError as error:
+        report(error)
+        raise typer.Exit(BAD_INPUT if isinstance(error, _INPUT_ERRORS) else FAILED) from None
+    except _USAGE_ERROR as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # carries the help text, not an error
+            raise
+        usage: Any = error
+        path = usage.ctx.command_path if usage.ctx is not None else ""
+        report(InvalidRequestError(usage.format_message(), f"see {path} --help" if path else ""))
+        raise typer.Exit(BAD_INPUT) from None
+
+
+def report(error: KVStrataError) -> None:
+    """Print ``error`` and its remedy to stderr."""
+    typer.echo(f"error: {printable(error.message)}", err=True)
+    if error.remedy:
+        typer.echo(f"hint: {printable(error.remedy)}", err=True)
+
+
+def printable(text: str) -> str:
+    """Return ``text`` without the control characters that would steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def run(app: typer.Typer) -> NoReturn:
+    """Run ``app`` as a process: exits with its code, and prints no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end the answer
+    try:
+        app()
+    except Exception as error:
+        if os.environ.get("KVSTRATA_DEBUG"):
+            raise
+        typer.echo(f"error: {type(error).__name__}: {printable(str(error))}", err=True)
+        typer.echo("hint: set KVSTRATA_DEBUG=1 to see where it came from", err=True)
+    sys.exit(FAILED)

@@ -1,0 +1,1 @@
+"""Putting the rooms together: Ray Serve workers, router, gateway, and the local stack."""

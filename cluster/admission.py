@@ -1,0 +1,123 @@
+"""From a ``GenerateRequest`` to a checked ``Task``: everything that can be wrong with it is said here."""
+
+import secrets
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from kvstrata.engine.chat import encode_text, render_chat
+from kvstrata.engine.sampling import SamplingParams
+from kvstrata.methods.presets import Method, from_preset, from_settings
+from kvstrata.prefill_node.task import Task
+from kvstrata.prefill_node.worker import WorkerInfo
+from kvstrata.protos.errors import (
+    EmptyPromptError,
+    InvalidRequestError,
+    InvalidTokenError,
+    LimitError,
+    PromptTooLongError,
+    UnknownModelError,
+)
+from kvstrata.protos.inference_pb2 import GenerateRequest, Sampling
+
+MAX_DEADLINE_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Checks requests against one served model.
+
+    Attributes:
+        info: The model's limits.
+        tokenizer: The model's tokenizer.
+        salt: The tenant's secret part of the cache scope.
+    """
+
+    info: WorkerInfo
+    tokenizer: Any
+    salt: bytes
+
+    def admit(self, request: GenerateRequest, remaining_s: float | None) -> Task:
+        """Return the task of a request.
+
+        Args:
+            request: As received.
+            remaining_s: The caller's own time limit, if it set one.
+
+        Raises:
+            InvalidRequestError: Empty prompt, bad token id, bad chat message, a number out of range.
+            NotFoundError: No such preset, codec or model.
+            PromptTooLongError: The prompt leaves no room for one token.
+        """
+        if request.model and request.model != self.info.model:
+            raise UnknownModelError(
+                f"model {request.model[:128]!r} is not served here",
+                f"use {self.info.model!r} or leave the model out",
+            )
+        method = self._method(request)
+        sampling = sampling_params(request.sampling)
+        prompt_ids = self._prompt_ids(request)
+        if len(prompt_ids) >= self.info.max_positions:
+            raise PromptTooLongError(
+                f"the prompt has {len(prompt_ids)} tokens, the model's context is "
+                f"{self.info.max_positions}",
+                f"shorten the prompt to at most {self.info.max_positions - 1} tokens",
+            )
+        return Task(
+            request_id=uuid.uuid4().hex,
+            prompt_ids=prompt_ids,
+            method=method,
+            sampling=sampling,
+            deadline_unix_s=time.time() + min(remaining_s or MAX_DEADLINE_S, MAX_DEADLINE_S),
+            salt=self.salt,
+        )
+
+    def _method(self, request: GenerateRequest) -> Method:
+        if request.WhichOneof("method") == "settings":
+            return from_settings(request.settings)
+        return from_preset(request.preset)
+
+    def _prompt_ids(self, request: GenerateRequest) -> tuple[int, ...]:
+        kind = request.WhichOneof("prompt")
+        try:
+            if kind == "messages":
+                messages = [
+                    {"role": m.role, "content": m.content} for m in request.messages.messages
+                ]
+                ids = render_chat(self.tokenizer, messages) if messages else []
+            elif kind == "text":
+                ids = encode_text(self.tokenizer, request.text) if request.text else []
+            else:
+                ids = list(request.token_ids.ids)
+        except ValueError as error:
+            raise InvalidRequestError(str(error), "correct the prompt") from error
+        if not ids:
+            raise EmptyPromptError("the prompt is empty", "send at least one token of text")
+        bad = next((i for i in ids if i >= self.info.vocab_size), None)
+        if bad is not None:
+            raise InvalidTokenError(
+                f"token id {bad} is outside the vocabulary",
+                f"use ids from 0 to {self.info.vocab_size - 1}",
+            )
+        return tuple(ids)
+
+
+def sampling_params(sampling: Sampling) -> SamplingParams:
+    """Return checked sampling parameters; a seed is drawn here, so that replays repeat it.
+
+    Raises:
+        LimitError: Names the field and its range.
+    """
+    given = {
+        name: getattr(sampling, name)
+        for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")
+        if sampling.HasField(name)
+    }
+    given.setdefault("seed", secrets.randbits(63))
+    params = SamplingParams(**given, stop=tuple(sampling.stop), ignore_eos=sampling.ignore_eos)
+    try:
+        params.validate()
+    except ValueError as error:
+        raise LimitError(str(error), "use a value in that range") from error
+    return params

@@ -1,0 +1,89 @@
+"""The subcommands ``kvstrata up`` and ``kvstrata gateway``."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from kvstrata.cluster.stack_config import MIB, StackConfig
+from kvstrata.cluster.supervisor import supervise
+from kvstrata.protos.errors import KVStrataError
+
+REDIS_VARIABLE = "KVSTRATA_REDIS_URL"
+
+
+def up(
+    listen: Annotated[str, typer.Option(help="Gateway's host:port; port 0 takes a free one.")] = (
+        "127.0.0.1:50051"
+    ),
+    model: Annotated[str, typer.Option(help="Folder or hub id; default: SmolLM2-135M.")] = "",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    redis: Annotated[bool, typer.Option(help="Use Redis; without it the store has dram alone.")] = True,
+    redis_url: Annotated[
+        str,
+        typer.Option(envvar=REDIS_VARIABLE, help="An existing Redis; default: start one."),
+    ] = "",
+    dram_mib: Annotated[int, typer.Option(help="Bound of the store's dram tier, MiB.")] = 1024,
+    redis_mib: Annotated[int, typer.Option(help="Bound of the Redis tier, MiB.")] = 4096,
+    ttl_s: Annotated[float, typer.Option(help="How long an unused block stays in Redis.")] = 86_400,
+    prefill_workers: Annotated[int, typer.Option(help="Prefill workers.")] = 1,
+    decode_workers: Annotated[int, typer.Option(help="Decode workers.")] = 1,
+) -> None:
+    """Start Redis, the store, Ray and the gateway on this machine; Ctrl-C ends them all."""
+    config = StackConfig(
+        listen=listen,
+        model=os.path.abspath(model) if os.path.isdir(model) else model or None,
+        dtype=dtype,
+        redis=redis,
+        redis_url=redis_url or None,
+        dram_bytes=dram_mib * MIB,
+        redis_bytes=redis_mib * MIB,
+        ttl_s=ttl_s,
+        prefill_workers=prefill_workers,
+        decode_workers=decode_workers,
+    )
+    try:
+        config.validate()
+    except KVStrataError as error:
+        _fail(error)
+    os.environ.pop(REDIS_VARIABLE, None)
+    if config.redis_url:
+        os.environ[REDIS_VARIABLE] = config.redis_url
+    raise typer.Exit(supervise("kvstrata.cluster.local_stack", [config.encode()]))
+
+
+def gateway(
+    store: Annotated[str, typer.Option(help="The store's host:port.")],
+    ray_address: Annotated[str, typer.Option(help="The Ray cluster to join.")] = "auto",
+    listen: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = (
+        "127.0.0.1:50051"
+    ),
+    model: Annotated[str, typer.Option(help="Folder or hub id; default: SmolLM2-135M.")] = "",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    prefill_workers: Annotated[int, typer.Option(help="Prefill workers to deploy.")] = 1,
+    decode_workers: Annotated[int, typer.Option(help="Decode workers to deploy.")] = 1,
+) -> None:
+    """Deploy the workers on a running Ray cluster, unless they are there, and serve a gateway to them."""
+    from kvstrata.cluster.gateway_process import GatewayConfig, run_gateway
+
+    config = GatewayConfig(
+        store_address=store,
+        ray_address=ray_address,
+        listen=listen,
+        model=model or None,
+        dtype=dtype,
+        prefill_workers=prefill_workers,
+        decode_workers=decode_workers,
+    )
+    try:
+        run_gateway(config)
+    except KVStrataError as error:
+        _fail(error)
+
+
+def _fail(error: KVStrataError) -> None:
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.remedy:
+        print(f"hint: {error.remedy}", file=sys.stderr)
+    raise typer.Exit(2)

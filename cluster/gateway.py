@@ -1,0 +1,159 @@
+"""The gateway: checks a request, routes it, and streams its tokens, whatever happens to the workers."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+from kvstrata.cluster.admission import Admission
+from kvstrata.cluster.router import Route, Router
+from kvstrata.cluster.workers import WorkerLostError, Workers
+from kvstrata.kvstore_service.counters import Counters
+from kvstrata.methods.presets import PRESETS
+from kvstrata.prefill_node.task import Task
+from kvstrata.protos import inference_pb2_grpc
+from kvstrata.protos.errors import DeadlineError, DrainingError, UnavailableError
+from kvstrata.protos.identity import BLOCK_TOKENS
+from kvstrata.protos.inference_pb2 import (
+    CacheReport,
+    GenerateReply,
+    GenerateRequest,
+    GetModelReply,
+    GetModelRequest,
+)
+from kvstrata.protos.report import ReportClock, merge_reports
+
+MAX_REPLAYS = 8
+
+logger = logging.getLogger(__name__)
+
+
+class Gateway(inference_pb2_grpc.InferenceServicer):
+    """Serves ``Inference``. One per process; any number may share the workers and the store."""
+
+    def __init__(
+        self, admission: Admission, router: Router, workers: Workers, counters: Counters
+    ) -> None:
+        self._admission = admission
+        self._router = router
+        self._workers = workers
+        self._counters = counters
+        self._running = 0
+        self.draining = False
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are being served now."""
+        return self._running
+
+    async def Generate(  # noqa: N802
+        self, request: GenerateRequest, context: Any
+    ) -> AsyncIterator[GenerateReply]:
+        """See ``inference.proto``."""
+        if self.draining:
+            raise DrainingError("the gateway is shutting down", "send the request to another one")
+        self._running += 1
+        outcome = "cancelled"
+        try:
+            clock = ReportClock("gateway")
+            with clock.stage("route"):
+                task = await asyncio.to_thread(
+                    self._admission.admit, request, context.time_remaining()
+                )
+                route = await self._router.route(task)
+            async with contextlib.aclosing(self._serve(task, route, clock)) as replies:
+                async for reply in replies:
+                    yield reply
+            outcome = "ok"
+        except Exception as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            self._running -= 1
+            self._counters.add("requests_total", outcome=outcome)
+
+    async def GetModel(self, request: GetModelRequest, context: Any) -> GetModelReply:  # noqa: N802
+        """See ``inference.proto``."""
+        info = self._admission.info
+        return GetModelReply(
+            name=info.model,
+            fingerprint=info.fingerprint,
+            max_positions=info.max_positions,
+            vocab_size=info.vocab_size,
+            presets=sorted(PRESETS),
+            block_tokens=BLOCK_TOKENS,
+            kv_bytes_per_token_bf16=info.kv_bytes_per_token_bf16,
+        )
+
+    async def _serve(
+        self, task: Task, route: Route, clock: ReportClock
+    ) -> AsyncIterator[GenerateReply]:
+        if route.failure:
+            clock.recompute(route.failure, 0)
+        task = replace(task, expected_blocks=route.cached_blocks)
+        if route.needs_prefill:
+            task = await self._prefill(task, route, clock)
+        async for reply in self._decode(task, clock):
+            if reply.finish_reason:
+                reply.cache.CopyFrom(self._closing_report(reply.cache, route, clock))
+            yield reply
+
+    async def _prefill(self, task: Task, route: Route, clock: ReportClock) -> Task:
+        """Have a prefill node publish the prompt's blocks; without one the decode node computes them."""
+        try:
+            report = await self._workers.prefill(task)
+        except (WorkerLostError, UnavailableError) as error:
+            logger.warning("prefill worker lost", extra={"error": str(error)})
+            clock.recompute("prefill_worker_lost", route.num_blocks * BLOCK_TOKENS)
+            return task
+        merge_reports(clock.report, report)
+        if report.committed_blocks >= route.num_blocks - route.cached_blocks:
+            return replace(task, expected_blocks=route.num_blocks)
+        return task
+
+    async def _decode(self, task: Task, clock: ReportClock) -> AsyncIterator[GenerateReply]:
+        """Stream a decode node's replies; when it dies, go on elsewhere from the last token delivered."""
+        delivered = list(task.generated_ids)
+        for attempt in range(MAX_REPLAYS + 1):
+            start = time.time()
+            try:
+                async with contextlib.aclosing(
+                    self._workers.decode(replace(task, generated_ids=tuple(delivered)))
+                ) as replies:
+                    async for reply in replies:
+                        delivered += reply.token_ids
+                        yield reply
+                return
+            except WorkerLostError as error:
+                logger.warning("decode worker lost", extra={"error": str(error)})
+                clock.recompute("decode_worker_lost", len(delivered))
+                clock.report.replays = attempt + 1
+                clock.add("replay", start, time.time() - start)
+                task = replace(task, expected_blocks=0)
+                if task.deadline_unix_s - time.time() <= 0:
+                    raise DeadlineError(
+                        "the request's deadline passed while its worker restarted",
+                        "raise the timeout",
+                    ) from error
+        raise UnavailableError(
+            f"{MAX_REPLAYS + 1} decode workers died under this request", "look at their logs"
+        )
+
+    def _closing_report(
+        self, decoded: CacheReport, route: Route, clock: ReportClock
+    ) -> CacheReport:
+        report = CacheReport()
+        report.CopyFrom(clock.report)
+        merge_reports(report, decoded)
+        lost = max((r.tokens for r in decoded.recomputes), default=0)
+        report.cached_tokens = max(0, route.cached_blocks * BLOCK_TOKENS - lost)
+        if not report.cached_tokens:
+            report.tier = ""
+        self._counters.add("prompt_tokens_total", report.prompt_tokens)
+        self._counters.add("cached_tokens_total", report.cached_tokens)
+        for recompute in report.recomputes:
+            self._counters.add("recomputes_total", reason=recompute.reason)
+        return report

@@ -1,0 +1,78 @@
+"""A gateway on its own: joins a Ray cluster and a store that others run."""
+
+import asyncio
+import json
+import os
+import signal
+import tempfile
+from dataclasses import dataclass
+
+from kvstrata.cluster.gateway_server import start_gateway
+from kvstrata.cluster.model_check import load_tokenizer
+from kvstrata.cluster.workers import RayWorkers, Replicas, connect, deploy, is_deployed
+from kvstrata.prefill_node.worker import WorkerConfig
+from kvstrata.protos.errors import ConfigurationError
+
+SALT_VARIABLE = "KVSTRATA_SALT"
+STOP_GRACE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """What ``kvstrata gateway`` is told; fields as its options."""
+
+    store_address: str
+    ray_address: str
+    listen: str
+    model: str | None
+    dtype: str
+    prefill_workers: int
+    decode_workers: int
+
+
+def run_gateway(config: GatewayConfig) -> None:
+    """Serve until SIGTERM or SIGINT; prints one JSON line when it serves.
+
+    Raises:
+        ConfigurationError: The Ray cluster cannot be joined, the model cannot be served, or the port
+            is taken.
+    """
+    tokenizer = load_tokenizer(config.model, config.dtype)
+    # Ray puts the driver's folder on its workers' paths: an empty one shadows nothing.
+    with tempfile.TemporaryDirectory(prefix="kvs-") as folder:
+        os.chdir(folder)
+        try:
+            connect(config.ray_address)
+        except ConnectionError as error:
+            raise ConfigurationError(
+                f"cannot join the Ray cluster at {config.ray_address!r}: {error}",
+                "start one with `ray start --head`, or use `kvstrata up`",
+            ) from error
+        workers = RayWorkers() if is_deployed() else _deploy(config)
+        asyncio.run(_serve(config, workers, tokenizer))
+        os.chdir("/")
+
+
+def _deploy(config: GatewayConfig) -> RayWorkers:
+    return deploy(
+        WorkerConfig(config.store_address, config.model, config.dtype),
+        Replicas(config.prefill_workers, config.decode_workers),
+    )
+
+
+async def _serve(config: GatewayConfig, workers: RayWorkers, tokenizer: object) -> None:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    info = (await workers.info())["decode"]
+    gateway = await start_gateway(
+        config.listen,
+        store_address=config.store_address,
+        workers=workers,
+        info=info,
+        tokenizer=tokenizer,
+        salt=os.environ.get(SALT_VARIABLE, "").encode(),
+    )
+    print(json.dumps({"event": "ready", "address": gateway.address}), flush=True)
+    await stopping.wait()
+    await gateway.stop(STOP_GRACE_S)

@@ -1,0 +1,90 @@
+"""The gateway's gRPC server: Inference, Admin, health and reflection on one port."""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from kvstrata.cluster.admission import Admission
+from kvstrata.cluster.gateway import Gateway
+from kvstrata.cluster.gateway_admin import GatewayAdmin
+from kvstrata.cluster.router import Router
+from kvstrata.cluster.workers import Workers
+from kvstrata.kvstore_service.client import StoreClient
+from kvstrata.kvstore_service.counters import Counters
+from kvstrata.prefill_node.worker import WorkerInfo
+from kvstrata.protos import admin_pb2_grpc, inference_pb2_grpc
+from kvstrata.protos.errors import ConfigurationError
+from kvstrata.protos.service import SERVER_OPTIONS, ContractInterceptor, open_channel
+
+SERVICES = ("kvstrata.v1.Inference", "kvstrata.v1.Admin")
+LOOKUP_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayServer:
+    """A serving gateway.
+
+    Attributes:
+        address: ``host:port`` that it listens on.
+    """
+
+    address: str
+    gateway: Gateway
+    _server: grpc.aio.Server
+    _client: StoreClient
+    _channel: grpc.aio.Channel
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new requests, let running ones end within ``grace_s``, then cut them."""
+        self.gateway.draining = True
+        await self._server.stop(grace_s)
+        await self._client.close()
+        await self._channel.close()
+
+
+async def start_gateway(
+    listen: str,
+    *,
+    store_address: str,
+    workers: Workers,
+    info: WorkerInfo,
+    tokenizer: Any,
+    salt: bytes = b"",
+) -> GatewayServer:
+    """Start a gateway and return it when it serves.
+
+    Raises:
+        ConfigurationError: The port is taken or the address is not local.
+    """
+    client = StoreClient(store_address, timeout_s=LOOKUP_TIMEOUT_S)
+    channel = open_channel(store_address)
+    counters = Counters()
+    gateway = Gateway(Admission(info, tokenizer, salt), Router(client, info), workers, counters)
+    health_service = health.aio.HealthServicer()
+    server = grpc.aio.server(interceptors=[ContractInterceptor()], options=SERVER_OPTIONS)
+    inference_pb2_grpc.add_InferenceServicer_to_server(gateway, server)
+    admin = GatewayAdmin(gateway, counters, channel, health_service.enter_graceful_shutdown)
+    admin_pb2_grpc.add_AdminServicer_to_server(admin, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+    reflection.enable_server_reflection(
+        [*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server
+    )
+    port = 0
+    with contextlib.suppress(RuntimeError):
+        port = server.add_insecure_port(listen)
+    if not port:
+        await client.close()
+        await channel.close()
+        raise ConfigurationError(
+            f"cannot listen at {listen}", "choose a free port (0 takes any) and a local address"
+        )
+    await server.start()
+    for name in ("", *SERVICES):
+        await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
+    return GatewayServer(
+        f"{listen.rpartition(':')[0]}:{port}", gateway, server, client, channel
+    )

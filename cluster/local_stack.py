@@ -1,0 +1,164 @@
+"""The whole service on one machine: Redis, store, Ray with its workers, gateway.
+
+Run by ``supervisor.supervise`` as ``python -m kvstrata.cluster.local_stack RUNTIME_DIR SUPERVISOR_PID
+CONFIG``; it prints one JSON line on stdout when it serves, progress on stderr, and ends on SIGTERM.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from kvstrata.cluster.processes import start_redis, start_store
+from kvstrata.cluster.stack_config import StackConfig
+from kvstrata.cluster.supervisor import die_with_parent
+from kvstrata.protos.errors import KVStrataError
+
+STOP_GRACE_S = 5.0
+SALT_VARIABLE = "KVSTRATA_SALT"
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """Tells on stderr which step runs and how long it took."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+
+    @contextlib.contextmanager
+    def step(self, text: str) -> Any:
+        """Show a spinner while the body runs, then the time it took."""
+        begin = time.perf_counter()
+        with self._console.status(text):
+            yield
+        self._console.print(f"  {text} [dim]{time.perf_counter() - begin:.1f} s[/dim]", highlight=False)
+
+
+async def serve(config: StackConfig, runtime: Path) -> None:
+    """Start everything, announce it, and wait for SIGTERM."""
+    stopping = asyncio.Event()
+    listen_for_signals(stopping)
+    async with contextlib.AsyncExitStack() as cleanup:
+        starting = asyncio.ensure_future(_start(config, runtime, cleanup))
+        stopped = asyncio.ensure_future(stopping.wait())
+        await asyncio.wait([starting, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await starting
+            return
+        listen_for_signals(stopping)  # again: Ray has put its own handlers in their place
+        print(json.dumps({"event": "ready", **starting.result()}), flush=True)
+        await stopped
+
+
+def listen_for_signals(stopping: asyncio.Event) -> None:
+    """Set ``stopping`` on SIGTERM or SIGINT, from now on."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+        loop.add_signal_handler(number, stopping.set)
+
+
+async def _start(
+    config: StackConfig, runtime: Path, cleanup: contextlib.AsyncExitStack
+) -> dict[str, Any]:
+    progress = Progress()
+    pids: dict[str, int] = {}
+    redis_url = config.redis_url
+    if config.redis and redis_url is None:
+        with progress.step("Redis"):
+            redis, redis_url = await start_redis(runtime, config.redis_bytes)
+        cleanup.push_async_callback(redis.stop)
+        pids["redis"] = redis.pid
+    with progress.step("store"):
+        store, store_address = await start_store(
+            runtime,
+            dram_bytes=config.dram_bytes,
+            redis_url=redis_url,
+            redis_bytes=config.redis_bytes,
+            ttl_s=config.ttl_s,
+        )
+    cleanup.push_async_callback(store.stop)
+    pids["store"] = store.pid
+    with progress.step("model"):
+        from kvstrata.cluster.model_check import load_tokenizer
+
+        tokenizer = await asyncio.to_thread(load_tokenizer, config.model, config.dtype)
+    with progress.step("Ray and workers"):
+        workers, infos = await _start_workers(config, runtime, store_address)
+    pids |= {kind: info.pid for kind, info in infos.items()}
+    from kvstrata.cluster.gateway_server import start_gateway
+
+    with progress.step("gateway"):
+        gateway = await start_gateway(
+            config.listen,
+            store_address=store_address,
+            workers=workers,
+            info=infos["decode"],
+            tokenizer=tokenizer,
+            salt=os.environ.get(SALT_VARIABLE, "").encode(),
+        )
+    cleanup.push_async_callback(gateway.stop, STOP_GRACE_S)
+    return {
+        "address": gateway.address,
+        "store": store_address,
+        "redis_port": int(redis_url.rpartition(":")[2].partition("/")[0]) if "redis" in pids else None,
+        "model": infos["decode"].model,
+        "pids": pids,
+    }
+
+
+async def _start_workers(config: StackConfig, runtime: Path, store_address: str) -> tuple[Any, Any]:
+    from kvstrata.cluster import workers
+    from kvstrata.prefill_node.worker import WorkerConfig
+
+    replicas = workers.Replicas(config.prefill_workers, config.decode_workers)
+
+    def deploy() -> workers.RayWorkers:
+        num_cpus = max(os.cpu_count() or 1, config.prefill_workers + config.decode_workers + 1)
+        workers.connect(None, runtime_dir=str(runtime / "ray"), num_cpus=num_cpus)
+        worker_config = WorkerConfig(store_address, config.model, config.dtype)
+        return workers.deploy(worker_config, replicas)
+
+    # In this thread: Ray installs signal handlers and binds handles to the running loop.
+    running = await asyncio.to_thread(deploy)
+    return running, await running.info()
+
+
+def main(runtime: Path, supervisor: int, config: StackConfig) -> int:
+    """Serve until told to stop; return the exit status."""
+    die_with_parent(supervisor)
+    logging.basicConfig(stream=sys.stderr, level="WARNING", format="%(levelname)s %(name)s %(message)s")
+    # Ray puts this folder on every worker's path: an empty one shadows nothing.
+    (runtime / "cwd").mkdir()
+    os.chdir(runtime / "cwd")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        asyncio.run(serve(config, runtime))
+    except KVStrataError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.remedy:
+            print(f"hint: {error.remedy}", file=sys.stderr)
+        return 2
+    finally:
+        if os.getppid() != supervisor:
+            shutil.rmtree(runtime, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    settings = StackConfig.decode(sys.argv[3], os.environ.pop("KVSTRATA_REDIS_URL", None))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), settings))

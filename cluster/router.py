@@ -1,0 +1,66 @@
+"""Which path a request takes, decided by what is cached of it."""
+
+from dataclasses import dataclass
+
+from kvstrata.kvstore_service.client import StoreClient
+from kvstrata.prefill_node.prefill import num_prompt_blocks
+from kvstrata.prefill_node.task import Task
+from kvstrata.prefill_node.worker import WorkerInfo, store_failure
+from kvstrata.protos.errors import KVStrataError
+from kvstrata.protos.identity import BLOCK_TOKENS, block_hashes
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What the router found and decided.
+
+    Attributes:
+        cached_blocks: The longest prefix in the store.
+        num_blocks: Full blocks of the prompt.
+        needs_prefill: Whether a prefill node computes the rest; else the decode node does.
+        failure: Why the store could not be asked, or None.
+    """
+
+    cached_blocks: int
+    num_blocks: int
+    needs_prefill: bool
+    failure: str | None = None
+
+
+class Router:
+    """Sends long uncached suffixes to a prefill node, short ones straight to a decode node.
+
+    Args:
+        store: Asked once per request for the longest cached prefix.
+        info: The served model, for the cache scope.
+        direct_tokens: Uncached suffixes up to this length go straight to a decode node: a hop to
+            another node costs more than it saves.
+    """
+
+    def __init__(self, store: StoreClient, info: WorkerInfo, direct_tokens: int = 256) -> None:
+        self._store = store
+        self._info = info
+        self._direct_tokens = direct_tokens
+
+    async def route(self, task: Task) -> Route:
+        """Return the path for ``task``. Never raises for a store that is gone: nothing is cached then."""
+        num_blocks = num_prompt_blocks(len(task.prompt_ids))
+        if not num_blocks:
+            return Route(0, 0, needs_prefill=False)
+        scope = task.method.scope(
+            model=self._info.fingerprint, kv_dtype=self._info.kv_dtype, salt=task.salt
+        ).digest()
+        hashes = block_hashes(scope, task.prompt_ids[: num_blocks * BLOCK_TOKENS])
+        try:
+            found = await self._store.lookup(scope, hashes)
+        except KVStrataError as error:
+            return Route(0, num_blocks, needs_prefill=False, failure=store_failure(error))
+        wanted = set(task.method.wanted)
+        cached = 0
+        for block in found.blocks:
+            if not wanted <= set(block.strata):
+                break
+            cached += 1
+        uncached_tokens = (num_blocks - cached) * BLOCK_TOKENS
+        shareable = task.method.reads_all and uncached_tokens > self._direct_tokens
+        return Route(cached, num_blocks, needs_prefill=shareable)

@@ -1,0 +1,173 @@
+"""The hook between transformers' attention modules and our KV cache.
+
+Transformers calls the hook in each layer with the q, k and v of the new tokens, post-RoPE. The hook
+hands them to the state that travels through the forward call as the keyword ``kv_cache_state``.
+Not covered: batches of more than one sequence, dropout, attention weights as an output.
+"""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own convention)
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from kvstrata.engine.cache import SequenceCache
+
+ATTENTION_NAME = "kvstrata"
+
+
+class AttentionState(Protocol):
+    """What the hook needs: one object per forward pass, seen by each layer in turn."""
+
+    def attend(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Return the attention output of the new tokens.
+
+        Args:
+            layer: Layer index, ascending within a pass.
+            queries: (num_heads, n, head_dim), post-RoPE.
+            keys: (num_kv_heads, n, head_dim), post-RoPE.
+            values: As ``keys``.
+            scaling: Factor on the dot products before the softmax.
+
+        Returns:
+            (num_heads, n, head_dim), the dtype of ``queries``.
+        """
+        ...
+
+
+class AppendAndAttend:
+    """The state of a normal pass: append to a ``SequenceCache``, attend over all of it."""
+
+    def __init__(self, cache: SequenceCache) -> None:
+        """Serve one forward pass over ``cache``; the caller advances it afterwards."""
+        self._cache = cache
+        self._mask: torch.Tensor | None = None
+
+    def attend(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Append and attend; see ``AttentionState.attend``."""
+        all_keys, all_values = self._cache.append(layer, queries, keys, values)
+        group_size = queries.shape[0] // keys.shape[0]
+        num_new, num_cached = queries.shape[1], self._cache.length
+        if self._mask is None and num_new > 1 and num_cached > 0:
+            self._mask = _causal_mask(num_new, num_cached, group_size, queries)
+        return attend(queries, all_keys, all_values, scaling, self._mask)
+
+
+class FirstLayerCapturedError(Exception):
+    """Stops a forward pass after layer 0's keys and values were captured; never leaves the room."""
+
+
+class CaptureFirstLayer:
+    """The state of a pass that ends at layer 0's attention, keeping its k and v."""
+
+    def __init__(self) -> None:
+        """Start with nothing captured."""
+        self.keys = torch.empty(0)
+        self.values = torch.empty(0)
+        self.scaling = 1.0
+
+    def attend(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Keep k, v and the scaling, then raise ``FirstLayerCapturedError``."""
+        self.keys, self.values, self.scaling = keys, values, scaling
+        raise FirstLayerCapturedError
+
+
+def attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return causal attention of the last rows over all keys, without repeating K or V.
+
+    The query heads of a group become more rows of their one KV head. A whole prompt at once goes
+    to the causal kernel instead, which skips the upper triangle (2000 tokens on 2 cores: 53 ms
+    against 131 ms per layer with a mask).
+
+    Args:
+        queries: (num_heads, n, head_dim).
+        keys: (num_kv_heads, total, head_dim), the last n of which belong to the queries.
+        values: As ``keys``.
+        scaling: Factor on the dot products before the softmax.
+        mask: From ``_causal_mask``; None for a single new token or when n == total.
+
+    Returns:
+        (num_heads, n, head_dim).
+    """
+    num_heads, num_new, head_dim = queries.shape
+    if num_new > 1 and num_new == keys.shape[1]:
+        return F.scaled_dot_product_attention(
+            queries[None],
+            keys[None],
+            values[None],
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=num_heads != keys.shape[0],
+        )[0]
+    rows = queries.reshape(1, keys.shape[0], -1, head_dim)
+    output = F.scaled_dot_product_attention(
+        rows, keys[None], values[None], attn_mask=mask, scale=scaling
+    )
+    return output.reshape(num_heads, num_new, head_dim)
+
+
+def _causal_mask(
+    num_new: int, num_cached: int, group_size: int, like: torch.Tensor
+) -> torch.Tensor:
+    """Return the additive mask of ``num_new`` rows, repeated for each query head of a group."""
+    hidden = torch.ones(
+        (num_new, num_cached + num_new), dtype=torch.bool, device=like.device
+    ).triu_(num_cached + 1)
+    mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+    return mask.masked_fill_(hidden, -torch.inf).repeat(group_size, 1)
+
+
+def _hook(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    kv_cache_state: AttentionState | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    if kv_cache_state is None:
+        raise RuntimeError("call the model through kvstrata.engine.Model, which owns its KV cache")
+    # The argument, not ``module.scaling``: OPT scales its queries itself and passes 1.
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: Any = module.layer_idx
+    output = kv_cache_state.attend(int(layer), query[0], key[0], value[0], scaling)
+    return output.transpose(0, 1)[None], None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Stand in for transformers' mask builder: the hook masks by itself."""
+
+
+def register() -> None:
+    """Make ``attn_implementation="kvstrata"`` known to transformers. Idempotent."""
+    AttentionInterface.register(ATTENTION_NAME, _hook)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)

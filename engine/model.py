@@ -1,0 +1,235 @@
+"""One loaded model: forward passes over a ``SequenceCache``, and what its keys look like."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvstrata.engine.attention import (
+    AppendAndAttend,
+    AttentionState,
+    CaptureFirstLayer,
+    FirstLayerCapturedError,
+)
+from kvstrata.engine.cache import SequenceCache
+from kvstrata.engine.compatibility import build_spec
+from kvstrata.engine.loading import find_default_model, load_pretrained
+from kvstrata.engine.rotary import Rotary
+from kvstrata.engine.spec import KVSpec
+
+
+class Model:
+    """A transformers model whose KV cache is ours. Stateless between calls but for its caches.
+
+    Several threads may call it at once, each with its own ``SequenceCache``.
+
+    Attributes:
+        spec: Sizes, dtype and limits.
+        fingerprint: 16 bytes; equal fingerprints may share stored KV.
+        tokenizer: The transformers tokenizer.
+        name: For people: the hub id, or the folder's or file's name.
+        device: Where the weights are.
+        attention_scaling: Factor on q . k before the softmax, as the hook gets it; 1.0 for OPT,
+            whose queries come scaled.
+    """
+
+    def __init__(
+        self, hf_model: Any, tokenizer: Any, fingerprint: bytes, *, name: str, device: torch.device
+    ) -> None:
+        """Wrap a model from ``load_pretrained``; callers use ``Model.load``."""
+        self._hf_model = hf_model.to(device).requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.fingerprint = fingerprint
+        self.name = name
+        self.device = device
+        self.spec: KVSpec = build_spec(
+            hf_model.config, hf_model.dtype, _eos_token_ids(hf_model, tokenizer)
+        )
+        self._rotary: Rotary | None = None
+        if self.spec.rope == "pre":
+            rotary_module = hf_model.base_model.rotary_emb
+            self._rotary = Rotary(rotary_module, self.spec.max_positions, device)
+        self.attention_scaling = self._capture_first_layer([0], 0).scaling
+
+    @classmethod
+    def load(
+        cls,
+        source: str | None = None,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "auto",
+    ) -> "Model":
+        """Load a model.
+
+        Args:
+            source: A folder, a GGUF file, a hub id, or None for the default model.
+            dtype: A torch dtype or its name; ``"auto"`` is float32 on CPU, bfloat16 elsewhere.
+            device: A torch device; ``"auto"`` is CUDA if there is one, else the CPU.
+
+        Raises:
+            ModelNotFoundError: Nothing at ``source``.
+            UnsupportedModelError: The model cannot be served.
+            ValueError: ``dtype`` names no float type.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(device)
+        dtype = _resolve_dtype(dtype, device)
+        hf_model, tokenizer, fingerprint = load_pretrained(source, dtype)
+        name = Path(find_default_model()[1]).stem if source is None else _display_name(source)
+        return cls(hf_model, tokenizer, fingerprint, name=name, device=device)
+
+    def new_cache(self, capacity: int, probe_tokens: int = 64) -> SequenceCache:
+        """Return an empty cache on the model's device; see ``SequenceCache``."""
+        return SequenceCache(self.spec, capacity, probe_tokens, device=self.device)
+
+    def forward(self, cache: SequenceCache, token_ids: Sequence[int]) -> torch.Tensor:
+        """Run the next tokens of a sequence and return the logits after the last.
+
+        On any exception ``cache.length`` is unchanged and the call may be repeated.
+
+        Args:
+            cache: Holds the tokens before; gets the new ones.
+            token_ids: At least one.
+
+        Returns:
+            float32, (vocab_size,).
+
+        Raises:
+            ValueError: No tokens, an id outside the vocabulary, or beyond ``max_positions``.
+        """
+        return self._forward(cache, token_ids, logits_to_keep=1)[0]
+
+    def forward_all(self, cache: SequenceCache, token_ids: Sequence[int]) -> torch.Tensor:
+        """As ``forward``, but return the logits after each token, float32, (n, vocab_size)."""
+        return self._forward(cache, token_ids, logits_to_keep=0)
+
+    def first_layer_kv(
+        self, token_ids: Sequence[int], first_position: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return layer 0's K and V as a cache would hold them, without attention or other layers.
+
+        They depend on the tokens and their positions alone, so they need not be stored.
+
+        Args:
+            token_ids: At least one.
+            first_position: Of the first token.
+
+        Returns:
+            Post-RoPE keys and values, ``spec.dtype``, each (num_kv_heads, n, head_dim).
+
+        Raises:
+            ValueError: As for ``forward``.
+        """
+        captured = self._capture_first_layer(token_ids, first_position)
+        return captured.keys.clone(), captured.values.clone()
+
+    def rotate(
+        self, keys: torch.Tensor, first_position: int | torch.Tensor, *, inverse: bool = False
+    ) -> torch.Tensor:
+        """Return ``keys`` rotated by RoPE, computed in float32.
+
+        Rotating back and forth again at the same positions returns the keys to about 1e-6.
+
+        Args:
+            keys: (..., n, head_dim), any float dtype.
+            first_position: Position of row 0, the others following it; or int64, (n,).
+            inverse: Undo the rotation instead.
+
+        Returns:
+            The shape and dtype of ``keys``.
+
+        Raises:
+            ValueError: The model does not rotate keys, or positions beyond ``max_positions``.
+        """
+        return self._require_rotary().rotate(keys, first_position, inverse=inverse)
+
+    def cos_sin(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rotary tables of positions ``first`` to ``last`` - 1.
+
+        Returns:
+            Cosines and sines, float32, (last - first, head_dim); views of a cached table.
+
+        Raises:
+            ValueError: As for ``rotate``.
+        """
+        return self._require_rotary().cos_sin(first, last)
+
+    def _require_rotary(self) -> Rotary:
+        if self._rotary is None:
+            raise ValueError(f"{self.name} does not rotate its keys (rope is 'none')")
+        return self._rotary
+
+    def _forward(
+        self, cache: SequenceCache, token_ids: Sequence[int], *, logits_to_keep: int
+    ) -> torch.Tensor:
+        first = cache.length
+        self._check_tokens(token_ids, first)
+        cache.grow(first + len(token_ids))
+        logits = self._run(token_ids, first, AppendAndAttend(cache), logits_to_keep)
+        cache.advance(len(token_ids))
+        return logits.to(torch.float32, copy=True)
+
+    def _capture_first_layer(
+        self, token_ids: Sequence[int], first_position: int
+    ) -> CaptureFirstLayer:
+        self._check_tokens(token_ids, first_position)
+        state = CaptureFirstLayer()
+        try:
+            self._run(token_ids, first_position, state, logits_to_keep=1)
+        except FirstLayerCapturedError:
+            return state
+        raise RuntimeError(f"{self.name} did not call the attention hook")
+
+    @torch.inference_mode()
+    def _run(
+        self, token_ids: Sequence[int], first: int, state: AttentionState, logits_to_keep: int
+    ) -> torch.Tensor:
+        ids = torch.tensor([token_ids], dtype=torch.int64, device=self.device)
+        positions = torch.arange(first, first + len(token_ids), device=self.device)
+        logits: torch.Tensor = self._hf_model(
+            input_ids=ids,
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=logits_to_keep,
+            kv_cache_state=state,
+        ).logits[0]
+        return logits
+
+    def _check_tokens(self, token_ids: Sequence[int], first: int) -> None:
+        if len(token_ids) == 0:
+            raise ValueError("token_ids must hold at least one token")
+        low, high = min(token_ids), max(token_ids)
+        if low < 0 or high >= self.spec.vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"token ids must be in 0..{self.spec.vocab_size - 1}, not {wrong}")
+        if first < 0 or first + len(token_ids) > self.spec.max_positions:
+            raise ValueError(
+                f"{len(token_ids)} tokens at position {first} do not fit: the model's limit is "
+                f"{self.spec.max_positions} positions"
+            )
+
+
+def _resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if resolved not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not {dtype}")
+    return resolved
+
+
+def _display_name(source: str) -> str:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem if path.suffix == ".gguf" else source
+
+
+def _eos_token_ids(hf_model: Any, tokenizer: Any) -> frozenset[int]:
+    ids: set[int] = set()
+    for holder in (hf_model.generation_config, hf_model.config, tokenizer):
+        value = getattr(holder, "eos_token_id", None)
+        ids.update([value] if isinstance(value, int) else value or ())
+    return frozenset(ids)

@@ -1,0 +1,268 @@
+"""One running sequence: its tokens, its cache, and the blocks that leave and enter it.
+
+The rule that makes caching invisible: **what a token attends to depends on the tokens and the method
+only**. Every full block is attended at the precision at which it is stored, whether it came from the
+store or was computed here (``settle``); the unfilled rest is uncompressed. So cold, warm, replayed and
+recomputed requests give the same tokens.
+
+Within one call of ``compute`` the model attends to what it just computed, uncompressed, as any prefill
+does; blocks are settled afterwards.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from kvstrata.engine.cache import SequenceCache
+from kvstrata.engine.model import Model
+from kvstrata.engine.saliency import saliency
+from kvstrata.methods.codec import BlockShape, KVBlocks
+from kvstrata.methods.framing import BlockIdentity, SealedBlock, UnusableBlockError, seal, usable
+from kvstrata.methods.presets import Method
+from kvstrata.protos.errors import CorruptFrameError
+from kvstrata.protos.frame import Frame
+from kvstrata.protos.frame_pb2 import RopeForm, Stratum
+from kvstrata.protos.identity import BLOCK_TOKENS, BlockHash, block_hash, block_hashes
+
+PREFILL_CHUNK = 512
+PROBE_FRACTION = 0.1  # share of prompt rows that saliency is taken from (codec.md, section 5)
+
+FrameSet = Mapping[Stratum, Frame]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """How far a load got: blocks now in the cache, and why it ended early, if it did."""
+
+    num_blocks: int
+    reason: str | None
+
+
+class RunningSequence:
+    """The state of one request on one node. Not thread-safe: one call at a time.
+
+    Attributes:
+        token_ids: All tokens, computed or not.
+        cache: KV of the first ``cache.length`` of them.
+        committable: False once nothing computed here may be stored any more: a block was read below
+            its stored precision, or a block before could not be encoded.
+        num_unencodable: Blocks whose values the codec cannot represent; attended uncompressed.
+    """
+
+    def __init__(
+        self, model: Model, method: Method, token_ids: Sequence[int], *, salt: bytes = b""
+    ) -> None:
+        self.model = model
+        self.method = method
+        self.token_ids = list(token_ids)
+        self.scope = method.scope(
+            model=model.fingerprint, kv_dtype=dtype_name(model.spec.dtype), salt=salt
+        ).digest()
+        self.hashes: list[BlockHash] = block_hashes(self.scope, token_ids)
+        capacity = min(model.spec.max_positions, len(token_ids) + 4 * BLOCK_TOKENS)
+        probes = max(BLOCK_TOKENS, int(len(token_ids) * PROBE_FRACTION))
+        self.cache = SequenceCache(model.spec, capacity, probes, device=model.device)
+        self.committable = method.reads_all
+        self.num_unencodable = 0
+
+    @property
+    def num_blocks_held(self) -> int:
+        """Full blocks in the cache."""
+        return self.cache.length // BLOCK_TOKENS
+
+    def identity(self, index: int) -> BlockIdentity:
+        """Return who block ``index`` is."""
+        first = index * BLOCK_TOKENS
+        return BlockIdentity(
+            scope=self.scope,
+            block_hash=self.hashes[index],
+            parent_hash=self.hashes[index - 1] if index else self.scope,
+            token_ids=tuple(self.token_ids[first : first + BLOCK_TOKENS]),
+            first_position=first,
+        )
+
+    def load(self, blocks: Sequence[FrameSet]) -> Loaded:
+        """Decode stored blocks into the cache, from the first block not held on.
+
+        Stops before the first block that must not or cannot be used; what precedes it is kept. A block
+        lacking a stratum that the method reads counts as unusable: precision is never lowered silently.
+        """
+        first = self.num_blocks_held
+        chosen: list[dict[Stratum, Frame]] = []
+        reason = None
+        for index, frames in enumerate(blocks, start=first):
+            try:
+                chosen.append(self._usable(index, frames))
+            except UnusableBlockError as error:
+                reason = error.reason
+                break
+        if chosen:
+            try:
+                self._write(first, chosen)
+            except CorruptFrameError:
+                # One bad segment in a batch: go block by block up to it.
+                return self._load_singly(first, chosen)
+        return Loaded(len(chosen), reason)
+
+    def compute(self, until: int) -> Iterator[int]:
+        """Run the model over the tokens up to ``until``, chunk by chunk.
+
+        Yields the tokens computed by each chunk, so that a caller can stop in between.
+        """
+        if until <= self.cache.length:
+            return
+        self.cache.expect_probes(
+            until - int((until - self.cache.length) * PROBE_FRACTION) - 1, until
+        )
+        while self.cache.length < until:
+            first = self.cache.length
+            self.model.forward(
+                self.cache, self.token_ids[first : min(first + PREFILL_CHUNK, until)]
+            )
+            yield self.cache.length - first
+
+    def extend(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, list[SealedBlock]]:
+        """Append tokens that follow the computed ones, run the model over them, settle blocks that fill.
+
+        Returns:
+            The float32 logits (vocab,) after the last token, and the blocks that filled, sealed.
+        """
+        self.token_ids[self.cache.length :] = token_ids
+        logits, sealed = torch.empty(0), []
+        while self.cache.length < len(self.token_ids):
+            first = self.cache.length
+            boundary = (first // BLOCK_TOKENS + 1) * BLOCK_TOKENS
+            if not self.cache.probe_rows or self.cache.probe_rows.stop != boundary:
+                self.cache.expect_probes(first, min(boundary, self.model.spec.max_positions))
+            logits = self.model.forward(self.cache, self.token_ids[first:boundary])
+            if self.cache.length == boundary:
+                index = self.num_blocks_held - 1
+                blocks = self.seal(index, index + 1)
+                self.settle(blocks)
+                sealed += blocks
+        return logits, sealed
+
+    def seal(self, first: int, last: int) -> list[SealedBlock]:
+        """Return blocks [first, last) of the cache, encoded and framed.
+
+        Returns nothing, and commits nothing from here on, if the codec cannot represent their values.
+        """
+        for index in range(len(self.hashes), last):
+            parent = self.hashes[-1] if self.hashes else self.scope
+            begin = index * BLOCK_TOKENS
+            self.hashes.append(block_hash(parent, self.token_ids[begin : begin + BLOCK_TOKENS]))
+        codec, spec = self.method.codec, self.model.spec
+        begin, end = first * BLOCK_TOKENS, last * BLOCK_TOKENS
+        keys, values = self.cache.read(begin, end)
+        keys, values = keys[codec.first_layer :], values[codec.first_layer :]
+        if self._rope is RopeForm.ROPE_FORM_PRE:
+            keys = self.model.rotate(keys, begin, inverse=True)
+        blocks = KVBlocks(
+            keys=keys.unflatten(2, (-1, BLOCK_TOKENS)),
+            values=values.unflatten(2, (-1, BLOCK_TOKENS)),
+            saliency=self._saliency(begin, end).unflatten(1, (-1, BLOCK_TOKENS)),
+            first_position=begin,
+        )
+        try:
+            encoded = codec.encode(blocks)
+        except ValueError:
+            self.committable = False
+            self.num_unencodable += last - first
+            return []
+        return [
+            seal(
+                codec,
+                segments,
+                self.identity(index),
+                rope=self._rope,
+                kv_dtype=dtype_name(spec.dtype),
+                num_kv_heads=spec.num_kv_heads,
+                head_dim=spec.head_dim,
+            )
+            for index, segments in enumerate(encoded, start=first)
+        ]
+
+    def settle(self, blocks: Sequence[SealedBlock]) -> None:
+        """Replace consecutive held blocks by what a reader of their sealed form gets."""
+        if self.method.codec.lossless or not blocks:
+            return
+        first = blocks[0].identity.first_position // BLOCK_TOKENS
+        wanted = self.method.wanted
+        self._write(
+            first,
+            [{s: Frame.open(f) for s, f in b.frames.items() if s in wanted} for b in blocks],
+        )
+
+    @property
+    def _rope(self) -> RopeForm:
+        if self.model.spec.rope == "none":
+            return RopeForm.ROPE_FORM_NONE
+        return self.method.codec.rope
+
+    @property
+    def _num_stored_layers(self) -> int:
+        return self.model.spec.num_layers - self.method.codec.first_layer
+
+    def _usable(self, index: int, frames: FrameSet) -> dict[Stratum, Frame]:
+        identity = self.identity(index)
+        chosen = usable(
+            frames,
+            identity,
+            self.method.codec,
+            num_layers=self._num_stored_layers,
+            finest=self.method.finest,
+        )
+        if tuple(chosen) != self.method.wanted:
+            raise UnusableBlockError("stratum_absent")
+        header = next(iter(chosen.values())).header
+        spec = self.model.spec
+        if (header.rope, header.kv_dtype, header.num_kv_heads, header.head_dim) != (
+            self._rope,
+            dtype_name(spec.dtype),
+            spec.num_kv_heads,
+            spec.head_dim,
+        ):
+            raise UnusableBlockError("foreign")
+        return chosen
+
+    def _load_singly(self, first: int, chosen: Sequence[FrameSet]) -> Loaded:
+        for count, frames in enumerate(chosen):
+            try:
+                self._write(first + count, [frames])
+            except CorruptFrameError:
+                return Loaded(count, "corrupt")
+        return Loaded(len(chosen), None)
+
+    def _write(self, first: int, blocks: Sequence[FrameSet]) -> None:
+        codec, spec = self.method.codec, self.model.spec
+        begin, end = first * BLOCK_TOKENS, (first + len(blocks)) * BLOCK_TOKENS
+        shape = BlockShape(spec.num_kv_heads, spec.head_dim, spec.dtype)
+        decoded = [codec.decode(list(group), shape) for _, group in groupby(blocks, key=sorted)]
+        keys = torch.cat([k for k, _ in decoded], 2).flatten(2, 3)
+        values = torch.cat([v for _, v in decoded], 2).flatten(2, 3)
+        if self._rope is RopeForm.ROPE_FORM_PRE:
+            keys = self.model.rotate(keys, begin)
+        if codec.first_layer:
+            k0, v0 = self.model.first_layer_kv(self.token_ids[begin:end], begin)
+            self.cache.write(begin, k0[None], v0[None], layers=slice(0, 1))
+        self.cache.write(begin, keys, values, layers=slice(codec.first_layer, None))
+
+    def _saliency(self, begin: int, end: int) -> torch.Tensor:
+        """Return float32 (L, n): mean over heads; 0 where no probe query has passed."""
+        queries, positions = self.cache.probes()
+        layers = self._num_stored_layers
+        if not len(positions):
+            return torch.zeros(layers, end - begin)
+        keys = self.cache.read(0, int(positions[-1]) + 1)[0]
+        scores = saliency(queries, positions, keys, self.model.attention_scaling)
+        tags = torch.zeros(layers, end - begin)
+        seen = scores[self.method.codec.first_layer :, :, begin:end].mean(1).cpu()
+        tags[:, : seen.shape[1]] = seen
+        return tags
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "float32", "bfloat16" or "float16"."""
+    return str(dtype).removeprefix("torch.")

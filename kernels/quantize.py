@@ -1,0 +1,108 @@
+"""Nested 4-bit quantisers: the high 2 bits alone are a valid 2-bit code of the same value.
+
+``BASE`` reads use the high bits and the centre of their cell, ``BASE + MID`` reads use all four.
+
+Legend: T tokens of a block, D head_dim.
+"""
+
+import torch
+
+# Lloyd-Max quantiser of a unit Gaussian with 4 cells, each split into 4 by Lloyd-Max inside the cell.
+GAUSSIAN_THRESHOLDS = (
+    -2.323097, -1.751958, -1.332665, -0.981599, -0.718561, -0.471341, -0.233483, 0.0,
+    0.233483, 0.471341, 0.718561, 0.981599, 1.332665, 1.751958, 2.323097,
+)  # fmt: skip
+GAUSSIAN_LEVELS = (
+    -2.662278, -1.983916, -1.520001, -1.145328, -0.845194, -0.591928, -0.350754, -0.116212,
+    0.116212, 0.350754, 0.591928, 0.845194, 1.145328, 1.520001, 1.983916, 2.662278,
+)  # fmt: skip
+GAUSSIAN_BASE_LEVELS = (-1.510418, -0.45278, 0.45278, 1.510418)
+
+_TINY = 2.0**-24  # the smallest positive fp16: a scale is never zero
+
+
+def quantize_channels(
+    keys: torch.Tensor, skipped: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return 4-bit codes of ``keys`` with one minimum and step per channel and group of tokens.
+
+    The parameters are rounded to fp16 before the codes are taken, so reading repeats them exactly:
+    value = minimum + step * code, error at most step / 2 inside the range.
+
+    Args:
+        keys: float32 (..., T, D); one group per leading index.
+        skipped: bool (..., T), tokens that do not widen the range; their codes mean nothing.
+
+    Returns:
+        Codes uint8 (..., T, D), minima fp16 (..., D), steps fp16 (..., D).
+
+    Raises:
+        ValueError: A value does not fit fp16's range.
+
+    Source:
+        KIVI, arXiv:2402.02750, section 3: keys per channel, because their outliers live in channels.
+    """
+    hidden = skipped[..., None]
+    low = keys.masked_fill(hidden, float("inf")).amin(-2)
+    high = keys.masked_fill(hidden, float("-inf")).amax(-2)
+    empty = low > high
+    low, high = low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
+    minimum = low.half()
+    step = ((high - minimum.float()) / 15).clamp_min(_TINY).half()
+    if not (torch.isfinite(minimum).all() and torch.isfinite(step).all()):
+        raise ValueError("keys are not finite or exceed the range of fp16")
+    scaled = (keys - minimum.float()[..., None, :]) / step.float()[..., None, :]
+    return scaled.round_().clamp_(0, 15).to(torch.uint8), minimum, step
+
+
+def dequantize_channels(
+    codes: torch.Tensor, minimum: torch.Tensor, step: torch.Tensor
+) -> torch.Tensor:
+    """Return float32 (..., T, D) of 4-bit codes and their fp16 (..., D) parameters."""
+    values = codes.float()
+    return values.mul_(step.float()[..., None, :]).add_(minimum.float()[..., None, :])
+
+
+def dequantize_channels_base(
+    codes: torch.Tensor, minimum: torch.Tensor, step: torch.Tensor
+) -> torch.Tensor:
+    """Return float32 (..., T, D) of the high 2 bits alone: the centre of the four fine values."""
+    wide = step.float()
+    return codes.float().mul_(4 * wide[..., None, :]).add_((minimum.float() + 1.5 * wide)[..., None, :])
+
+
+def quantize_gaussian(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return nested Lloyd-Max codes of ``values`` and each token's root mean square.
+
+    Args:
+        values: float32 (..., D), roughly Gaussian along D, as after a Hadamard transform.
+
+    Returns:
+        Codes uint8 (..., D) in 0..15, scales fp16 (...).
+
+    Raises:
+        ValueError: A value is not finite or exceeds the range of fp16.
+    """
+    scale = values.square().mean(-1).sqrt().clamp_min(_TINY).half()
+    if not torch.isfinite(scale).all():
+        raise ValueError("values are not finite or exceed the range of fp16")
+    unit = values / scale.float()[..., None]
+    return torch.bucketize(unit, torch.tensor(GAUSSIAN_THRESHOLDS)).to(torch.uint8), scale
+
+
+def dequantize_gaussian(
+    codes: torch.Tensor, scale: torch.Tensor, levels: tuple[float, ...] = GAUSSIAN_LEVELS
+) -> torch.Tensor:
+    """Return float32 (..., D) of codes into ``levels`` and their scales (...)."""
+    return torch.tensor(levels)[codes.int()].mul_(scale.float()[..., None])
+
+
+def quantize_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int8 codes of ``values`` (..., D) and bf16 scales (...), absmax / 127 per token."""
+    scale = (values.abs().amax(-1) / 127).clamp_min(_TINY).bfloat16()
+    return (values / scale.float()[..., None]).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def dequantize_int8(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return float32 (..., D) of int8 codes and bf16 scales (...)."""
+    return codes.float().mul_(scale.float()[..., None])

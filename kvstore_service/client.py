@@ -1,0 +1,284 @@
+"""The store's asynchronous client: how prefill and decode nodes publish and fetch blocks."""
+
+import contextlib
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from kvstrata.kvstore_service.data_codec import decode_get_reply, encode_put_request
+from kvstrata.kvstore_service.frame_assembly import FrameAssembly
+from kvstrata.kvstore_service.wire import key_message, key_of, size_messages, stratum_enum
+from kvstrata.protos import kvstore_pb2 as pb
+from kvstrata.protos.errors import CorruptFrameError, UnavailableError, from_rpc_error
+from kvstrata.protos.frame import Frame
+from kvstrata.protos.identity import BlockHash, BlockKey, ScopeDigest
+from kvstrata.protos.kvstore_pb2_grpc import KVStoreStub
+from kvstrata.protos.service import CALL_METADATA, CHUNK_BYTES, open_channel
+
+Blocks = Iterable[tuple[BlockKey, Mapping[int, bytes]]]
+AsyncBlocks = AsyncIterable[tuple[BlockKey, Mapping[int, bytes]]]
+
+
+@dataclass(frozen=True, slots=True)
+class FoundBlock:
+    """One block of a run: its strata, their bytes in all, and the nearest tier that holds it."""
+
+    strata: tuple[int, ...]
+    num_bytes: int
+    tier: str
+
+
+@dataclass(frozen=True, slots=True)
+class LookupResult:
+    """The longest run of committed blocks; may be longer if ``degraded``: a tier was silent."""
+
+    blocks: tuple[FoundBlock, ...]
+    degraded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PutOutcome:
+    """What became of one block.
+
+    Attributes:
+        key: The block.
+        outcome: "committed", "exists" or "rejected".
+        reason: Why it was rejected, or which tier it did not reach.
+        tiers: Tiers that hold it now.
+    """
+
+    key: BlockKey
+    outcome: str
+    reason: str
+    tiers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedStratum:
+    """One stratum of one wanted block, or why it is missing.
+
+    Attributes:
+        index: Into the hashes asked for.
+        stratum: Which one.
+        frame: Header verified; a segment is verified when it is taken. None on a miss.
+        miss: Why there is no frame; empty when there is one.
+        tier: Where the store found it.
+        num_bytes: Bytes received.
+    """
+
+    index: int
+    stratum: int
+    frame: Frame | None
+    miss: str = ""
+    tier: str = ""
+    num_bytes: int = 0
+
+
+class StoreClient:
+    """A connection to one store. Every call has a deadline and raises only ``KVStrataError``.
+
+    Args:
+        address: ``host:port``.
+        timeout_s: Deadline of each call; ``put`` and ``get`` take their own.
+        max_frame_bytes: A frame announced larger than this is refused before anything is allocated.
+    """
+
+    def __init__(
+        self, address: str, timeout_s: float = 10.0, *, max_frame_bytes: int = 256 << 20
+    ) -> None:
+        self.address = address
+        self._timeout_s = timeout_s
+        self._max_frame_bytes = max_frame_bytes
+        self._channel = open_channel(address)
+        self._stub: Any = KVStoreStub(self._channel)  # type: ignore[no-untyped-call]
+        self._put: Any = self._channel.stream_stream(
+            "/kvstrata.v1.KVStore/Put",
+            request_serializer=encode_put_request,
+            response_deserializer=pb.PutReply.FromString,
+        )
+        self._get: Any = self._channel.unary_stream(
+            "/kvstrata.v1.KVStore/Get",
+            request_serializer=pb.GetRequest.SerializeToString,
+            response_deserializer=decode_get_reply,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection. Idempotent."""
+        await self._channel.close()
+
+    async def lookup(self, scope: ScopeDigest, hashes: Sequence[BlockHash]) -> LookupResult:
+        """Return the longest run of committed blocks from the first hash on."""
+        reply = await self._call(
+            self._stub.Lookup, pb.LookupRequest(scope=scope, block_hashes=b"".join(hashes))
+        )
+        blocks = (FoundBlock(tuple(b.strata), b.bytes, b.tier) for b in reply.blocks)
+        return LookupResult(tuple(blocks), reply.degraded)
+
+    async def put(
+        self, blocks: Blocks | AsyncBlocks, *, timeout_s: float | None = None
+    ) -> list[PutOutcome]:
+        """Publish blocks on one stream, without waiting for one before sending the next.
+
+        Returns one outcome a block, in order. If it raises, blocks may have been committed: putting
+        them again is harmless. An error of ``blocks`` itself ends the stream and is raised.
+        """
+        failures: list[Exception] = []
+        sent: list[BlockKey] = []
+
+        async def requests() -> AsyncIterator[pb.PutRequest | memoryview]:
+            try:
+                async for key, frames in _iterate(blocks):
+                    sent.append(key)
+                    for request in _put_requests(key, frames):
+                        yield request
+            except Exception as error:
+                failures.append(error)
+                call.cancel()
+
+        call = self._put(requests(), timeout=timeout_s or self._timeout_s, metadata=CALL_METADATA)
+        outcomes = [_outcome(reply) async for reply in self._replies(call, failures)]
+        if failures:
+            raise failures[0]
+        if len(outcomes) != len(sent):
+            raise UnavailableError(
+                f"{self.address} answered {len(outcomes)} of {len(sent)} blocks", "put them again"
+            )
+        return outcomes
+
+    async def get(
+        self,
+        scope: ScopeDigest,
+        hashes: Sequence[BlockHash],
+        strata: Sequence[int],
+        *,
+        layers: tuple[int, int] | None = None,
+        wait_ms: int = 0,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[FetchedStratum, None]:
+        """Yield every wanted stratum of every block, in request order, as it arrives.
+
+        Close the iterator early (``contextlib.aclosing``) to stop the transfer.
+
+        Args:
+            scope: Whose blocks.
+            hashes: Which blocks.
+            strata: Which strata, in the order to receive them.
+            layers: Half-open range of layers; all without it.
+            wait_ms: How long the store may hold the answer for a block that is not committed yet.
+            timeout_s: Deadline of the whole call, ``wait_ms`` comes on top.
+        """
+        first_layer, last_layer = layers or (0, 0)
+        request = pb.GetRequest(
+            scope=scope,
+            block_hashes=b"".join(hashes),
+            strata=map(stratum_enum, strata),
+            first_layer=first_layer,
+            last_layer=last_layer,
+            wait_ms=wait_ms,
+        )
+        deadline_s = (timeout_s or self._timeout_s) + wait_ms / 1000
+        call = self._get(request, timeout=deadline_s, metadata=CALL_METADATA)
+        assembly: FrameAssembly | None = None
+        async with contextlib.aclosing(self._replies(call)) as replies:
+            async for reply, data in replies:
+                if reply.HasField("miss"):
+                    yield FetchedStratum(reply.index, reply.stratum, None, reply.miss.reason)
+                    assembly = None
+                    continue
+                assembly = assembly or FrameAssembly(reply.frame_bytes, self._max_frame_bytes)
+                assembly.add(reply.offset, data)
+                if reply.last:
+                    key = BlockKey(scope, hashes[reply.index])
+                    yield _fetched(reply, key, assembly)
+                    assembly = None
+
+    async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
+        """Exempt blocks from eviction for ``ttl_s`` or the store's limit; return the absent."""
+        request = pb.PinRequest(keys=map(key_message, keys), ttl_ms=int(ttl_s * 1000))
+        reply = await self._call(self._stub.Pin, request)
+        return [key_of(message) for message in reply.missing]
+
+    async def unpin(self, keys: Sequence[BlockKey]) -> None:
+        """End pins early. Idempotent."""
+        await self._call(self._stub.Unpin, pb.UnpinRequest(keys=map(key_message, keys)))
+
+    async def delete(self, keys: Sequence[BlockKey]) -> int:
+        """Forget blocks in every tier, pinned or not; return how many there were. Idempotent."""
+        reply = await self._call(self._stub.Delete, pb.DeleteRequest(keys=map(key_message, keys)))
+        return int(reply.deleted)
+
+    async def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return await method(request, timeout=self._timeout_s, metadata=CALL_METADATA)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.address) from error
+
+    async def _replies(
+        self, call: Any, failures: Sequence[Exception] = ()
+    ) -> AsyncGenerator[Any, None]:
+        try:
+            async for reply in call:
+                yield reply
+        except grpc.RpcError as error:
+            if not failures:
+                raise from_rpc_error(error, self.address) from error
+        finally:
+            call.cancel()
+
+
+async def _iterate(
+    blocks: Blocks | AsyncBlocks,
+) -> AsyncIterator[tuple[BlockKey, Mapping[int, bytes]]]:
+    if isinstance(blocks, AsyncIterable):
+        async for block in blocks:
+            yield block
+    else:
+        for block in blocks:
+            yield block
+
+
+def _put_requests(
+    key: BlockKey, frames: Mapping[int, bytes]
+) -> Iterable[pb.PutRequest | memoryview]:
+    sizes = size_messages({stratum: len(frame) for stratum, frame in frames.items()})
+    yield pb.PutRequest(open=pb.PutOpen(key=key_message(key), strata=sizes))
+    for frame in frames.values():
+        view = memoryview(frame)
+        for first in range(0, len(frame), CHUNK_BYTES):
+            yield view[first : first + CHUNK_BYTES]
+
+
+def _outcome(reply: pb.PutReply) -> PutOutcome:
+    name = pb.PutOutcome.Name(reply.outcome).removeprefix("PUT_OUTCOME_").lower()
+    return PutOutcome(key_of(reply.key), name, reply.reason, tuple(reply.tiers))
+
+
+def _fetched(reply: pb.GetReply, key: BlockKey, assembly: FrameAssembly) -> FetchedStratum:
+    try:
+        frame = assembly.finish(key, reply.stratum)
+    except CorruptFrameError:
+        return FetchedStratum(reply.index, reply.stratum, None, "corrupt", reply.tier)
+    return FetchedStratum(
+        reply.index, reply.stratum, frame, tier=reply.tier, num_bytes=assembly.num_bytes
+    )

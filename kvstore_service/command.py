@@ -1,0 +1,96 @@
+"""The ``store`` command: one store process, until it is told to stop."""
+
+import asyncio
+import json
+import logging
+import re
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from kvstrata.kvstore_service.config import StoreConfig
+from kvstrata.kvstore_service.server import start_store
+from kvstrata.protos.errors import ConfigurationError, KVStrataError
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as ``2GiB``, ``512M`` or ``1048576``, in powers of 1024.
+
+    >>> parse_size("2GiB")
+    2147483648
+
+    Raises:
+        ConfigurationError: Not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise ConfigurationError(f"not a size: {text[:40]!r}", "write it like 512MiB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def main(
+    listen: Annotated[
+        str, typer.Option(help="host:port; port 0 takes a free one.")
+    ] = "127.0.0.1:0",
+    dram: Annotated[str, typer.Option(help="Bound of the dram tier, such as 2GiB.")] = "1GiB",
+    redis_url: Annotated[
+        str,
+        typer.Option(
+            envvar="KVSTRATA_REDIS_URL",
+            show_envvar=True,
+            help="Shared tier. Prefer the environment variable: command lines are visible.",
+        ),
+    ] = "",
+    redis_bytes: Annotated[str, typer.Option(help="Bound of the shared tier.")] = "4GiB",
+    ttl_s: Annotated[
+        float, typer.Option(help="How long an unused block stays in Redis.")
+    ] = 86_400.0,
+    drain_s: Annotated[
+        float, typer.Option(help="How long stopping waits for running calls.")
+    ] = 10.0,
+    log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
+) -> None:
+    """Run a store until SIGTERM or SIGINT. One JSON line says when it serves; logs go to stderr."""
+    _configure_logging(log_level)
+    try:
+        config = StoreConfig(
+            listen=listen,
+            dram_bytes=parse_size(dram),
+            redis_url=redis_url or None,
+            redis_bytes=parse_size(redis_bytes),
+            ttl_s=ttl_s,
+            drain_s=drain_s,
+        )
+        asyncio.run(serve_until_stopped(config))
+    except KVStrataError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.remedy:
+            print(f"remedy: {error.remedy}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+async def serve_until_stopped(config: StoreConfig) -> None:
+    """Serve until a signal, then stop gracefully; a second signal does not hurry it."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    running = await start_store(config)
+    print(json.dumps({"event": "ready", "address": running.address}), flush=True)
+    await stopping.wait()
+    await running.stop(config.drain_s)
+
+
+def _configure_logging(level: str) -> None:
+    if level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        print(f"error: unknown log level {level[:20]!r}", file=sys.stderr)
+        raise typer.Exit(2)
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )

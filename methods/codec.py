@@ -1,0 +1,92 @@
+"""What a block codec is: tensors to strata and back, many blocks at once.
+
+Legend: L stored layers, H KV heads, N blocks, T block tokens (64), D head_dim.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from kvstrata.protos.frame import Buffer, Frame
+from kvstrata.protos.frame_pb2 import RopeForm, Stratum
+
+Segments = dict[Stratum, dict[int, Buffer]]
+
+
+@dataclass(frozen=True, slots=True)
+class KVBlocks:
+    """The KV of N consecutive blocks.
+
+    Attributes:
+        keys: (L, H, N, T, D), in the codec's rope form.
+        values: (L, H, N, T, D).
+        saliency: float32 (L, N, T), mean over heads, larger is more attended; 0 where unknown.
+        first_position: Position of the first token of the first block, a multiple of T.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    saliency: torch.Tensor
+    first_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """What a decoder must know of the model: heads, head_dim and the cache's dtype."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+
+class BlockCodec(Protocol):
+    """Turns blocks into strata and back.
+
+    Blocks are independent: a block decodes without any other. Encoding is deterministic.
+    """
+
+    name: str
+    version: int
+    lossless: bool  # whether decoding returns the very bytes that were encoded
+    rope: RopeForm  # the form in which keys are handed in; PRE falls back to NONE for unrotated models
+    first_layer: int  # layers before it are not stored, but recomputed from token ids
+    strata: tuple[Stratum, ...]  # what a complete writing holds, coarsest first
+
+    def settings(self) -> str:
+        """Return the canonical text of every setting that changes the bytes; part of the cache scope."""
+        ...
+
+    def encode(self, blocks: KVBlocks) -> list[Segments]:
+        """Return each block's segments, keyed by stratum and by layer counted from ``first_layer``.
+
+        Raises:
+            ValueError: The tensors hold values that this codec cannot represent.
+        """
+        ...
+
+    def decode(
+        self, frames: Sequence[Mapping[Stratum, Frame]], shape: BlockShape
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values (L, H, N, T, D) in ``shape.dtype`` of N blocks holding equal strata.
+
+        Raises:
+            CorruptFrameError: A segment's checksum or size is off.
+        """
+        ...
+
+
+def readable(strata: set[Stratum]) -> tuple[Stratum, ...]:
+    """Return the best valid subset of ``strata`` to read; empty if there is none.
+
+    EXACT alone wins; else BASE with MID and FINE as far as they are consecutive.
+    """
+    if Stratum.STRATUM_EXACT in strata:
+        return (Stratum.STRATUM_EXACT,)
+    chosen: list[Stratum] = []
+    for stratum in (Stratum.STRATUM_BASE, Stratum.STRATUM_MID, Stratum.STRATUM_FINE):
+        if stratum not in strata:
+            break
+        chosen.append(stratum)
+    return tuple(chosen)

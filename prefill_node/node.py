@@ -1,0 +1,52 @@
+"""The prefill node: computes the KV of a prompt's full blocks and publishes them."""
+
+import logging
+
+from kvstrata.engine.sequence import RunningSequence
+from kvstrata.prefill_node.prefill import compute_blocks, load_cached, num_prompt_blocks
+from kvstrata.prefill_node.task import Task
+from kvstrata.prefill_node.worker import Worker, WorkerConfig, WorkerInfo
+from kvstrata.protos.report import ReportClock
+
+logger = logging.getLogger(__name__)
+
+
+class PrefillNode:
+    """One prefill worker. Ray Serve runs it as a deployment; tests run it directly."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._worker = Worker(config)
+
+    async def info(self) -> WorkerInfo:
+        """Return what this node serves."""
+        return self._worker.info()
+
+    async def prefill(self, task: Task) -> bytes:
+        """Make sure that every full block of the prompt is in the store.
+
+        Blocks on top of a prefix that was read below its stored precision are computed by nobody here:
+        they could not be stored, so the decode node computes them for itself.
+
+        Returns:
+            The serialised ``CacheReport`` of this node's part. Blocks that could not be published are
+            in it as recomputes, not raised.
+
+        Raises:
+            DeadlineError: The task's deadline passed.
+        """
+        clock = ReportClock("prefill")
+        worker = self._worker
+        sequence = RunningSequence(
+            worker.model, task.method, task.prompt_ids, salt=task.salt
+        )
+        num_blocks = num_prompt_blocks(len(task.prompt_ids))
+        if sequence.committable:
+            await load_cached(worker, sequence, min(task.expected_blocks, num_blocks), task, clock)
+            sealed = await compute_blocks(worker, sequence, num_blocks, task, clock)
+            await worker.publish(sealed, clock)
+        clock.unencodable(sequence.num_unencodable)
+        logger.info(
+            "prefilled",
+            extra={"request_id": task.request_id, "committed": clock.report.committed_blocks},
+        )
+        return clock.report.SerializeToString()

@@ -1,0 +1,56 @@
+"""From token ids to blocks in the cache and in the store: fetch what is there, compute the rest."""
+
+from kvstrata.engine.sequence import RunningSequence
+from kvstrata.methods.framing import SealedBlock
+from kvstrata.prefill_node.task import Task
+from kvstrata.prefill_node.worker import Worker
+from kvstrata.protos.identity import BLOCK_TOKENS
+from kvstrata.protos.report import ReportClock
+
+
+def num_prompt_blocks(num_tokens: int) -> int:
+    """Return how many full blocks of a prompt are prefilled and shared.
+
+    The last token is never among them: its logits are needed, so it is run by the decode node.
+    """
+    return max(0, num_tokens - 1) // BLOCK_TOKENS
+
+
+async def load_cached(
+    worker: Worker, sequence: RunningSequence, num_blocks: int, task: Task, clock: ReportClock
+) -> None:
+    """Fetch and decode as many of the first ``num_blocks`` blocks as the store serves.
+
+    A block that was expected there and is missing, late or bad is counted with its reason.
+    """
+    if not num_blocks:
+        return
+    fetched, reason = await worker.fetch(
+        sequence.scope, sequence.hashes[:num_blocks], sequence.method.wanted, clock
+    )
+    if fetched:
+        with clock.stage("decompress"):
+            loaded = await worker.run(sequence.load, fetched)
+        reason = loaded.reason or reason
+    missing = min(task.expected_blocks, num_blocks) - sequence.num_blocks_held
+    if missing > 0:
+        clock.recompute(reason or "absent", missing * BLOCK_TOKENS)
+
+
+async def compute_blocks(
+    worker: Worker, sequence: RunningSequence, num_blocks: int, task: Task, clock: ReportClock
+) -> list[SealedBlock]:
+    """Compute the blocks up to ``num_blocks`` that the cache lacks, and return them sealed.
+
+    Raises:
+        DeadlineError: The task's deadline passed between two chunks.
+    """
+    first = sequence.num_blocks_held
+    if first >= num_blocks:
+        return []
+    with clock.stage("prefill"):
+        chunks = sequence.compute(num_blocks * BLOCK_TOKENS)
+        while await worker.run(next, chunks, 0):
+            _ = task.remaining_s
+    with clock.stage("compress"):
+        return await worker.run(sequence.seal, first, num_blocks)

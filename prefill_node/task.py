@@ -1,0 +1,48 @@
+"""What the gateway asks of a node."""
+
+import time
+from dataclasses import dataclass
+
+from kvstrata.engine.sampling import SamplingParams
+from kvstrata.methods.presets import Method
+from kvstrata.protos.errors import DeadlineError
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One request, or what is left of it after a worker died.
+
+    Attributes:
+        request_id: For logs.
+        prompt_ids: The prompt.
+        method: What happens to its KV.
+        sampling: How to go on; unused by a prefill node.
+        salt: The tenant's secret part of the cache scope.
+        expected_blocks: Blocks that are in the store by all the gateway knows; a miss among them is
+            counted with its reason, computing the others is plain work.
+        generated_ids: Tokens already delivered; they are replayed, not delivered again.
+        deadline_unix_s: Wall-clock time after which nobody waits for the answer.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    method: Method
+    sampling: SamplingParams
+    deadline_unix_s: float
+    salt: bytes = b""
+    expected_blocks: int = 0
+    generated_ids: tuple[int, ...] = ()
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until the deadline.
+
+        Raises:
+            DeadlineError: It is over.
+        """
+        remaining = self.deadline_unix_s - time.time()
+        if remaining <= 0:
+            raise DeadlineError(
+                "the request's deadline is over", "raise the timeout or ask for fewer tokens"
+            )
+        return remaining

@@ -1,0 +1,163 @@
+"""What prefill and decode nodes have in common: a model, one compute thread, and a way to the store."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from kvstrata.engine.model import Model
+from kvstrata.engine.sequence import dtype_name
+from kvstrata.kvstore_service.client import StoreClient
+from kvstrata.methods.framing import SealedBlock
+from kvstrata.protos.errors import DeadlineError, KVStrataError
+from kvstrata.protos.frame import Frame
+from kvstrata.protos.frame_pb2 import Stratum
+from kvstrata.protos.identity import BlockHash, ScopeDigest
+from kvstrata.protos.report import ReportClock
+
+P = ParamSpec("P")
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """How a node starts.
+
+    Attributes:
+        store_address: Of the store's gRPC server.
+        model: Folder, hub id, or None for the default model.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        num_threads: CPU threads for the model; 0 is all cores.
+        store_timeout_s: Longest wait for one exchange with the store before computing instead.
+    """
+
+    store_address: str
+    model: str | None = None
+    dtype: str = "auto"
+    num_threads: int = 0
+    store_timeout_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """What the gateway must know of the model to name blocks and check requests."""
+
+    model: str
+    fingerprint: bytes
+    kv_dtype: str
+    max_positions: int
+    vocab_size: int
+    kv_bytes_per_token_bf16: int
+    pid: int
+
+
+class Worker:
+    """A loaded model and a store client. Compute runs in one thread, in the order asked for."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
+        self.config = config
+        self.model = Model.load(config.model, dtype=config.dtype)
+        self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._store: StoreClient | None = None
+
+    @property
+    def store(self) -> StoreClient:
+        """The store client; made on first use, because it belongs to the running event loop."""
+        if self._store is None:
+            self._store = StoreClient(
+                self.config.store_address, timeout_s=self.config.store_timeout_s
+            )
+        return self._store
+
+    def info(self) -> WorkerInfo:
+        """Return what this worker serves."""
+        spec = self.model.spec
+        return WorkerInfo(
+            model=self.model.name,
+            fingerprint=self.model.fingerprint,
+            kv_dtype=dtype_name(spec.dtype),
+            max_positions=spec.max_positions,
+            vocab_size=spec.vocab_size,
+            kv_bytes_per_token_bf16=spec.kv_bytes_per_token_bf16,
+            pid=os.getpid(),
+        )
+
+    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run ``call`` in the compute thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._compute, lambda: call(*args, **kwargs))
+
+    async def fetch(
+        self,
+        scope: ScopeDigest,
+        hashes: Sequence[BlockHash],
+        strata: Sequence[Stratum],
+        clock: ReportClock,
+    ) -> tuple[list[dict[Stratum, Frame]], str | None]:
+        """Return the strata of the longest run of blocks that the store serves.
+
+        Never raises for a store that is gone, slow or wrong: the run is then shorter, and the second
+        value says why.
+        """
+        blocks: list[dict[Stratum, Frame]] = [{} for _ in hashes]
+        reasons: dict[int, str] = {}
+        tiers: set[str] = set()
+        failure = None
+        with clock.stage("fetch"):
+            try:
+                async for piece in self.store.get(scope, hashes, strata):
+                    if piece.frame is None:
+                        reasons.setdefault(piece.index, piece.miss)
+                        continue
+                    blocks[piece.index][Stratum.ValueType(piece.stratum)] = piece.frame
+                    clock.report.bytes_fetched += piece.num_bytes
+                    tiers.add(piece.tier)
+            except KVStrataError as error:
+                failure = store_failure(error)
+                logger.warning("fetch failed", extra={"reason": failure, "error": str(error)})
+        run = 0
+        while run < len(blocks) and len(blocks[run]) == len(strata):
+            run += 1
+        if tiers:
+            clock.report.tier = max(tiers, key=TIER_ORDER.index)
+        return blocks[:run], (reasons.get(run) or failure) if run < len(hashes) else None
+
+    async def publish(self, blocks: Sequence[SealedBlock], clock: ReportClock) -> None:
+        """Put sealed blocks into the store. Failing to is counted, and no error: they can be recomputed."""
+        if not blocks:
+            return
+        with clock.stage("ship"):
+            try:
+                results = await self.store.put((b.identity.key, b.frames) for b in blocks)
+            except KVStrataError as error:
+                reason = store_failure(error)
+                logger.warning("publish failed", extra={"reason": reason, "error": str(error)})
+                clock.recompute(f"unpublished_{reason}", 0)
+                return
+        for block, result in zip(blocks, results, strict=True):
+            if result.outcome != "rejected":
+                clock.report.bytes_published += block.num_bytes
+                clock.report.committed_blocks += 1
+            else:
+                clock.recompute(f"unpublished_{result.reason}", 0)
+
+    async def close(self) -> None:
+        """Release the thread and the connection."""
+        if self._store is not None:
+            await self._store.close()
+        self._compute.shutdown(wait=False, cancel_futures=True)
+
+
+TIER_ORDER = ("dram", "redis", "ssd", "object", "")
+
+
+def store_failure(error: KVStrataError) -> str:
+    """Return the counter label of a failed exchange with the store."""
+    return "store_timeout" if isinstance(error, DeadlineError) else "store_unavailable"

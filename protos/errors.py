@@ -1,0 +1,218 @@
+"""The error tree. Every error has one gRPC status, a reason, and a remedy the user can act on.
+
+* KVStrataError
+  - InvalidRequestError         INVALID_ARGUMENT
+    . EmptyPromptError
+    . InvalidTokenError
+    . MalformedMessageError
+    . LimitError
+  - PromptTooLongError          OUT_OF_RANGE
+  - NotFoundError               NOT_FOUND
+    . UnknownPresetError
+    . UnknownModelError
+    . BlockNotFoundError
+  - ProtocolVersionError        FAILED_PRECONDITION
+  - ConfigurationError          FAILED_PRECONDITION   raised at start-up: bad URL, occupied port
+  - MessageTooLargeError        RESOURCE_EXHAUSTED
+  - CapacityError               RESOURCE_EXHAUSTED
+  - UnavailableError            UNAVAILABLE           a peer cannot be reached
+    . DrainingError
+  - DeadlineError               DEADLINE_EXCEEDED
+  - CorruptFrameError           DATA_LOSS
+  - InternalError               INTERNAL              a defect of ours
+
+On the wire an error is a ``google.rpc.Status`` with one ``google.rpc.ErrorInfo`` detail: ``reason`` is the
+class name, ``domain`` is "kvstrata", ``metadata["remedy"]`` says what to do.
+"""
+
+from typing import ClassVar
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+DOMAIN = "kvstrata"
+
+
+class KVStrataError(Exception):
+    """Base of everything this project raises for its users.
+
+    Args:
+        message: What was wrong, naming the value.
+        remedy: What to do about it.
+        metadata: Further fields for machines.
+    """
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
+
+    def __init__(self, message: str, remedy: str = "", **metadata: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+        self.metadata = metadata
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.remedy})" if self.remedy else self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.message, self.remedy, self.metadata))
+
+
+def _rebuild(
+    kind: type[KVStrataError], message: str, remedy: str, metadata: dict[str, str]
+) -> KVStrataError:
+    return kind(message, remedy, **metadata)
+
+
+class InvalidRequestError(KVStrataError):
+    """A request that no state of the service could answer."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class EmptyPromptError(InvalidRequestError):
+    """A prompt without a token."""
+
+
+class InvalidTokenError(InvalidRequestError):
+    """A token id outside the vocabulary."""
+
+
+class MalformedMessageError(InvalidRequestError):
+    """Bytes that are no valid message of the contract, such as invalid UTF-8."""
+
+
+class LimitError(InvalidRequestError):
+    """A number outside its range."""
+
+
+class PromptTooLongError(KVStrataError):
+    """Prompt and wanted tokens exceed the model's context."""
+
+    code = grpc.StatusCode.OUT_OF_RANGE
+
+
+class NotFoundError(KVStrataError):
+    """A name that names nothing here."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class UnknownPresetError(NotFoundError):
+    """A preset or codec that does not exist."""
+
+
+class UnknownModelError(NotFoundError):
+    """A model that is not served here, or a folder that holds none."""
+
+
+class BlockNotFoundError(NotFoundError):
+    """A block that no tier holds."""
+
+
+class ProtocolVersionError(KVStrataError):
+    """Client and server speak different versions of the contract."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class ConfigurationError(KVStrataError):
+    """A setting with which the process cannot start."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class MessageTooLargeError(KVStrataError):
+    """A message beyond the server's size limit."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class CapacityError(KVStrataError):
+    """No room or no slot at present; trying again later may succeed."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class UnavailableError(KVStrataError):
+    """A peer that cannot be reached."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class DrainingError(UnavailableError):
+    """The process is shutting down and takes no new work."""
+
+
+class DeadlineError(KVStrataError):
+    """The time limit was over first."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class CorruptFrameError(KVStrataError):
+    """Bytes that fail their checksum or break the frame layout."""
+
+    code = grpc.StatusCode.DATA_LOSS
+
+
+class InternalError(KVStrataError):
+    """A defect of ours; the server's log has the traceback."""
+
+    code = grpc.StatusCode.INTERNAL
+
+
+def _tree(root: type[KVStrataError]) -> dict[str, type[KVStrataError]]:
+    found = {root.__name__: root}
+    for kind in root.__subclasses__():
+        found |= _tree(kind)
+    return found
+
+
+ERRORS: dict[str, type[KVStrataError]] = _tree(KVStrataError)
+# What a bare status means when no detail of ours came with it (sent by gRPC itself or by a proxy).
+_BY_STATUS: dict[grpc.StatusCode, type[KVStrataError]] = {
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: MessageTooLargeError,
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.OUT_OF_RANGE: PromptTooLongError,
+    grpc.StatusCode.UNIMPLEMENTED: ProtocolVersionError,
+    grpc.StatusCode.INTERNAL: InternalError,
+}
+_REMEDIES: dict[grpc.StatusCode, str] = {
+    grpc.StatusCode.UNAVAILABLE: "check the address and that the server runs",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "raise the timeout or ask for fewer tokens",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "send a smaller message",
+    grpc.StatusCode.UNIMPLEMENTED: "use a client and a server of the same version",
+}
+
+
+def to_status(error: KVStrataError) -> status_pb2.Status:
+    """Return ``error`` as the ``google.rpc.Status`` that goes over the wire."""
+    info = error_details_pb2.ErrorInfo(
+        reason=type(error).__name__,
+        domain=DOMAIN,
+        metadata={"remedy": error.remedy, **error.metadata},
+    )
+    detail = any_pb2.Any()
+    detail.Pack(info)
+    number = code_pb2.Code.Value(error.code.name)
+    return status_pb2.Status(code=number, message=error.message, details=[detail])
+
+
+def from_rpc_error(error: grpc.RpcError, peer: str = "") -> KVStrataError:
+    """Return the error of our tree that the server sent, or the nearest one for a bare status."""
+    status = rpc_status.from_call(error)
+    for detail in status.details if status is not None else ():
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info) and info.domain == DOMAIN and info.reason in ERRORS:
+            metadata = dict(info.metadata)
+            remedy = metadata.pop("remedy", "")
+            return ERRORS[info.reason](status.message, remedy, **metadata)
+    code: grpc.StatusCode = error.code()
+    kind = _BY_STATUS.get(code, InternalError)
+    where = f"{peer}: " if peer else ""
+    return kind(f"{where}{code.name}: {error.details() or 'no details'}", _REMEDIES.get(code, ""))

@@ -1,0 +1,54 @@
+"""Filling in a request's cache report while it runs."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from kvstrata.protos.identity import BLOCK_TOKENS
+from kvstrata.protos.inference_pb2 import CacheReport, StageTime
+
+
+class ReportClock:
+    """Adds stages and recomputes of one node to a ``CacheReport``.
+
+    Attributes:
+        report: What has been recorded so far; the owner may set its other fields directly.
+    """
+
+    def __init__(self, node: str) -> None:
+        self.node = node
+        self.report = CacheReport()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Record how long the body took, also when it raises."""
+        start, begin = time.time(), time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, start, time.perf_counter() - begin)
+
+    def add(self, name: str, start_unix_s: float, seconds: float) -> None:
+        """Record a stage that was timed elsewhere."""
+        self.report.stages.append(
+            StageTime(stage=name, node=self.node, start_unix_s=start_unix_s, seconds=seconds)
+        )
+
+    def recompute(self, reason: str, tokens: int) -> None:
+        """Record that ``tokens`` were computed although they should have come from the cache."""
+        self.report.recomputes.add(reason=reason, tokens=tokens)
+
+    def unencodable(self, num_blocks: int) -> None:
+        """Record blocks that the codec could not represent, so that they were not stored."""
+        if num_blocks:
+            self.report.recomputes.add(reason="unencodable", tokens=num_blocks * BLOCK_TOKENS)
+
+
+def merge_reports(into: CacheReport, other: CacheReport) -> None:
+    """Add ``other``'s stages, recomputes and byte counts to ``into``; other fields: the last one wins."""
+    fetched = into.bytes_fetched + other.bytes_fetched
+    published = into.bytes_published + other.bytes_published
+    committed = into.committed_blocks + other.committed_blocks
+    into.MergeFrom(other)
+    into.bytes_fetched, into.bytes_published = fetched, published
+    into.committed_blocks = committed
