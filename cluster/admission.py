@@ -1,4 +1,4 @@
-"""From a ``GenerateRequest`` to a checked ``Task``: everything that can be wrong with it is said here."""
+"""From a ``GenerateRequest`` to a checked ``Task``: all that can be wrong with it is said here."""
 
 import secrets
 import time
@@ -46,7 +46,8 @@ class Admission:
             remaining_s: The caller's own time limit, if it set one.
 
         Raises:
-            InvalidRequestError: Empty prompt, bad token id, bad chat message, a number out of range.
+            InvalidRequestError: Empty prompt, bad token id, bad chat message, a number out of
+                range.
             NotFoundError: No such preset, codec or model.
             PromptTooLongError: The prompt leaves no room for one token.
         """

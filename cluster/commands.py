@@ -19,7 +19,9 @@ def up(
     ),
     model: Annotated[str, typer.Option(help="Folder or hub id; default: SmolLM2-135M.")] = "",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    redis: Annotated[bool, typer.Option(help="Use Redis; without it the store has dram alone.")] = True,
+    redis: Annotated[
+        bool, typer.Option(help="Use Redis; without it the store has dram alone.")
+    ] = True,
     redis_url: Annotated[
         str,
         typer.Option(envvar=REDIS_VARIABLE, help="An existing Redis; default: start one."),
@@ -64,7 +66,7 @@ def gateway(
     prefill_workers: Annotated[int, typer.Option(help="Prefill workers to deploy.")] = 1,
     decode_workers: Annotated[int, typer.Option(help="Decode workers to deploy.")] = 1,
 ) -> None:
-    """Deploy the workers on a running Ray cluster, unless they are there, and serve a gateway to them."""
+    """Deploy the workers on a running Ray cluster, unless they are there, and serve a gateway."""
     from kvstrata.cluster.gateway_process import GatewayConfig, run_gateway
 
     config = GatewayConfig(

@@ -1,10 +1,10 @@
-"""The gateway: checks a request, routes it, and streams its tokens, whatever happens to the workers."""
+"""The gateway: checks a request, routes it, streams its tokens, whatever happens to the workers."""
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +51,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(  # noqa: N802
         self, request: GenerateRequest, context: Any
-    ) -> AsyncIterator[GenerateReply]:
+    ) -> AsyncGenerator[GenerateReply]:
         """See ``inference.proto``."""
         if self.draining:
             raise DrainingError("the gateway is shutting down", "send the request to another one")
@@ -90,7 +90,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
 
     async def _serve(
         self, task: Task, route: Route, clock: ReportClock
-    ) -> AsyncIterator[GenerateReply]:
+    ) -> AsyncGenerator[GenerateReply]:
         if route.failure:
             clock.recompute(route.failure, 0)
         task = replace(task, expected_blocks=route.cached_blocks)
@@ -102,7 +102,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
             yield reply
 
     async def _prefill(self, task: Task, route: Route, clock: ReportClock) -> Task:
-        """Have a prefill node publish the prompt's blocks; without one the decode node computes them."""
+        """Have a prefill node publish the prompt's blocks; else the decode node computes them."""
         try:
             report = await self._workers.prefill(task)
         except (WorkerLostError, UnavailableError) as error:
@@ -114,8 +114,8 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
             return replace(task, expected_blocks=route.num_blocks)
         return task
 
-    async def _decode(self, task: Task, clock: ReportClock) -> AsyncIterator[GenerateReply]:
-        """Stream a decode node's replies; when it dies, go on elsewhere from the last token delivered."""
+    async def _decode(self, task: Task, clock: ReportClock) -> AsyncGenerator[GenerateReply]:
+        """Stream a decode node's replies; when it dies, go on elsewhere from the last token."""
         delivered = list(task.generated_ids)
         for attempt in range(MAX_REPLAYS + 1):
             start = time.time()

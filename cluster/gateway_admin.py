@@ -1,4 +1,4 @@
-"""Admin at the gateway: the store's own answers, with the gateway's counters added to its statistics."""
+"""Admin at the gateway: the store's own answers, its statistics with our counters added."""
 
 import asyncio
 import time
@@ -30,7 +30,7 @@ class GatewayAdmin(admin_pb2_grpc.AdminServicer):
     ) -> None:
         self._gateway = gateway
         self._counters = counters
-        self._store: Any = admin_pb2_grpc.AdminStub(store)
+        self._store: Any = admin_pb2_grpc.AdminStub(store)  # type: ignore[no-untyped-call]
         self._on_drain = on_drain
         self._started = time.monotonic()
 

@@ -34,8 +34,8 @@ def run_gateway(config: GatewayConfig) -> None:
     """Serve until SIGTERM or SIGINT; prints one JSON line when it serves.
 
     Raises:
-        ConfigurationError: The Ray cluster cannot be joined, the model cannot be served, or the port
-            is taken.
+        ConfigurationError: The Ray cluster cannot be joined, the model cannot be served, or the
+            port is taken.
     """
     tokenizer = load_tokenizer(config.model, config.dtype)
     # Ray puts the driver's folder on its workers' paths: an empty one shadows nothing.

@@ -66,9 +66,9 @@ async def start_gateway(
     gateway = Gateway(Admission(info, tokenizer, salt), Router(client, info), workers, counters)
     health_service = health.aio.HealthServicer()
     server = grpc.aio.server(interceptors=[ContractInterceptor()], options=SERVER_OPTIONS)
-    inference_pb2_grpc.add_InferenceServicer_to_server(gateway, server)
+    inference_pb2_grpc.add_InferenceServicer_to_server(gateway, server)  # type: ignore[no-untyped-call]
     admin = GatewayAdmin(gateway, counters, channel, health_service.enter_graceful_shutdown)
-    admin_pb2_grpc.add_AdminServicer_to_server(admin, server)
+    admin_pb2_grpc.add_AdminServicer_to_server(admin, server)  # type: ignore[no-untyped-call]
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     reflection.enable_server_reflection(
         [*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server
@@ -85,6 +85,4 @@ async def start_gateway(
     await server.start()
     for name in ("", *SERVICES):
         await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return GatewayServer(
-        f"{listen.rpartition(':')[0]}:{port}", gateway, server, client, channel
-    )
+    return GatewayServer(f"{listen.rpartition(':')[0]}:{port}", gateway, server, client, channel)

@@ -1,7 +1,8 @@
 """The whole service on one machine: Redis, store, Ray with its workers, gateway.
 
-Run by ``supervisor.supervise`` as ``python -m kvstrata.cluster.local_stack RUNTIME_DIR SUPERVISOR_PID
-CONFIG``; it prints one JSON line on stdout when it serves, progress on stderr, and ends on SIGTERM.
+Run by ``supervisor.supervise`` as ``python -m kvstrata.cluster.local_stack RUNTIME_DIR
+SUPERVISOR_PID CONFIG``; it prints one JSON line on stdout when it serves, progress on stderr, and
+ends on SIGTERM.
 """
 
 import asyncio
@@ -13,7 +14,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,9 @@ class Progress:
         begin = time.perf_counter()
         with self._console.status(text):
             yield
-        self._console.print(f"  {text} [dim]{time.perf_counter() - begin:.1f} s[/dim]", highlight=False)
+        self._console.print(
+            f"  {text} [dim]{time.perf_counter() - begin:.1f} s[/dim]", highlight=False
+        )
 
 
 async def serve(config: StackConfig, runtime: Path) -> None:
@@ -114,7 +116,9 @@ async def _start(
     return {
         "address": gateway.address,
         "store": store_address,
-        "redis_port": int(redis_url.rpartition(":")[2].partition("/")[0]) if "redis" in pids else None,
+        "redis_port": int(redis_url.rpartition(":")[2].partition("/")[0])
+        if redis_url and "redis" in pids
+        else None,
         "model": infos["decode"].model,
         "pids": pids,
     }
@@ -140,7 +144,9 @@ async def _start_workers(config: StackConfig, runtime: Path, store_address: str)
 def main(runtime: Path, supervisor: int, config: StackConfig) -> int:
     """Serve until told to stop; return the exit status."""
     die_with_parent(supervisor)
-    logging.basicConfig(stream=sys.stderr, level="WARNING", format="%(levelname)s %(name)s %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr, level="WARNING", format="%(levelname)s %(name)s %(message)s"
+    )
     # Ray puts this folder on every worker's path: an empty one shadows nothing.
     (runtime / "cwd").mkdir()
     os.chdir(runtime / "cwd")

@@ -1,4 +1,4 @@
-"""Loading a model once in the process that starts the workers: bad models are told here, clearly."""
+"""Loading a model once in the process that starts the workers: bad models are told here."""
 
 from typing import Any
 

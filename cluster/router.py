@@ -43,7 +43,7 @@ class Router:
         self._direct_tokens = direct_tokens
 
     async def route(self, task: Task) -> Route:
-        """Return the path for ``task``. Never raises for a store that is gone: nothing is cached then."""
+        """Return the path for ``task``. A store that is gone raises nothing: nothing is cached."""
         num_blocks = num_prompt_blocks(len(task.prompt_ids))
         if not num_blocks:
             return Route(0, 0, needs_prefill=False)

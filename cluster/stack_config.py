@@ -53,7 +53,7 @@ class StackConfig:
             raise ConfigurationError("--no-redis and --redis-url exclude each other", "drop one")
 
     def encode(self) -> str:
-        """Return the settings as text for another process, the Redis URL left out: it may be secret."""
+        """Return the settings as text for another process; not the Redis URL, a secret."""
         return json.dumps({**dataclasses.asdict(self), "redis_url": None})
 
     @classmethod

@@ -1,9 +1,9 @@
 """A parent that leaves nothing behind.
 
-``kvstrata up`` is two processes: this small one, and the stack it starts. Whatever the stack starts and
-leaves behind when it ends, crashed or not, is adopted by this process (Linux child subreaper), ended by
-pid, and its runtime folder is removed. If this process itself is killed, the kernel tells the stack
-(parent-death signal), which then ends its children and the folder. Standard library only.
+``kvstrata up`` is two processes: this small one, and the stack it starts. Whatever the stack starts
+and leaves behind when it ends, crashed or not, is adopted by this process (Linux child subreaper),
+ended by pid, and its runtime folder is removed. If this process itself is killed, the kernel tells
+the stack (parent-death signal), which then ends its children and the folder. Standard library only.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ def supervise(module: str, arguments: Sequence[str]) -> int:
 
 
 def temporary_folder() -> str | None:
-    """Return a temporary folder with a path short enough for Unix sockets below it; None is the usual."""
+    """Return a temporary folder, its path short enough for Unix sockets; None is the usual."""
     return "/tmp" if len(tempfile.gettempdir()) > MAX_TEMPORARY_PATH else None
 
 

@@ -6,7 +6,7 @@ KV never travels through Ray: a call carries token ids and settings, its answer 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,7 +42,7 @@ class Workers(Protocol):
         """
         ...
 
-    def decode(self, task: Task) -> AsyncIterator[GenerateReply]:
+    def decode(self, task: Task) -> AsyncGenerator[GenerateReply]:
         """Stream tokens; closing the iterator cancels the work. Errors as for ``prefill``."""
         ...
 
@@ -108,7 +108,7 @@ class RayWorkers:
             async with asyncio.timeout(task.remaining_s):
                 return CacheReport.FromString(await self._prefill.prefill.remote(task))
 
-    async def decode(self, task: Task) -> AsyncIterator[GenerateReply]:
+    async def decode(self, task: Task) -> AsyncGenerator[GenerateReply]:
         """See ``Workers.decode``."""
         replies = self._decode.generate.options(stream=True).remote(task)
         try:
@@ -132,7 +132,8 @@ def translated(task: Task) -> Iterator[None]:
         raise getattr(error, "cause", error) from None
     except TimeoutError as error:
         raise DeadlineError(
-            f"no answer within the request's deadline ({time.time() - task.deadline_unix_s:+.1f} s)",
+            "no answer within the request's deadline "
+            f"({time.time() - task.deadline_unix_s:+.1f} s)",
             "raise the timeout or ask for fewer tokens",
         ) from error
     except (RayTaskError, TaskCancelledError):
@@ -141,7 +142,9 @@ def translated(task: Task) -> Iterator[None]:
         raise WorkerLostError(f"{type(error).__name__}: {error}") from error
 
 
-def connect(address: str | None, *, runtime_dir: str | None = None, num_cpus: int | None = None) -> None:
+def connect(
+    address: str | None, *, runtime_dir: str | None = None, num_cpus: int | None = None
+) -> None:
     """Join the Ray cluster at ``address``, or start one of our own in ``runtime_dir``."""
     ray.init(
         address=address,

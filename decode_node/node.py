@@ -35,7 +35,7 @@ class DecodeNode:
         return self._worker.info()
 
     async def generate(self, task: Task) -> AsyncIterator[bytes]:
-        """Stream the continuation as serialised ``GenerateReply``: one per new token, then the last.
+        """Stream the continuation as serialised ``GenerateReply``: one per token, then the last.
 
         The last has finish reason, usage and this node's cache report. Tokens in
         ``task.generated_ids`` are replayed silently. Closing the iterator ends the work.

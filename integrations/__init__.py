@@ -1,1 +1,1 @@
-"""Room."""
+"""KVStrata inside other engines: one file per engine, which imports no other engine."""

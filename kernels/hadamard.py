@@ -3,6 +3,7 @@
 Head dimensions that are no power of two (80, 96) get one block per largest power-of-two divisor.
 """
 
+import math
 from functools import cache
 
 import torch
@@ -15,4 +16,5 @@ def hadamard(dim: int) -> torch.Tensor:
     block = torch.ones(1, 1)
     while block.shape[0] < size:
         block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
-    return torch.block_diag(*[block] * (dim // size)) / size**0.5
+    blocks: torch.Tensor = torch.block_diag(*[block] * (dim // size))
+    return blocks / math.sqrt(size)

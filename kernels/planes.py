@@ -14,7 +14,7 @@ def pack_2bit(codes: torch.Tensor) -> torch.Tensor:
     """
     if codes.shape[-1] % 4:
         raise ValueError(f"the last dimension must be a multiple of 4, got {codes.shape[-1]}")
-    quarters = codes.unflatten(-1, (4, -1))
+    quarters: torch.Tensor = codes.unflatten(-1, (4, -1))
     packed = quarters[..., 0, :].clone()
     for slot in (1, 2, 3):
         packed |= quarters[..., slot, :] << (2 * slot)
@@ -22,7 +22,7 @@ def pack_2bit(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_2bit(packed: torch.Tensor) -> torch.Tensor:
-    """Return uint8 codes (..., 4 * P) of ``packed``, uint8 (..., P); the inverse of ``pack_2bit``."""
+    """Return uint8 codes (..., 4 * P) of ``packed``, uint8 (..., P): inverts ``pack_2bit``."""
     codes = torch.empty((*packed.shape[:-1], 4, packed.shape[-1]), dtype=torch.uint8)
     for slot in range(4):
         torch.bitwise_and(packed >> (2 * slot), 3, out=codes[..., slot, :])
@@ -30,7 +30,7 @@ def unpack_2bit(packed: torch.Tensor) -> torch.Tensor:
 
 
 def split_bytes(values: torch.Tensor) -> torch.Tensor:
-    """Return the bytes of ``values`` plane by plane: uint8 (itemsize, numel), byte 0 of all first."""
+    """Return the bytes of ``values`` by plane: uint8 (itemsize, numel), byte 0 of all first."""
     return values.contiguous().view(torch.uint8).reshape(-1, values.element_size()).T.contiguous()
 
 

@@ -7,7 +7,7 @@ Legend: T tokens of a block, D head_dim.
 
 import torch
 
-# Lloyd-Max quantiser of a unit Gaussian with 4 cells, each split into 4 by Lloyd-Max inside the cell.
+# Lloyd-Max quantiser of a unit Gaussian with 4 cells, each split into 4 by Lloyd-Max inside it.
 GAUSSIAN_THRESHOLDS = (
     -2.323097, -1.751958, -1.332665, -0.981599, -0.718561, -0.471341, -0.233483, 0.0,
     0.233483, 0.471341, 0.718561, 0.981599, 1.332665, 1.751958, 2.323097,
@@ -40,7 +40,8 @@ def quantize_channels(
         ValueError: A value does not fit fp16's range.
 
     Source:
-        KIVI, arXiv:2402.02750, section 3: keys per channel, because their outliers live in channels.
+        KIVI, arXiv:2402.02750, section 3: keys per channel, because their outliers live in
+        channels.
     """
     hidden = skipped[..., None]
     low = keys.masked_fill(hidden, float("inf")).amin(-2)
@@ -68,7 +69,11 @@ def dequantize_channels_base(
 ) -> torch.Tensor:
     """Return float32 (..., T, D) of the high 2 bits alone: the centre of the four fine values."""
     wide = step.float()
-    return codes.float().mul_(4 * wide[..., None, :]).add_((minimum.float() + 1.5 * wide)[..., None, :])
+    return (
+        codes.float()
+        .mul_(4 * wide[..., None, :])
+        .add_((minimum.float() + 1.5 * wide)[..., None, :])
+    )
 
 
 def quantize_gaussian(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,8 +103,14 @@ def dequantize_gaussian(
 
 
 def quantize_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int8 codes of ``values`` (..., D) and bf16 scales (...), absmax / 127 per token."""
+    """Return int8 codes of ``values`` (..., D) and bf16 scales (...), absmax / 127 per token.
+
+    Raises:
+        ValueError: A value is not finite.
+    """
     scale = (values.abs().amax(-1) / 127).clamp_min(_TINY).bfloat16()
+    if not torch.isfinite(scale).all():
+        raise ValueError("values are not finite")
     return (values / scale.float()[..., None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
 

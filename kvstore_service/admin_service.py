@@ -6,6 +6,7 @@ from typing import Any
 
 from kvstrata.kvstore_service.commit_rule import ALL_STRATA
 from kvstrata.kvstore_service.config import StoreLimits
+from kvstrata.kvstore_service.counters import HITS
 from kvstrata.kvstore_service.listing import Listing
 from kvstrata.kvstore_service.lower_reader import Piece
 from kvstrata.kvstore_service.request_check import parse_key, parse_keys
@@ -70,7 +71,7 @@ class AdminService(AdminServicer):
             blocks=usage.blocks,
             bytes=usage.num_bytes,
             capacity_bytes=usage.capacity_bytes,
-            hits=self._store.counters.get("kvstore_hits_total", tier=name),
+            hits=self._store.counters.get(HITS, tier=name),
             evictions=usage.evictions,
         )
 

@@ -1,5 +1,6 @@
 """The store's asynchronous client: how prefill and decode nodes publish and fetch blocks."""
 
+import asyncio
 import contextlib
 from collections.abc import (
     AsyncGenerator,
@@ -86,6 +87,8 @@ class FetchedStratum:
 
 class StoreClient:
     """A connection to one store. Every call has a deadline and raises only ``KVStrataError``.
+
+    Belongs to the event loop in which it is made.
 
     Args:
         address: ``host:port``.
@@ -243,6 +246,9 @@ class StoreClient:
         except grpc.RpcError as error:
             if not failures:
                 raise from_rpc_error(error, self.address) from error
+        except asyncio.CancelledError:
+            if not failures:  # else it was the call that we cancelled, not our caller us
+                raise
         finally:
             call.cancel()
 

@@ -5,18 +5,18 @@ from collections.abc import Iterator
 
 from kvstrata.protos.admin_pb2 import Counter
 
-HITS = "kvstore_hits_total"  # tier
-MISSES = "kvstore_misses_total"  # reason
-PUTS = "kvstore_puts_total"  # outcome, reason
-EVICTIONS = "kvstore_evictions_total"  # tier
-CORRUPT = "kvstore_corrupt_total"  # tier
-TIER_ERRORS = "kvstore_tier_errors_total"  # tier
-RECEIVED_BYTES = "kvstore_received_bytes_total"
-SENT_BYTES = "kvstore_sent_bytes_total"
-WAITS = "kvstore_waits_total"  # outcome
-LOOKUPS = "kvstore_lookups_total"
-LOOKUP_BLOCKS = "kvstore_lookup_blocks_total"  # result
-SHARED_READS = "kvstore_shared_reads_total"
+HITS = "hits_total"  # tier
+MISSES = "misses_total"  # reason
+PUTS = "puts_total"  # outcome, reason
+EVICTIONS = "evictions_total"  # tier
+CORRUPT = "corrupt_total"  # tier
+TIER_ERRORS = "tier_errors_total"  # tier
+RECEIVED_BYTES = "received_bytes_total"
+SENT_BYTES = "sent_bytes_total"
+WAITS = "waits_total"  # outcome
+LOOKUPS = "lookups_total"
+LOOKUP_BLOCKS = "lookup_blocks_total"  # result
+SHARED_READS = "shared_reads_total"
 
 
 class Counters:

@@ -53,7 +53,7 @@ class Listing:
         page = [(k, p) for k, p in zip(keys[first:last], found, strict=True) if p]
         if last < len(keys):
             return page, f"{snapshot}.{last}"
-        del self._snapshots[snapshot]
+        self._snapshots.pop(snapshot, None)
         return page, ""
 
     def _remember(self, snapshot: str, keys: list[BlockKey]) -> None:

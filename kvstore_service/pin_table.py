@@ -17,12 +17,15 @@ class PinTable:
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
         self._pins: dict[BlockKey, tuple[float, int]] = {}
+        self._sweep_at = 1024
 
     def add(self, key: BlockKey, ttl_s: float, num_bytes: int = 0) -> None:
         """Pin ``key`` for at least ``ttl_s`` from now; ``num_bytes`` is for the accounting."""
         deadline = self._clock() + ttl_s
         previous = self._pins.get(key, (0.0, 0))[0]
         self._pins[key] = (max(deadline, previous), num_bytes)
+        if len(self._pins) >= self._sweep_at:
+            self._sweep_at = max(1024, 2 * self.usage()[0])
 
     def remove(self, key: BlockKey) -> None:
         """End a pin early. Idempotent."""

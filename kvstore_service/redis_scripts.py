@@ -36,9 +36,10 @@ local function total()
 end
 
 local function forget(member)
-  redis.call('HINCRBY', sizes, 'total', -bytes_of(member))
+  local freed = bytes_of(member)
+  redis.call('ZREM', lru, member)  -- first: without memory, no script may start by adding
   redis.call('HDEL', sizes, member)
-  redis.call('ZREM', lru, member)
+  redis.call('HINCRBY', sizes, 'total', -freed)
 end
 
 local function set(member, entry)

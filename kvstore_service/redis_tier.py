@@ -34,8 +34,13 @@ def value_key(key: BlockKey, stratum: int) -> str:
     return f"kvs:{{{key.encode()}}}:{stratum_name(stratum)}"
 
 
-def _value_keys(key: BlockKey) -> list[str]:
-    return [value_key(key, stratum) for stratum in STRATA]
+_SUFFIXES = [f":{stratum_name(stratum)}".encode() for stratum in STRATA]
+
+
+def _value_keys(key: BlockKey) -> list[bytes]:
+    """Return the Redis keys of all strata; as bytes, which the client need not encode."""
+    tag = f"kvs:{{{key.encode()}}}".encode()
+    return [tag + suffix for suffix in _SUFFIXES]
 
 
 class RedisTier:
@@ -102,8 +107,7 @@ class RedisTier:
                 await pipe.execute()
             await self._eval(scripts.RECORD, key.encode(), entry)
         except CapacityError:
-            with contextlib.suppress(CapacityError):
-                await self._reconcile([key])
+            await self._reconcile([key])
             raise
         return victims
 
@@ -135,16 +139,12 @@ class RedisTier:
         async with self._connection.use() as redis:
             pipe = redis.pipeline(transaction=False)
             pipe.hmget(scripts.SIZES_KEY, [key.encode() for key in keys])
-            for key in keys:
-                pipe.exists(*_value_keys(key))
-            entries, *counts = await pipe.execute()
-        sizes: list[StratumSizes | None] = [_parse_entry(entry) or None for entry in entries]
-        doubtful = [i for i, count in enumerate(counts) if len(sizes[i] or ()) != count]
-        if doubtful:
-            measured = await self._reconcile([keys[i] for i in doubtful])
-            for i, found in zip(doubtful, measured, strict=True):
-                sizes[i] = found or None
-        return sizes
+            pipe.exists(*(name for key in keys for name in _value_keys(key)))
+            entries, num_values = await pipe.execute()
+        sizes = [_parse_entry(entry) for entry in entries]
+        if sum(map(len, sizes)) != num_values:
+            sizes = await self._reconcile(keys)
+        return [found or None for found in sizes]
 
     async def _reconcile(self, keys: Sequence[BlockKey]) -> list[StratumSizes]:
         """Make the accounting of ``keys`` say what is there, and return it."""
@@ -163,7 +163,8 @@ class RedisTier:
             }
             found.append(sizes)
             records += (key.encode(), _entry(sizes))
-        await self._eval(scripts.RECORD, *records)
+        with contextlib.suppress(CapacityError):  # out of memory: too much stays accounted for now
+            await self._eval(scripts.RECORD, *records)
         return found
 
     async def delete(self, keys: Sequence[BlockKey]) -> int:
@@ -202,7 +203,7 @@ class RedisTier:
         try:
             blocks, num_bytes = await self._eval(scripts.USAGE, self._ttl_ms)
             detail = ""
-        except TierUnavailableError as error:
+        except (TierUnavailableError, CapacityError) as error:
             detail = error.message
         return TierUsage(
             blocks, num_bytes, self._capacity_bytes, self._evictions, not detail, detail

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -36,6 +36,7 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["KVStore"].full_name
 _READ_AHEAD_BLOCKS = 4
 
 LayerRange = tuple[int, int] | None
+Blocks = asyncio.Queue[asyncio.Task[pb.PutReply] | None]
 
 
 def store_handlers(service: "StoreService") -> grpc.GenericRpcHandler:
@@ -87,6 +88,36 @@ class StoreService(KVStoreServicer):
     ) -> AsyncIterator[pb.PutReply]:
         """Commit blocks one after another; nothing of a block that did not arrive whole is kept."""
         with self._workload.call():
+            blocks: Blocks = asyncio.Queue(1)
+            receiving = asyncio.create_task(self._receive_then_end(requests, blocks))
+            try:
+                while (block := await blocks.get()) is not None:
+                    yield await block
+                await receiving
+            finally:
+                await _cancel([receiving])
+
+    async def _receive_then_end(
+        self, requests: AsyncIterator[pb.PutRequest], blocks: Blocks
+    ) -> None:
+        """Queue every block, then None, also if the stream breaks; raises what broke it."""
+        try:
+            await self._receive_all(requests, blocks)
+        except Exception:
+            await blocks.put(None)
+            raise
+        await blocks.put(None)
+
+    async def _receive_all(self, requests: AsyncIterator[pb.PutRequest], blocks: Blocks) -> None:
+        """Receive one block while the one before is being committed."""
+        tasks: set[asyncio.Task[pb.PutReply]] = set()
+
+        def ended(task: asyncio.Task[pb.PutReply]) -> None:
+            tasks.discard(task)
+            if not task.cancelled():
+                task.exception()  # seen, even if the stream breaks before its turn
+
+        try:
             async for request in requests:
                 self._workload.refuse_if_draining()
                 if request.WhichOneof("part") != "open":
@@ -94,15 +125,33 @@ class StoreService(KVStoreServicer):
                         "data without an open block",
                         "send PutOpen first, then as many bytes as declared",
                     )
-                yield await self._receive(BlockAssembly(request.open, self._limits), requests)
+                assembly = BlockAssembly(request.open, self._limits)
+                arrived = asyncio.Event()
+                task = asyncio.create_task(self._receive(assembly, requests, arrived))
+                tasks.add(task)
+                task.add_done_callback(ended)
+                await blocks.put(task)
+                await arrived.wait()
+                if not assembly.is_complete:
+                    return
+        except asyncio.CancelledError:
+            await _cancel(tasks)
+            raise
 
     async def _receive(
-        self, block: BlockAssembly, requests: AsyncIterator[pb.PutRequest]
+        self,
+        block: BlockAssembly,
+        requests: AsyncIterator[pb.PutRequest],
+        arrived: asyncio.Event,
     ) -> pb.PutReply:
+        """Receive and commit one block; sets ``arrived`` when it reads no more requests."""
         with self._workload.receiving(), self._store.arrivals.writing(block.key):
             async with self._budget.reserved(block.num_bytes):
-                while not block.is_complete:
-                    block.add((await self._next_part(requests)).data)
+                try:
+                    while not block.is_complete:
+                        block.add((await self._next_part(requests)).data)
+                finally:
+                    arrived.set()
                 self._store.counters.add(names.RECEIVED_BYTES, block.num_bytes)
                 result = await self._store.put(block.key, block.frames)
         return pb.PutReply(
@@ -162,9 +211,7 @@ class StoreService(KVStoreServicer):
                 yield await ahead[0]
                 ahead.popleft()
         finally:
-            for task in ahead:
-                task.cancel()
-            await asyncio.gather(*ahead, return_exceptions=True)
+            await _cancel(ahead)
 
     async def Pin(self, request: pb.PinRequest, context: Any) -> pb.PinReply:  # noqa: N802
         """Exempt blocks from eviction for a while."""
@@ -186,6 +233,14 @@ class StoreService(KVStoreServicer):
         keys = parse_keys(request.keys, self._limits.max_hashes)
         with self._workload.call():
             return pb.DeleteReply(deleted=await self._store.delete(keys))
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait until they have ended."""
+    ending = list(tasks)
+    for task in ending:
+        task.cancel()
+    await asyncio.gather(*ending, return_exceptions=True)
 
 
 def _layer_range(request: pb.GetRequest) -> LayerRange:

@@ -6,7 +6,7 @@ whenever they come from a tier that is not this process's memory.
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvstrata.kvstore_service import counters as names
@@ -213,12 +213,12 @@ class BlockStore:
             self.pins.remove(key)
         await self._in_all_tiers(tier.unpin(keys) for tier in self.tiers)
 
-    async def _in_all_tiers(self, calls: Iterable[object]) -> None:
+    async def _in_all_tiers(self, calls: Iterable[Awaitable[None]]) -> None:
         """Await one call a tier; a tier that is down loses it."""
         for tier, call in zip(self.tiers, calls, strict=True):
             try:
-                await call  # type: ignore[misc]
-            except TierUnavailableError:
+                await call
+            except (TierUnavailableError, CapacityError):
                 self.counters.add(names.TIER_ERRORS, tier=tier.name)
 
     async def delete(self, keys: Sequence[BlockKey], tier_name: str = "") -> int:

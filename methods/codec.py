@@ -50,12 +50,12 @@ class BlockCodec(Protocol):
     name: str
     version: int
     lossless: bool  # whether decoding returns the very bytes that were encoded
-    rope: RopeForm  # the form in which keys are handed in; PRE falls back to NONE for unrotated models
+    rope: RopeForm  # the form in which keys are handed in; PRE means NONE for unrotated models
     first_layer: int  # layers before it are not stored, but recomputed from token ids
     strata: tuple[Stratum, ...]  # what a complete writing holds, coarsest first
 
     def settings(self) -> str:
-        """Return the canonical text of every setting that changes the bytes; part of the cache scope."""
+        """Return the canonical text of all settings that change the bytes; part of the scope."""
         ...
 
     def encode(self, blocks: KVBlocks) -> list[Segments]:
@@ -69,7 +69,7 @@ class BlockCodec(Protocol):
     def decode(
         self, frames: Sequence[Mapping[Stratum, Frame]], shape: BlockShape
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values (L, H, N, T, D) in ``shape.dtype`` of N blocks holding equal strata.
+        """Return keys and values (L, H, N, T, D), ``shape.dtype``, of N blocks of equal strata.
 
         Raises:
             CorruptFrameError: A segment's checksum or size is off.

@@ -1,8 +1,9 @@
 """The lossless codec: KV bytes in their own dtype, byte planes apart, zstd where it pays.
 
-Segment of one layer: 64 saliency tags, then per byte plane one flag byte (0 raw, 1 zstd), the plane's
-stored size as uint32, and its bytes. A plane holds that byte of all keys, then of all values.
-All layers are stored, the first too: recomputing it in another batch shape may change its last bits.
+Segment of one layer: 64 saliency tags, then per byte plane one flag byte (0 raw, 1 zstd), the
+plane's stored size as uint32, and its bytes. A plane holds that byte of all keys, then of all
+values. All layers are stored, the first too: recomputing it in another batch shape may change its
+last bits.
 """
 
 import struct
@@ -15,7 +16,7 @@ from kvstrata.kernels import merge_bytes, split_bytes
 from kvstrata.methods.codec import BlockShape, KVBlocks, Segments
 from kvstrata.methods.saliency_tag import encode_tags
 from kvstrata.protos.errors import CorruptFrameError
-from kvstrata.protos.frame import Frame
+from kvstrata.protos.frame import Buffer, Frame
 from kvstrata.protos.frame_pb2 import RopeForm, Stratum
 from kvstrata.protos.identity import BLOCK_TOKENS
 
@@ -32,7 +33,7 @@ class ExactCodec:
     lossless = True
     rope = RopeForm.ROPE_FORM_POST
     first_layer = 0
-    strata = (Stratum.STRATUM_EXACT,)
+    strata: tuple[Stratum, ...] = (Stratum.STRATUM_EXACT,)
 
     def settings(self) -> str:
         """Return the empty text: there is nothing to set."""
@@ -45,7 +46,7 @@ class ExactCodec:
         num_layers, _, num_blocks = blocks.keys.shape[:3]
         encoded: list[Segments] = []
         for n in range(num_blocks):
-            layers = {}
+            layers: dict[int, Buffer] = {}
             for layer in range(num_layers):
                 both = torch.stack([blocks.keys[layer, :, n], blocks.values[layer, :, n]])
                 planes = [p.numpy().tobytes() for p in split_bytes(both)]
@@ -60,16 +61,20 @@ class ExactCodec:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the very bytes that were stored. See ``BlockCodec.decode``."""
         decompressor = zstandard.ZstdDecompressor()
-        num_layers = frames[0][Stratum.STRATUM_EXACT].header.num_layers
+        blocks = [strata[Stratum.STRATUM_EXACT].segments() for strata in frames]
+        num_layers = len(blocks[0])
+        for segments, strata in zip(blocks, frames, strict=True):
+            told = strata[Stratum.STRATUM_EXACT].header.num_layers
+            if told != num_layers or sorted(segments) != list(range(num_layers)):
+                raise CorruptFrameError("blocks of one read lack layers or hold different ones")
         heads, dim = shape.num_kv_heads, shape.head_dim
         both = torch.empty(
             (2, num_layers, heads, len(frames), BLOCK_TOKENS, dim), dtype=shape.dtype
         )
         numel = 2 * heads * BLOCK_TOKENS * dim
-        for n, strata in enumerate(frames):
-            segments = strata[Stratum.STRATUM_EXACT].segments()
-            for layer in range(num_layers):
-                planes = _unpack_planes(segments[layer], numel, shape.dtype.itemsize, decompressor)
+        for n, segments in enumerate(blocks):
+            for layer, segment in segments.items():
+                planes = _unpack_planes(segment, numel, shape.dtype.itemsize, decompressor)
                 flat = merge_bytes(planes, shape.dtype)
                 both[:, layer, :, n] = flat.view(2, heads, BLOCK_TOKENS, dim)
         return both[0], both[1]
@@ -96,10 +101,23 @@ def _unpack_planes(
         data = segment[cursor + _PLANE.size : cursor + _PLANE.size + size]
         cursor += _PLANE.size + size
         if flag == _ZSTD:
-            if zstandard.frame_content_size(data) != plane_bytes:
-                raise CorruptFrameError("a compressed plane has the wrong size")
-            data = memoryview(decompressor.decompress(data, max_output_size=plane_bytes))
+            data = _decompress(data, plane_bytes, decompressor)
+        elif flag != _RAW:
+            raise CorruptFrameError(f"a plane has the unknown flag {flag}")
         if len(data) != plane_bytes:
             raise CorruptFrameError(f"a plane has {len(data)} bytes, not {plane_bytes}")
         plane.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    if cursor != len(segment):
+        raise CorruptFrameError(f"a segment of {len(segment)} bytes ends at {cursor}")
     return planes
+
+
+def _decompress(
+    data: memoryview, plane_bytes: int, decompressor: zstandard.ZstdDecompressor
+) -> memoryview:
+    try:
+        if zstandard.frame_content_size(data) != plane_bytes:
+            raise CorruptFrameError("a compressed plane has the wrong size")
+        return memoryview(decompressor.decompress(data, max_output_size=plane_bytes))
+    except zstandard.ZstdError as error:
+        raise CorruptFrameError(f"a compressed plane is unreadable: {error}") from error

@@ -1,8 +1,8 @@
 """The codec that needs no calibration: 2+2 bits per element, sinks as int8 escapes.
 
-Keys are taken before RoPE, min/max per channel in groups of one block; values are turned by a Hadamard
-matrix, scaled by their root mean square and coded with nested Lloyd-Max cells. About 4.4 bits per
-element with everything counted. It is what `balanced` means for a model without a profile.
+Keys are taken before RoPE, min/max per channel in groups of one block; values are turned by a
+Hadamard matrix, scaled by their root mean square and coded with nested Lloyd-Max cells. About 4.4
+bits per element with everything counted. It is what `balanced` means for a model without a profile.
 
 Segment of one layer, H heads, D head_dim, E escaped tokens of all heads together:
 
@@ -15,8 +15,8 @@ Segment of one layer, H heads, D head_dim, E escaped tokens of all heads togethe
                   heads ascending, tokens ascending
     MID   uint8   key codes  H x 64 x D/4     uint8 value codes H x 64 x D/4
 
-Codes are dense: an escaped token's codes are there and mean nothing. With four sinks in the first block
-only, that costs nothing and keeps every block but the first of one size.
+Codes are dense: an escaped token's codes are there and mean nothing. With four sinks in the first
+block only, that costs nothing and keeps every block but the first of one size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,6 +45,7 @@ from kvstrata.protos.frame_pb2 import RopeForm, Stratum
 from kvstrata.protos.identity import BLOCK_TOKENS
 
 BASE, MID = Stratum.STRATUM_BASE, Stratum.STRATUM_MID
+STRATA: tuple[Stratum, ...] = (BASE, MID)
 DROPPED_CLASS, MID_CLASS, ESCAPE_CLASS = 0, 1, 2
 
 
@@ -64,7 +65,7 @@ class FallbackCodec:
     lossless = False
     rope = RopeForm.ROPE_FORM_PRE
     first_layer = 1
-    strata = (BASE, MID)
+    strata = STRATA
 
     def __post_init__(self) -> None:
         if not 0 <= self.sink_tokens <= BLOCK_TOKENS:
@@ -77,7 +78,9 @@ class FallbackCodec:
     def encode(self, blocks: KVBlocks) -> list[Segments]:
         """Return BASE and MID of every block. See ``BlockCodec.encode``."""
         num_layers, heads, num_blocks, tokens, dim = blocks.keys.shape
-        position = blocks.first_position + torch.arange(num_blocks * tokens).view(num_blocks, tokens)
+        position = blocks.first_position + torch.arange(num_blocks * tokens).view(
+            num_blocks, tokens
+        )
         escaped = (position < self.sink_tokens).expand(num_layers, heads, num_blocks, tokens)
         keys, values = blocks.keys.float(), blocks.values.float() @ hadamard(dim)
         key_codes, minimum, step = quantize_channels(keys, escaped)
@@ -108,7 +111,7 @@ class FallbackCodec:
     def decode(
         self, frames: Sequence[Mapping[Stratum, Frame]], shape: BlockShape
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the centroids of the cells known from the given strata. See ``BlockCodec.decode``."""
+        """Return the centroids of the cells that the given strata tell. See ``BlockCodec``."""
         heads, dim = shape.num_kv_heads, shape.head_dim
         layout = _BaseLayout(heads, dim)
         base = [strata[BASE].segments() for strata in frames]
@@ -116,7 +119,10 @@ class FallbackCodec:
         key_codes, value_codes = unpack_2bit(fields["keys"]), unpack_2bit(fields["values"])
         if MID in frames[0]:
             size = 2 * heads * BLOCK_TOKENS * dim // 4
-            mid = _stack([s[MID].segments() for s in frames], size, exact_size=True)
+            refinements = [strata[MID].segments() for strata in frames]
+            if any(sorted(segments) != sorted(base[0]) for segments in refinements):
+                raise CorruptFrameError("base and mid of one read hold different layers")
+            mid = _stack(refinements, size, exact_size=True)
             mid = mid.view(*mid.shape[:2], 2, heads, BLOCK_TOKENS, dim // 4)
             key_codes = key_codes << 2 | unpack_2bit(mid[:, :, 0])
             value_codes = value_codes << 2 | unpack_2bit(mid[:, :, 1])
@@ -126,8 +132,9 @@ class FallbackCodec:
             keys = dequantize_channels_base(key_codes, fields["minimum"], fields["step"])
             values = dequantize_gaussian(value_codes, fields["scale"], GAUSSIAN_BASE_LEVELS)
         values = values @ hadamard(dim)
+        escapes = fields["masks"][:, :, ESCAPE_CLASS].flatten(2).any(-1).any(0)
         for n, segments in enumerate(base):
-            if any(len(segment) > layout.bytes for segment in segments.values()):
+            if escapes[n] or any(len(segment) > layout.bytes for segment in segments.values()):
                 _write_escapes(segments, layout, fields["masks"][:, n], keys[:, n], values[:, n])
         # (L, N, H, T, D) to (L, H, N, T, D)
         return keys.transpose(1, 2).to(shape.dtype), values.transpose(1, 2).to(shape.dtype)
@@ -162,8 +169,8 @@ class _BaseLayout:
         return fields
 
 
-def _rows(num_blocks: int, *fields: torch.Tensor) -> np.ndarray:  # type: ignore[type-arg]
-    """Return uint8 (L, N, bytes): the fields, each (L, H, N, ...), side by side, heads outermost."""
+def _rows(num_blocks: int, *fields: torch.Tensor) -> np.ndarray:
+    """Return uint8 (L, N, bytes): the fields, each (L, H, N, ...), side by side, heads first."""
     flat = [
         field.transpose(1, 2).contiguous().view(torch.uint8).reshape(field.shape[0], num_blocks, -1)
         for field in fields
@@ -188,7 +195,7 @@ def _stack(
     return torch.from_numpy(rows)
 
 
-def _masks(escaped: torch.Tensor) -> np.ndarray:  # type: ignore[type-arg]
+def _masks(escaped: torch.Tensor) -> np.ndarray:
     """Return int64 (L, 6, N, 1): one bit per token for every class, K and V, and head."""
     bits = np.packbits(escaped.numpy(), axis=-1, bitorder="little").view(np.uint64)
     classes = np.stack([np.zeros_like(bits), ~bits, bits], axis=1)  # dropped, mid, escape
@@ -197,7 +204,7 @@ def _masks(escaped: torch.Tensor) -> np.ndarray:  # type: ignore[type-arg]
 
 
 def _escape_tails(turned: torch.Tensor, escaped: torch.Tensor) -> list[bytes]:
-    """Return per layer the escapes of one block; ``turned`` (2, L, H, T, D), ``escaped`` (L, H, T)."""
+    """Return one block's escapes by layer; ``turned`` (2, L, H, T, D), ``escaped`` (L, H, T)."""
     if not escaped.any():
         return [b""] * escaped.shape[0]
     tails = []
@@ -224,6 +231,8 @@ def _write_escapes(
         count = int(escaped[i].sum())
         if len(tail) != count * (2 + dim):
             raise CorruptFrameError(f"layer {layer} has {len(tail)} bytes of {count} escapes")
+        if not count:
+            continue
         scales = torch.frombuffer(bytearray(tail[: 2 * count]), dtype=torch.bfloat16)
         codes = torch.frombuffer(bytearray(tail[2 * count :]), dtype=torch.int8).view(count, dim)
         rows = dequantize_int8(codes, scales) @ hadamard(dim)

@@ -1,4 +1,4 @@
-"""Between segments and frames: who a block is goes into its headers, and is checked on the way back."""
+"""Between segments and frames: who a block is goes into its headers, and is checked on return."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -116,7 +116,8 @@ def usable(
         raise UnusableBlockError("token_mismatch")
     if (header.codec, header.codec_version) != (codec.name, codec.version):
         raise UnusableBlockError("other_codec")
-    if header.num_layers != num_layers or len(header.segments) != num_layers:
+    layers = list(range(codec.first_layer, codec.first_layer + num_layers))
+    if header.num_layers != num_layers or [s.layer for s in header.segments] != layers:
         raise UnusableBlockError("incomplete")
     if header.first_position != identity.first_position:
         raise UnusableBlockError("foreign")

@@ -1,4 +1,4 @@
-"""Presets and explicit settings, resolved to one value that says everything about a request's KV."""
+"""Presets and explicit settings, resolved to one value that says all about a request's KV."""
 
 from dataclasses import dataclass
 
@@ -32,10 +32,12 @@ class Method:
 
     @property
     def reads_all(self) -> bool:
-        """Whether blocks are read at their stored precision; only then may their successors be stored."""
+        """Whether blocks are read as precisely as stored; only then may successors be stored."""
         return self.wanted == self.codec.strata
 
-    def scope(self, *, model: bytes, kv_dtype: str, salt: bytes = b"", adapter: str = "") -> CacheScope:
+    def scope(
+        self, *, model: bytes, kv_dtype: str, salt: bytes = b"", adapter: str = ""
+    ) -> CacheScope:
         """Return the cache scope of this method under a model and a tenant."""
         return CacheScope(
             model=model,
@@ -94,7 +96,7 @@ def from_settings(settings: MethodSettings) -> Method:
             f"unknown codec {settings.codec[:64]!r}",
             f"use {ExactCodec.name!r} or {FallbackCodec.name!r}, or give a preset",
         )
-    finest = Stratum.ValueType(settings.read_stratum) if settings.read_stratum else None
+    finest = settings.read_stratum or None
     if finest is not None and finest not in codec.strata:
         raise LimitError(
             f"codec {codec.name!r} has no stratum {finest}", "leave read_stratum out to read all"

@@ -1,7 +1,7 @@
-"""Saliency as one byte per token: a logarithmic scale that survives twelve orders of magnitude.
+"""Saliency as one byte per token: a logarithmic scale over nine orders of magnitude.
 
-Code 0 means "no saliency known"; code c in 1..255 means 2 ** ((c - 255) / 8), so 1.0 is code 255 and one
-step is an eighth of an octave (9 %).
+Code 0 means "no saliency known"; code c in 1..255 means 2 ** ((c - 255) / 8), so 1.0 is code 255
+and one step is an eighth of an octave (9 %).
 """
 
 import torch
@@ -10,7 +10,7 @@ STEPS_PER_OCTAVE = 8
 
 
 def encode_tags(saliency: torch.Tensor) -> torch.Tensor:
-    """Return uint8 tags of ``saliency``, float (...), where larger means more attended; 0 or NaN is 0."""
+    """Return uint8 tags of ``saliency``, float (...), larger is more attended; 0 or NaN is 0."""
     known = saliency > 0
     code = (saliency.clamp_min(1e-30).log2() * STEPS_PER_OCTAVE).round().nan_to_num() + 255
     return torch.where(known, code.clamp(1, 255), torch.zeros_like(code)).to(torch.uint8)

@@ -24,21 +24,19 @@ class PrefillNode:
     async def prefill(self, task: Task) -> bytes:
         """Make sure that every full block of the prompt is in the store.
 
-        Blocks on top of a prefix that was read below its stored precision are computed by nobody here:
-        they could not be stored, so the decode node computes them for itself.
+        Blocks on top of a prefix that was read below its stored precision are computed by nobody
+        here: they could not be stored, so the decode node computes them for itself.
 
         Returns:
-            The serialised ``CacheReport`` of this node's part. Blocks that could not be published are
-            in it as recomputes, not raised.
+            The serialised ``CacheReport`` of this node's part. Blocks that could not be published
+            are in it as recomputes, not raised.
 
         Raises:
             DeadlineError: The task's deadline passed.
         """
         clock = ReportClock("prefill")
         worker = self._worker
-        sequence = RunningSequence(
-            worker.model, task.method, task.prompt_ids, salt=task.salt
-        )
+        sequence = RunningSequence(worker.model, task.method, task.prompt_ids, salt=task.salt)
         num_blocks = num_prompt_blocks(len(task.prompt_ids))
         if sequence.committable:
             await load_cached(worker, sequence, min(task.expected_blocks, num_blocks), task, clock)

@@ -1,4 +1,4 @@
-"""What prefill and decode nodes have in common: a model, one compute thread, and a way to the store."""
+"""What prefill and decode nodes have in common: a model, one compute thread, a way to the store."""
 
 import asyncio
 import logging
@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 
@@ -103,8 +103,8 @@ class Worker:
     ) -> tuple[list[dict[Stratum, Frame]], str | None]:
         """Return the strata of the longest run of blocks that the store serves.
 
-        Never raises for a store that is gone, slow or wrong: the run is then shorter, and the second
-        value says why.
+        Never raises for a store that is gone, slow or wrong: the run is then shorter, and the
+        second value says why.
         """
         blocks: list[dict[Stratum, Frame]] = [{} for _ in hashes]
         reasons: dict[int, str] = {}
@@ -116,7 +116,7 @@ class Worker:
                     if piece.frame is None:
                         reasons.setdefault(piece.index, piece.miss)
                         continue
-                    blocks[piece.index][Stratum.ValueType(piece.stratum)] = piece.frame
+                    blocks[piece.index][cast(Stratum, piece.stratum)] = piece.frame
                     clock.report.bytes_fetched += piece.num_bytes
                     tiers.add(piece.tier)
             except KVStrataError as error:
@@ -130,12 +130,14 @@ class Worker:
         return blocks[:run], (reasons.get(run) or failure) if run < len(hashes) else None
 
     async def publish(self, blocks: Sequence[SealedBlock], clock: ReportClock) -> None:
-        """Put sealed blocks into the store. Failing to is counted, and no error: they can be recomputed."""
+        """Put sealed blocks into the store. A failure is counted, not raised: recompute is safe."""
         if not blocks:
             return
         with clock.stage("ship"):
             try:
-                results = await self.store.put((b.identity.key, b.frames) for b in blocks)
+                results = await self.store.put(
+                    (b.identity.key, dict(b.frames.items())) for b in blocks
+                )
             except KVStrataError as error:
                 reason = store_failure(error)
                 logger.warning("publish failed", extra={"reason": reason, "error": str(error)})

@@ -21,14 +21,15 @@
   - CorruptFrameError           DATA_LOSS
   - InternalError               INTERNAL              a defect of ours
 
-On the wire an error is a ``google.rpc.Status`` with one ``google.rpc.ErrorInfo`` detail: ``reason`` is the
-class name, ``domain`` is "kvstrata", ``metadata["remedy"]`` says what to do.
+On the wire an error is a ``google.rpc.Status`` with one ``google.rpc.ErrorInfo`` detail: ``reason``
+is the class name, ``domain`` is "kvstrata", ``metadata["remedy"]`` says what to do.
 """
 
 from typing import ClassVar
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -62,7 +63,9 @@ class KVStrataError(Exception):
 def _rebuild(
     kind: type[KVStrataError], message: str, remedy: str, metadata: dict[str, str]
 ) -> KVStrataError:
-    return kind(message, remedy, **metadata)
+    error = kind(message, remedy)
+    error.metadata = metadata  # not as keywords: a peer may use any names
+    return error
 
 
 class InvalidRequestError(KVStrataError):
@@ -205,14 +208,24 @@ def to_status(error: KVStrataError) -> status_pb2.Status:
 
 def from_rpc_error(error: grpc.RpcError, peer: str = "") -> KVStrataError:
     """Return the error of our tree that the server sent, or the nearest one for a bare status."""
+    try:
+        sent = _sent_error(error)
+    except (DecodeError, ValueError):  # unreadable details, or those of another status
+        sent = None
+    if sent is not None:
+        return sent
+    code: grpc.StatusCode = error.code()
+    kind = _BY_STATUS.get(code, InternalError)
+    where = f"{peer}: " if peer else ""
+    return kind(f"{where}{code.name}: {error.details() or 'no details'}", _REMEDIES.get(code, ""))
+
+
+def _sent_error(error: grpc.RpcError) -> KVStrataError | None:
     status = rpc_status.from_call(error)
     for detail in status.details if status is not None else ():
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in ERRORS:
             metadata = dict(info.metadata)
             remedy = metadata.pop("remedy", "")
-            return ERRORS[info.reason](status.message, remedy, **metadata)
-    code: grpc.StatusCode = error.code()
-    kind = _BY_STATUS.get(code, InternalError)
-    where = f"{peer}: " if peer else ""
-    return kind(f"{where}{code.name}: {error.details() or 'no details'}", _REMEDIES.get(code, ""))
+            return _rebuild(ERRORS[info.reason], status.message, remedy, metadata)
+    return None

@@ -11,10 +11,11 @@ Layout, little-endian; everything after the prelude may move in a later version,
     24      8     XXH3-64 of bytes 0..23 and of the header
     32      H     FrameHeader (protobuf), with the offset table
     ...           zero bytes up to the next multiple of 64
-    ...           segments in ascending layer order, then attachments, each starting at a multiple of 64
+    ...           segments in ascending layer order, then attachments, each at a multiple of 64
 
-A received buffer is used in place: segments are views, 64-byte aligned within the frame. A reader may
-hold only the header and some layers; each segment has its own checksum, verified when it is taken.
+A received buffer is used in place: segments are views, 64-byte aligned within the frame. A reader
+may hold only the header and some layers; each segment has its own checksum, verified when it is
+taken.
 
 A frame of one layer with the two bytes ``ab cd`` begins so (header shortened)::
 
@@ -23,7 +24,8 @@ A frame of one layer with the two bytes ``ab cd`` begins so (header shortened)::
     00000020  0a 10 ...                                         |FrameHeader|
     000000c0  ab cd                                             |segment of layer 0|
 
-Not covered: which strata of a block belong together (``encoding_id``, compared by the codec's reader).
+Not covered: which strata of a block belong together (``encoding_id``, compared by the codec's
+reader).
 """
 
 import struct
@@ -55,7 +57,7 @@ def aligned(size: int) -> int:
 
 
 def encoding_id(codec: str, strata: Mapping[int, Sequence[Buffer]]) -> bytes:
-    """Return the 16-byte id of one writing: a hash of the codec and of every segment of every stratum."""
+    """Return the 16-byte id of one writing: a hash of the codec and all segments of all strata."""
     h = xxhash.xxh3_128(codec.encode())
     for stratum in sorted(strata):
         h.update(struct.pack("<II", stratum, len(strata[stratum])))
@@ -95,7 +97,8 @@ def encode_frame(
     # Offsets are varints: reserve room for the widest header, so that its length cannot shift them.
     cursor = aligned(PRELUDE_BYTES + full.ByteSize())
     frame_bytes = cursor
-    for entry in (*full.segments, *full.attachments):
+    entries: list[Segment | Attachment] = [*full.segments, *full.attachments]
+    for entry in entries:
         entry.offset = cursor
         frame_bytes = cursor + entry.length
         cursor = aligned(frame_bytes)
@@ -107,7 +110,7 @@ def encode_frame(
     frame[: len(prelude)] = prelude
     _CHECKSUM.pack_into(frame, len(prelude), _head_checksum(prelude, head))
     frame[PRELUDE_BYTES : PRELUDE_BYTES + len(head)] = head
-    for entry, part in zip((*full.segments, *full.attachments), parts, strict=True):
+    for entry, part in zip(entries, parts, strict=True):
         frame[entry.offset : entry.offset + entry.length] = part
     return bytes(frame)
 
@@ -141,7 +144,8 @@ class Frame:
         """Return the frame in ``buffer``, header verified, segments not yet.
 
         Raises:
-            CorruptFrameError: Not a frame, another version, truncated, or the header's checksum is off.
+            CorruptFrameError: Not a frame, another version, truncated, or the header's checksum is
+                off.
         """
         header, frame_bytes, head_bytes = open_head(buffer)
         if len(buffer) != frame_bytes:
@@ -197,7 +201,7 @@ class Frame:
                 self._take(entry, entry.name)
 
     def layer_run(self, first_layer: int, last_layer: int) -> tuple[int, int]:
-        """Return the byte range of layers [first_layer, last_layer) within the frame; (0, 0) if none."""
+        """Return the byte range of layers [first_layer, last_layer); (0, 0) if none."""
         wanted = [s for s in self.header.segments if first_layer <= s.layer < last_layer]
         if not wanted:
             return 0, 0
@@ -213,7 +217,9 @@ class Frame:
         begin = entry.offset - self.first_byte
         view = self.payload[begin : begin + entry.length]
         if xxhash.xxh3_64_intdigest(view) != entry.checksum:
-            raise CorruptFrameError(f"checksum of {what} does not hold", "fetch or compute it again")
+            raise CorruptFrameError(
+                f"checksum of {what} does not hold", "fetch or compute it again"
+            )
         return view
 
 
@@ -233,7 +239,10 @@ def head_size(prefix: Buffer) -> int:
             f"frame version {version} flags {flags:#x}, this reader knows version {VERSION}",
             "use the same release on every node",
         )
-    if head_length > MAX_HEADER_BYTES or not head_length + PRELUDE_BYTES <= frame_bytes <= MAX_FRAME_BYTES:
+    if (
+        head_length > MAX_HEADER_BYTES
+        or not head_length + PRELUDE_BYTES <= frame_bytes <= MAX_FRAME_BYTES
+    ):
         raise CorruptFrameError(f"impossible sizes: header {head_length}, frame {frame_bytes}")
     return PRELUDE_BYTES + int(head_length)
 

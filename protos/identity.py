@@ -1,9 +1,10 @@
 """Who a block is: cache scope, chained block hash, block key.
 
-A block is named by two 16-byte values. The *scope* says under which conditions its bytes mean anything
-(model, dtype, codec, method settings, adapter, tenant); the *block hash* chains the token ids from the
-first on. Both are truncated SHA-256 over length-prefixed fields, so they are equal in every process, on
-every machine, without any environment variable, and no field can run into the next one.
+A block is named by two 16-byte values. The *scope* says under which conditions its bytes mean
+anything (model, dtype, codec, method settings, adapter, tenant); the *block hash* chains the token
+ids from the first on. Both are truncated SHA-256 over length-prefixed fields, so they are equal in
+every process, on every machine, without any environment variable, and no field can run into the
+next one.
 
 Blocks are one canonical copy per KV head; nothing about tensor parallelism enters the identity.
 """
@@ -22,7 +23,7 @@ ScopeDigest = NewType("ScopeDigest", bytes)
 
 
 def digest(domain: str, parts: Iterable[bytes]) -> bytes:
-    """Return the 16-byte hash of length-prefixed ``parts``, separated by ``domain`` from other uses."""
+    """Return the 16-byte hash of length-prefixed ``parts``; ``domain`` separates uses."""
     h = hashlib.sha256()
     for part in (b"kvstrata", domain.encode(), *parts):
         h.update(struct.pack("<Q", len(part)))
@@ -62,10 +63,10 @@ class CacheScope:
 
 @dataclass(frozen=True, slots=True)
 class BlockKey:
-    """The only name of a block: one ``encode``, one ``decode``.
+    r"""The only name of a block: one ``encode``, one ``decode``.
 
-    ``BlockKey(b"\\x00" * 16, b"\\x01" * 16).encode()`` is 65 characters: the scope in hex, a dot, the
-    block hash in hex.
+    ``BlockKey(b"\x00" * 16, b"\x01" * 16).encode()`` is 65 characters: the scope in hex, a dot,
+    the block hash in hex.
     """
 
     scope: ScopeDigest
@@ -103,8 +104,8 @@ def block_hash(parent: bytes, token_ids: Sequence[int]) -> BlockHash:
 def block_hashes(scope: ScopeDigest, token_ids: Sequence[int]) -> list[BlockHash]:
     """Return the chained hash of every full block of ``token_ids``, first block first.
 
-    The chain starts at the scope, so equal tokens under another scope share no hash. Tokens after the
-    last full block have none.
+    The chain starts at the scope, so equal tokens under another scope share no hash. Tokens after
+    the last full block have none.
     """
     hashes: list[BlockHash] = []
     parent: bytes = scope
@@ -122,6 +123,4 @@ def split_hashes(joined: bytes) -> list[BlockHash]:
     """
     if len(joined) % HASH_BYTES:
         raise ValueError(f"block_hashes must be {HASH_BYTES} bytes each, got {len(joined)} in all")
-    return [
-        BlockHash(joined[i : i + HASH_BYTES]) for i in range(0, len(joined), HASH_BYTES)
-    ]
+    return [BlockHash(joined[i : i + HASH_BYTES]) for i in range(0, len(joined), HASH_BYTES)]

@@ -45,7 +45,7 @@ class ReportClock:
 
 
 def merge_reports(into: CacheReport, other: CacheReport) -> None:
-    """Add ``other``'s stages, recomputes and byte counts to ``into``; other fields: the last one wins."""
+    """Add ``other``'s stages, recomputes and byte counts to ``into``; else the last one wins."""
     fetched = into.bytes_fetched + other.bytes_fetched
     published = into.bytes_published + other.bytes_published
     committed = into.committed_blocks + other.committed_blocks

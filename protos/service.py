@@ -1,7 +1,7 @@
-"""The contract that every gRPC server of ours keeps, in one interceptor, and the channel to reach one.
+"""The contract that every gRPC server of ours keeps, in one interceptor, and the channel to one.
 
-The interceptor answers bytes that are no valid message, an unknown protocol version and every error of
-our tree with the right status and details; the handlers themselves just raise.
+The interceptor answers bytes that are no valid message, an unknown protocol version and every error
+of our tree with the right status and details; the handlers themselves just raise.
 """
 
 import contextlib
@@ -73,7 +73,9 @@ def _guard(handler: Any) -> Any:
         async for message in requests:
             yield read(message)
 
-    inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    inner = (
+        handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    )
     streams_in = bool(handler.request_streaming)
 
     async def unary(request: Any, context: Any) -> Any:
@@ -115,7 +117,8 @@ def check_version(context: Any) -> None:
     for key, value in context.invocation_metadata() or ():
         if key == VERSION_KEY and value != PROTOCOL_VERSION:
             raise ProtocolVersionError(
-                f"the client speaks protocol version {str(value)[:32]!r}, this server {PROTOCOL_VERSION!r}",
+                f"the client speaks protocol version {str(value)[:32]!r}, "
+                f"this server {PROTOCOL_VERSION!r}",
                 "use a client and a server of the same release",
             )
 
@@ -129,7 +132,7 @@ async def abort(context: Any, error: KVStrataError) -> NoReturn:
 
 
 async def _abort_defect(context: Any) -> None:
-    if isinstance(context, grpc.aio.ServicerContext) and context.done():
+    if context.done():  # the handler ended the call itself
         return
     logger.exception("unhandled error in a handler")
     await abort(context, InternalError("internal error", "see the server's log"))

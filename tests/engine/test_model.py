@@ -155,6 +155,8 @@ def test_wrong_tokens_are_refused(
         models["llama"].forward(models["llama"].new_cache(8), token_ids)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_smollm2_generates_the_tokens_of_transformers(smollm2: Model) -> None:
     text = "The cache holds keys and values. Each block is stored once and read at any precision. "
     prompt = encode_text(smollm2.tokenizer, text * 30)[:300]

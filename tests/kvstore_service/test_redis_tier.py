@@ -44,7 +44,9 @@ async def direct(redis: RedisServer) -> AsyncIterator[Any]:
     await client.aclose()
 
 
-async def test_every_value_is_one_tagged_key_with_a_time_to_live(tier: RedisTier, direct: Any) -> None:
+async def test_every_value_is_one_tagged_key_with_a_time_to_live(
+    tier: RedisTier, direct: Any
+) -> None:
     await tier.put(key(1), {1: b"base", 2: b"mid"})
     name = f"kvs:{{{key(1).encode()}}}:base"
     assert value_key(key(1), 1) == name
@@ -207,13 +209,20 @@ async def test_a_password_is_in_no_message_and_no_log(
     caplog.set_level(logging.DEBUG)
     assert "s3cret" not in mask_url(url)
     with pytest.raises(ConfigurationError) as caught:
-        connection = RedisConnection(url, timeout_s=0.3)
-        try:
-            await connection.check()
-        finally:
-            await connection.close()
-    assert "s3cret" not in f"{caught.value}{caught.value.metadata}{caught.value.__cause__}{caplog.text}"
+        await connect(url)
+    assert (
+        "s3cret"
+        not in f"{caught.value}{caught.value.metadata}{caught.value.__cause__}{caplog.text}"
+    )
     assert caught.value.remedy
+
+
+async def connect(url: str) -> None:
+    connection = RedisConnection(url, timeout_s=0.3)
+    try:
+        await connection.check()
+    finally:
+        await connection.close()
 
 
 async def test_a_wrong_password_is_told_without_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -28,7 +28,10 @@ async def tier(request: pytest.FixtureRequest) -> AsyncIterator[Tier]:
     else:
         server: RedisServer = request.getfixturevalue("redis")
         made = RedisTier(
-            RedisConnection(server.url), capacity_bytes=CAPACITY, ttl_s=60, max_stratum_bytes=CAPACITY
+            RedisConnection(server.url),
+            capacity_bytes=CAPACITY,
+            ttl_s=60,
+            max_stratum_bytes=CAPACITY,
         )
     yield made
     await made.check_integrity()
@@ -119,7 +122,8 @@ async def test_random_operations_agree_with_a_dict(tier: Tier, seed: int) -> Non
         action = source.choice(["put", "put", "get", "drop", "delete", "contains"])
         if action == "put":
             frames = {
-                s: source.randbytes(source.randrange(1, 200)) for s in source.sample((1, 2, 3, 4), 2)
+                s: source.randbytes(source.randrange(1, 200))
+                for s in source.sample((1, 2, 3, 4), 2)
             }
             for victim in await tier.put(chosen, frames):
                 del model[victim]

