@@ -3,8 +3,11 @@
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import sys
+from asyncio.subprocess import Process
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from kvstrata.kvstore_service.redis_binary import find_redis_server, free_port
@@ -12,32 +15,71 @@ from kvstrata.protos.errors import ConfigurationError
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
+RESTART_PAUSE_S = 0.5
+
+logger = logging.getLogger(__name__)
 
 
 class Child:
-    """A child process with a name, started for us and ended by us."""
+    """A child process that is started again when it ends unasked.
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
+    Attributes:
+        name: For logs.
+        process: The one that runs now.
+    """
+
+    def __init__(self, name: str, start: Callable[[], Awaitable[Process]]) -> None:
         self.name = name
-        self.process = process
+        self._start = start
+        self._watching: asyncio.Task[None] | None = None
+        self.process: Process | None = None
 
     @property
     def pid(self) -> int:
-        """The process id."""
+        """The process id of the one that runs now."""
+        assert self.process is not None
         return self.process.pid
 
+    async def start(self) -> None:
+        """Start it, and from then on again whenever it ends, until ``stop``.
+
+        Raises:
+            ConfigurationError: It did not come up the first time.
+        """
+        self.process = await self._start()
+        self._watching = asyncio.create_task(self._watch())
+
     async def stop(self) -> None:
-        """End it: politely, then by force."""
-        if self.process.returncode is not None:
-            return
+        """End it: politely, then by force. Idempotent."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
+        if self.process is not None:
+            await end(self.process)
+
+    async def _watch(self) -> None:
+        while self.process is not None:
+            status = await self.process.wait()
+            logger.warning("%s ended with status %s; starting it again", self.name, status)
+            await asyncio.sleep(RESTART_PAUSE_S)
+            try:
+                self.process = await self._start()
+            except ConfigurationError:
+                logger.exception("%s did not come up again; trying once more", self.name)
+
+
+async def end(process: Process) -> None:
+    """End a process: politely, then by force."""
+    if process.returncode is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+    except TimeoutError:
         with contextlib.suppress(ProcessLookupError):
-            self.process.terminate()
-        try:
-            await asyncio.wait_for(self.process.wait(), STOP_TIMEOUT_S)
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.kill()
-            await self.process.wait()
+            process.kill()
+        await process.wait()
 
 
 async def start_redis(runtime: Path, max_bytes: int) -> tuple[Child, str]:
@@ -45,54 +87,70 @@ async def start_redis(runtime: Path, max_bytes: int) -> tuple[Child, str]:
     folder = runtime / "redis"
     folder.mkdir()
     port = free_port()
-    process = await asyncio.create_subprocess_exec(
-        str(find_redis_server()),
-        *("--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)),
-        *("--save", "", "--appendonly", "no", "--logfile", str(folder / "redis.log")),
-        *("--maxmemory", str(max_bytes + max_bytes // 4), "--maxmemory-policy", "allkeys-lru"),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-    )
-    child = Child("redis", process)
-    deadline = asyncio.get_running_loop().time() + START_TIMEOUT_S
-    while True:
-        if process.returncode is not None:
-            log = (folder / "redis.log").read_text()[-2000:]
-            raise ConfigurationError(f"Redis ended at once: {log}", "see its message")
-        with contextlib.suppress(OSError):
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.close()
-            return child, f"redis://127.0.0.1:{port}/0"
-        if asyncio.get_running_loop().time() > deadline:
-            raise ConfigurationError("Redis did not answer in time", "look at the machine's load")
-        await asyncio.sleep(0.02)
+    log = folder / "redis.log"
+
+    async def start() -> Process:
+        process = await asyncio.create_subprocess_exec(
+            str(find_redis_server()),
+            *("--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)),
+            *("--save", "", "--appendonly", "no", "--logfile", str(log)),
+            *("--maxmemory", str(max_bytes + max_bytes // 4), "--maxmemory-policy", "allkeys-lru"),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+        )
+        deadline = asyncio.get_running_loop().time() + START_TIMEOUT_S
+        while process.returncode is None and asyncio.get_running_loop().time() < deadline:
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.close()
+                return process
+            await asyncio.sleep(0.02)
+        await end(process)
+        raise ConfigurationError(f"Redis did not start: {tail(log)}", "see its message")
+
+    child = Child("redis", start)
+    await child.start()
+    return child, f"redis://127.0.0.1:{port}/0"
 
 
 async def start_store(
     runtime: Path, *, dram_bytes: int, redis_url: str | None, redis_bytes: int, ttl_s: float
 ) -> tuple[Child, str]:
     """Start the store on a free loopback port; return it and its address."""
-    with (runtime / "store.log").open("wb") as log:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "kvstrata.kvstore_service"),
-            *("--listen", "127.0.0.1:0", "--dram", str(dram_bytes)),
-            *("--redis-bytes", str(redis_bytes), "--ttl-s", str(ttl_s)),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=log,
-            env=environment(redis_url),
-        )
-    child = Child("store", process)
-    assert process.stdout is not None
-    try:
-        line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)
-    except TimeoutError:
-        line = b""
-    if not line:
-        await child.stop()
-        reason = (runtime / "store.log").read_text()[-2000:].strip()
-        raise ConfigurationError(f"the store did not start: {reason}", "see its message")
-    return child, str(json.loads(line)["address"])
+    address = "127.0.0.1:0"
+    log = runtime / "store.log"
+
+    async def start() -> Process:
+        nonlocal address
+        with log.open("ab") as errors:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", "kvstrata.kvstore_service"),
+                *("--listen", address, "--dram", str(dram_bytes)),
+                *("--redis-bytes", str(redis_bytes), "--ttl-s", str(ttl_s)),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=errors,
+                env=environment(redis_url),
+            )
+        assert process.stdout is not None
+        try:
+            line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)
+        except TimeoutError:
+            line = b""
+        if not line:
+            await end(process)
+            raise ConfigurationError(f"the store did not start: {tail(log)}", "see its message")
+        address = str(json.loads(line)["address"])
+        return process
+
+    child = Child("store", start)
+    await child.start()
+    return child, address
+
+
+def tail(log: Path) -> str:
+    """Return the end of a log file."""
+    return log.read_text(errors="replace")[-2000:].strip() if log.exists() else "no log"
 
 
 def environment(redis_url: str | None) -> dict[str, str]:

@@ -16,8 +16,10 @@ from kvstrata.methods.presets import Method
 from kvstrata.prefill_node.prefill import num_prompt_blocks
 from kvstrata.protos.identity import BLOCK_TOKENS
 
-COLOURS = ("red", "green", "blue", "yellow", "white", "black", "silver", "golden")
-THINGS = ("door", "tower", "garden", "library", "bridge", "harbour", "mill", "castle")
+PLACES = (
+    "Paris", "Madrid", "Tokyo", "Cairo", "Oslo", "Lima", "Vienna", "Dublin",
+    "Athens", "Berlin", "Warsaw", "Havana", "Lisbon", "Prague", "Geneva", "Boston",
+)  # fmt: skip
 FACTS_PER_CONTEXT = 8
 
 
@@ -31,12 +33,12 @@ class Fact:
     @property
     def statement(self) -> str:
         """The sentence that is planted."""
-        return f"The code of the {self.subject} is {self.digits}."
+        return f"The access code for {self.subject} is {self.digits}."
 
     @property
     def cue(self) -> str:
         """What is asked, in the words of the statement; a space and the digits follow."""
-        return f"\n\nThe code of the {self.subject} is"
+        return f"\n\nThe access code for {self.subject} is"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Recall:
 def plant_facts(text: str, seed: int) -> tuple[str, list[Fact]]:
     """Return ``text`` with eight facts planted at even distances between its paragraphs."""
     draw = random.Random(seed)
-    subjects = draw.sample([f"{c} {t}" for c in COLOURS for t in THINGS], FACTS_PER_CONTEXT)
+    subjects = draw.sample(PLACES, FACTS_PER_CONTEXT)
     facts = [Fact(subject, f"{draw.randrange(10_000, 100_000)}") for subject in subjects]
     paragraphs = text.split("\n\n")
     step = max(1, len(paragraphs) // (FACTS_PER_CONTEXT + 1))

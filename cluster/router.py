@@ -18,7 +18,7 @@ class Route:
         cached_blocks: The longest prefix in the store.
         num_blocks: Full blocks of the prompt.
         needs_prefill: Whether a prefill node computes the rest; else the decode node does.
-        failure: Why the store could not be asked, or None.
+        failure: Why the store could not be asked, or not in full; None if it could.
     """
 
     cached_blocks: int
@@ -63,4 +63,10 @@ class Router:
             cached += 1
         uncached_tokens = (num_blocks - cached) * BLOCK_TOKENS
         shareable = task.method.reads_all and uncached_tokens > self._direct_tokens
-        return Route(cached, num_blocks, needs_prefill=shareable)
+        incomplete = found.degraded and cached < num_blocks
+        return Route(
+            cached,
+            num_blocks,
+            needs_prefill=shareable,
+            failure="store_degraded" if incomplete else None,
+        )

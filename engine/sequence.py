@@ -1,12 +1,12 @@
 """One running sequence: its tokens, its cache, and the blocks that leave and enter it.
 
-The rule that makes caching invisible: **what a token attends to depends on the tokens and the method
-only**. Every full block is attended at the precision at which it is stored, whether it came from the
-store or was computed here (``settle``); the unfilled rest is uncompressed. So cold, warm, replayed and
-recomputed requests give the same tokens.
+The rule that makes caching invisible: **what a token attends to depends on the tokens and the
+method only**. Every full block is attended at the precision at which it is stored, whether it came
+from the store or was computed here (``settle``); the unfilled rest is uncompressed. So cold, warm,
+replayed and recomputed requests give the same tokens.
 
-Within one call of ``compute`` the model attends to what it just computed, uncompressed, as any prefill
-does; blocks are settled afterwards.
+Within one call of ``compute`` the model attends to what it just computed, uncompressed, as any
+prefill does; blocks are settled afterwards.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ from kvstrata.protos.frame import Frame
 from kvstrata.protos.frame_pb2 import RopeForm, Stratum
 from kvstrata.protos.identity import BLOCK_TOKENS, BlockHash, block_hash, block_hashes
 
-PREFILL_CHUNK = 512
+PREFILL_CHUNK = 1024
 PROBE_FRACTION = 0.1  # share of prompt rows that saliency is taken from (codec.md, section 5)
 
 FrameSet = Mapping[Stratum, Frame]
@@ -86,8 +86,9 @@ class RunningSequence:
     def load(self, blocks: Sequence[FrameSet]) -> Loaded:
         """Decode stored blocks into the cache, from the first block not held on.
 
-        Stops before the first block that must not or cannot be used; what precedes it is kept. A block
-        lacking a stratum that the method reads counts as unusable: precision is never lowered silently.
+        Stops before the first block that must not or cannot be used; what precedes it is kept. A
+        block lacking a stratum that the method reads counts as unusable: precision is never lowered
+        silently.
         """
         first = self.num_blocks_held
         chosen: list[dict[Stratum, Frame]] = []
@@ -124,7 +125,7 @@ class RunningSequence:
             yield self.cache.length - first
 
     def extend(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, list[SealedBlock]]:
-        """Append tokens that follow the computed ones, run the model over them, settle blocks that fill.
+        """Append tokens after the computed ones, run the model over them, settle blocks that fill.
 
         Returns:
             The float32 logits (vocab,) after the last token, and the blocks that filled, sealed.
@@ -147,7 +148,7 @@ class RunningSequence:
     def seal(self, first: int, last: int) -> list[SealedBlock]:
         """Return blocks [first, last) of the cache, encoded and framed.
 
-        Returns nothing, and commits nothing from here on, if the codec cannot represent their values.
+        Returns nothing, and commits nothing from here on, if the codec cannot represent them.
         """
         for index in range(len(self.hashes), last):
             parent = self.hashes[-1] if self.hashes else self.scope

@@ -1,6 +1,7 @@
 """The quantisers: errors within bounds that follow from their scales, and tables recomputed."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -157,8 +158,8 @@ def _lloyd_max(low: float, high: float, cells: int) -> tuple[list[float], list[f
     thresholds = [first + (last - first) * i / cells for i in range(1, cells)]
     for _ in range(2000):
         borders = [low, *thresholds, high]
-        levels = [_centroid(a, b) for a, b in zip(borders, borders[1:], strict=False)]
-        moved = [(a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)]
+        levels = [_centroid(a, b) for a, b in pairwise(borders)]
+        moved = [(a + b) / 2 for a, b in pairwise(levels)]
         change = max(abs(a - b) for a, b in zip(moved, thresholds, strict=True))
         thresholds = moved
         if change < 1e-12:
@@ -176,7 +177,7 @@ def nested(plain: tuple[list[float], list[float]]) -> tuple[list[float], list[fl
     thresholds: list[float] = []
     levels: list[float] = []
     borders = [-math.inf, *plain[0], math.inf]
-    for low, high in zip(borders, borders[1:], strict=False):
+    for low, high in pairwise(borders):
         inner, cell_levels = _lloyd_max(low, high, 4)
         thresholds += [*inner, high]
         levels += cell_levels

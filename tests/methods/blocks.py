@@ -93,5 +93,5 @@ def round_trip(
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor's bytes, which compare equal for equal NaNs and unequal for 0.0 and -0.0."""
+    """Return the tensor's bytes, equal for equal NaNs and unequal for 0.0 and -0.0."""
     return tensor.contiguous().view(torch.uint8)

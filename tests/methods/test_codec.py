@@ -1,6 +1,7 @@
 """Which subsets of strata can be read."""
 
 from itertools import chain, combinations
+from typing import Any
 
 import pytest
 
@@ -8,8 +9,14 @@ from kvstrata.methods.codec import readable
 from kvstrata.methods.framing import precision_name
 from kvstrata.protos.frame_pb2 import Stratum
 
-BASE, MID, FINE, EXACT = 1, 2, 3, 4
-TABLE: dict[tuple[int, ...], tuple[int, ...]] = {
+BASE, MID, FINE, EXACT = (
+    Stratum.STRATUM_BASE,
+    Stratum.STRATUM_MID,
+    Stratum.STRATUM_FINE,
+    Stratum.STRATUM_EXACT,
+)
+LATER: Any = 9  # what a later release may add
+TABLE: dict[tuple[Stratum, ...], tuple[Stratum, ...]] = {
     (): (),
     (BASE,): (BASE,),
     (MID,): (),
@@ -29,18 +36,17 @@ def test_the_table_is_complete() -> None:
 
 @pytest.mark.parametrize(("held", "best"), TABLE.items(), ids=str)
 def test_the_best_subset_is_consecutive_from_base_on(
-    held: tuple[int, ...], best: tuple[int, ...]
+    held: tuple[Stratum, ...], best: tuple[Stratum, ...]
 ) -> None:
-    strata = {Stratum.ValueType(s) for s in held}
-    assert readable(strata) == best
-    assert readable(strata | {Stratum.STRATUM_EXACT}) == (EXACT,)
+    assert readable(set(held)) == best
+    assert readable({*held, EXACT}) == (EXACT,)
 
 
 def test_a_stratum_of_a_later_release_is_ignored() -> None:
-    assert readable({Stratum.STRATUM_BASE, Stratum.ValueType(9)}) == (BASE,)
-    assert readable({Stratum.ValueType(9)}) == ()
+    assert readable({BASE, LATER}) == (BASE,)
+    assert readable({LATER}) == ()
 
 
 def test_precisions_are_named_by_their_strata() -> None:
-    names = [precision_name([Stratum.ValueType(s) for s in read]) for read in ((4,), (2, 1), (1,))]
+    names = [precision_name(read) for read in ([EXACT], [MID, BASE], [BASE])]
     assert names == ["exact", "base+mid", "base"]

@@ -1,4 +1,4 @@
-"""The fallback codec: errors as theory says, sinks apart, and a layout that is read back by hand."""
+"""The fallback codec: errors as theory says, sinks apart, and a layout read back by hand."""
 
 import math
 import struct
@@ -41,7 +41,7 @@ each_shape = pytest.mark.parametrize(("layers", "heads", "dim", "count", "dtype"
 
 
 def _nested_error() -> float:
-    """Return the mean squared error of the nested 4-bit quantiser of a unit Gaussian, by integration."""
+    """Return the mean squared error of the 4-bit tables on a unit Gaussian, by integration."""
 
     def density(x: float) -> float:
         return math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
@@ -247,7 +247,7 @@ def test_a_block_of_three_heads_costs_at_most_4_point_6_bits_per_element() -> No
     elements = 2 * blocks.keys[:, :, 0].numel()
     first, *others = [8 * block.num_bytes / elements for block in seal_all(FallbackCodec(), blocks)]
     assert all(4 < rate <= 4.6 for rate in others)
-    assert others[0] == others[1]
+    assert others[0] == pytest.approx(others[1], abs=0.02)  # token ids are varints
     # Four sinks of 64 tokens at a bf16 scale and int8 on top of their dense codes.
     assert first - others[0] == pytest.approx(4 / 64 * (8 + 16 / 64), rel=0.05)
 
@@ -327,6 +327,7 @@ def test_settings_name_the_sink_count() -> None:
 HEADS, DIM = 2, 8
 SHAPE = BlockShape(HEADS, DIM, torch.float32)
 FIXED = _fixed_bytes(HEADS, DIM)
+WHOLE = FIXED + 4 * HEADS * 2 * (2 + DIM)  # four sinks per head of keys and of values
 
 
 def _decode(base: dict[int, bytes], mid: dict[int, bytes] | None = None) -> torch.Tensor:
@@ -350,15 +351,13 @@ def test_the_written_segments_are_read(written: tuple[dict[int, bytes], dict[int
     assert _decode(*written).shape == (2, HEADS, 1, BLOCK_TOKENS, DIM)
 
 
-@pytest.mark.parametrize(
-    "size", [0, 47, FIXED - 1, FIXED, FIXED + 1, FIXED + 4 * 4 * (2 + DIM) - 1, FIXED + 4 * 4 * (2 + DIM) + 1]
-)  # fmt: skip
+@pytest.mark.parametrize("size", [0, 47, FIXED - 1, FIXED, FIXED + 1, WHOLE - 1, WHOLE + 1])
 def test_a_base_segment_of_another_size_is_corrupt(
     size: int, written: tuple[dict[int, bytes], dict[int, bytes]]
 ) -> None:
     base, mid = written
     wrong = (base[2] + bytes(8))[:size]
-    assert len(base[2]) == FIXED + 4 * HEADS * 2 * (2 + DIM)
+    assert len(base[2]) == WHOLE
     for others in ({1: base[1], 2: wrong}, {1: wrong, 2: wrong}):
         with pytest.raises(CorruptFrameError, match="layer"):
             _decode(others, mid)

@@ -4,6 +4,7 @@ import inspect
 import pickle
 import re
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import pytest
@@ -13,6 +14,7 @@ from kvstrata.protos import admin_pb2, admin_pb2_grpc, errors
 from kvstrata.protos.errors import ERRORS, KVStrataError, from_rpc_error, to_status
 from kvstrata.protos.service import CALL_METADATA, ContractInterceptor, open_channel
 
+GRPC: Any = admin_pb2_grpc  # generated without annotations
 KINDS = list(ERRORS.values())
 MESSAGE = 'the value "größe\u2028" \t is wrong: 100 %\nsecond line'
 
@@ -29,15 +31,16 @@ class _Raiser(admin_pb2_grpc.AdminServicer):
 
 
 class _Bare(admin_pb2_grpc.AdminServicer):
-    """Ends the call with the status named by the page token, and with details in hex after a colon."""
+    """Ends the call with the status and the details, in hex, that the page token names."""
 
     async def ListBlocks(  # noqa: N802
-        self, request: admin_pb2.ListBlocksRequest, context: grpc.aio.ServicerContext
+        self, request: admin_pb2.ListBlocksRequest, context: Any
     ) -> admin_pb2.ListBlocksReply:
         status, _, details = request.page_token.partition(":")
         if details:
             context.set_trailing_metadata((("grpc-status-details-bin", bytes.fromhex(details)),))
         await context.abort(grpc.StatusCode[status], "bare")
+        raise AssertionError("abort returns never")
 
 
 @pytest.fixture
@@ -48,11 +51,11 @@ def raiser() -> _Raiser:
 @pytest.fixture
 async def stub(raiser: _Raiser) -> AsyncIterator[admin_pb2_grpc.AdminStub]:
     server = grpc.aio.server(interceptors=[ContractInterceptor()])
-    admin_pb2_grpc.add_AdminServicer_to_server(raiser, server)
+    GRPC.add_AdminServicer_to_server(raiser, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with open_channel(f"127.0.0.1:{port}") as channel:
-        yield admin_pb2_grpc.AdminStub(channel)
+        yield GRPC.AdminStub(channel)
     await server.stop(None)
 
 
@@ -126,11 +129,11 @@ def test_an_error_without_a_remedy_is_told_by_its_message_alone() -> None:
 @pytest.fixture
 async def bare() -> AsyncIterator[admin_pb2_grpc.AdminStub]:
     server = grpc.aio.server()
-    admin_pb2_grpc.add_AdminServicer_to_server(_Bare(), server)
+    GRPC.add_AdminServicer_to_server(_Bare(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with open_channel(f"127.0.0.1:{port}") as channel:
-        yield admin_pb2_grpc.AdminStub(channel)
+        yield GRPC.AdminStub(channel)
     await server.stop(None)
 
 
@@ -184,7 +187,7 @@ async def test_unreadable_details_count_as_a_bare_status(
 async def test_an_address_without_a_server_is_unavailable() -> None:
     async with open_channel("127.0.0.1:1") as channel:
         with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await admin_pb2_grpc.AdminStub(channel).Stats(admin_pb2.StatsRequest())
+            await GRPC.AdminStub(channel).Stats(admin_pb2.StatsRequest())
     assert type(from_rpc_error(failure.value)) is errors.UnavailableError
 
 
@@ -194,7 +197,7 @@ async def test_a_server_without_the_method_speaks_another_version() -> None:
     await server.start()
     async with open_channel(f"127.0.0.1:{port}") as channel:
         with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await admin_pb2_grpc.AdminStub(channel).Stats(admin_pb2.StatsRequest())
+            await GRPC.AdminStub(channel).Stats(admin_pb2.StatsRequest())
     await server.stop(None)
     assert type(from_rpc_error(failure.value)) is errors.ProtocolVersionError
 

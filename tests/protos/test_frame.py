@@ -22,7 +22,7 @@ from kvstrata.protos.frame import (
     head_size,
     stratum_name,
 )
-from kvstrata.protos.frame_pb2 import FrameHeader, RopeForm, Stratum
+from kvstrata.protos.frame_pb2 import Attachment, FrameHeader, RopeForm, Segment, Stratum
 from tests.protos.forging import forge, prelude_of
 
 UINT32 = st.integers(0, 2**32 - 1)
@@ -110,7 +110,8 @@ def test_segments_are_aligned_and_everything_between_them_is_zero(
     data = bytearray(encode_frame(header, segments, attachments))
     frame = Frame.open(bytes(data))
     cursor = frame.head_bytes
-    for entry in (*frame.header.segments, *frame.header.attachments):
+    entries: list[Segment | Attachment] = [*frame.header.segments, *frame.header.attachments]
+    for entry in entries:
         assert entry.offset % ALIGNMENT == 0
         assert not any(data[cursor : entry.offset])
         # At most one unit of padding between parts, and two where the header shrank.
@@ -187,7 +188,7 @@ def test_the_bytes_of_a_frame_are_those_of_its_description() -> None:
     head = data[32 : 32 + head_bytes]
     assert checksum == xxhash.xxh3_64_intdigest(data[:24] + head)
     header = FrameHeader.FromString(head)
-    # Segments in ascending layer order, then attachments, 64-byte aligned; an empty one has a place too.
+    # Segments in ascending layer order, then attachments; an empty one has a place too.
     first = header.segments[0].offset
     assert first >= 32 + head_bytes
     assert [(s.layer, s.offset - first, s.length) for s in header.segments] == [
@@ -328,7 +329,7 @@ def test_a_wrong_segment_checksum_names_the_layer_and_spares_the_others() -> Non
     data = bytearray(_sample())
     data[Frame.open(data).header.segments[1].offset] ^= 1
     frame = Frame.open(bytes(data))
-    assert frame.segment(1) == b"\xab\xcd"
+    assert bytes(frame.segment(1)) == b"\xab\xcd"
     with pytest.raises(CorruptFrameError, match="layer 2"):
         frame.segment(2)
     with pytest.raises(CorruptFrameError, match="layer 2"):
@@ -348,8 +349,8 @@ def test_a_wrong_attachment_checksum_is_found_by_verify() -> None:
 
 
 def test_the_encoding_id_depends_on_codec_strata_and_the_borders_of_segments() -> None:
-    base, mid = Stratum.STRATUM_BASE, Stratum.STRATUM_MID
-    writings = [
+    base, mid = 1, 2
+    writings: list[tuple[str, dict[int, list[bytes]]]] = [
         ("a/1", {base: [b"xy", b"z"]}),
         ("a/2", {base: [b"xy", b"z"]}),
         ("a/1", {base: [b"x", b"yz"]}),

@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -41,7 +42,8 @@ TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=4 * BLOCK_TOKENS)
 
 PRINT_NAMES = """
 from kvstrata.protos.identity import CacheScope, block_hashes
-scope = CacheScope(b"0123456789abcdef", "bfloat16", "fallback/1", "sink_tokens=4", "tuned", b"tenant", b"profile")
+texts = "bfloat16", "fallback/1", "sink_tokens=4", "tuned"
+scope = CacheScope(b"0123456789abcdef", *texts, b"tenant", b"profile")
 print(scope.digest().hex(), *(h.hex() for h in block_hashes(scope.digest(), range(130))))
 """
 
@@ -96,7 +98,8 @@ def test_every_field_of_the_scope_changes_its_digest(
     value = getattr(SCOPE, field.name)
     longer = value + b"x" if isinstance(value, bytes) else value + "x"
     for other in (longer, value[:-1], value[:0]):
-        assert dataclasses.replace(SCOPE, **{field.name: other}).digest() != SCOPE.digest()
+        change: dict[str, Any] = {field.name: other}
+        assert dataclasses.replace(SCOPE, **change).digest() != SCOPE.digest()
 
 
 @RANDOMLY

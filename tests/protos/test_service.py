@@ -122,7 +122,7 @@ async def channel(echo: Echo) -> AsyncIterator[grpc.aio.Channel]:
 
 @pytest.fixture
 def call(channel: grpc.aio.Channel) -> Call:
-    """Return a function that sends raw messages in a call of any arity and returns all page tokens."""
+    """Return a function that sends raw messages in a call and returns all page tokens."""
 
     async def send(
         arity: str,
@@ -266,7 +266,8 @@ async def test_a_cancelled_call_closes_the_answering_generator_at_once(
 async def test_a_reader_that_goes_away_closes_the_answering_generator(
     echo: Echo, call: Call, channel: grpc.aio.Channel
 ) -> None:
-    running = channel.unary_stream("/kvstrata.v1.Echo/unary_stream")(_message("wait"))
+    method: Any = channel.unary_stream("/kvstrata.v1.Echo/unary_stream")
+    running = method(_message("wait"))
     assert ListBlocksReply.FromString(await running.read()).next_page_token == "first"
     await asyncio.wait_for(echo.blocked.wait(), 5)
     await channel.close()

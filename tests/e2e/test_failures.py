@@ -1,0 +1,160 @@
+"""Any KV problem becomes recompute: the same tokens as an undisturbed run, and a counter says why."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import redis
+from tests.e2e.conftest import Texts
+from tests.stack import Stack
+
+from kvstrata.client import Client, Completion
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+NUM_TOKENS = 40
+PROMPT_CHARS = 2_400  # about 550 tokens: long enough for a prefill node
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[Client]:
+    with Client(stack.address, timeout_s=180) as connected:
+        yield connected
+
+
+@pytest.fixture(params=["balanced", "exact"])
+def preset(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def generate(
+    client: Client, prompt: str, preset: str, *, at_token: int = -1, act: Callable[[], object] = int
+) -> Completion:
+    """Stream greedy tokens, and ``act`` when ``at_token`` of them have come."""
+    received: list[int] = []
+    text = ""
+    with client.stream(prompt, preset=preset, max_tokens=NUM_TOKENS, ignore_eos=True) as stream:
+        for chunk in stream:
+            received += chunk.token_ids
+            text += chunk.text
+            if len(received) == at_token:
+                act()
+        completion = stream.completion
+    assert list(completion.token_ids) == received
+    assert completion.text == text
+    assert len(received) == NUM_TOKENS
+    return completion
+
+
+def recomputes(completion: Completion) -> set[str]:
+    return {recompute.reason for recompute in completion.cache.recomputes}
+
+
+def test_cold_warm_and_recomputed_requests_give_the_same_tokens(
+    stack: Stack, client: Client, texts: Texts, preset: str
+) -> None:
+    prompt = texts.take(PROMPT_CHARS)
+    cold = generate(client, prompt, preset)
+    warm = generate(client, prompt, preset)
+    stack.evict()
+    again = generate(client, prompt, preset)
+    assert cold.cache.cached_tokens == again.cache.cached_tokens == 0
+    assert warm.cache.cached_tokens == warm.cache.shareable_tokens > 256
+    assert warm.cache.bytes_fetched > 0
+    assert cold.token_ids == warm.token_ids == again.token_ids
+
+
+def test_a_flipped_byte(stack: Stack, client: Client, texts: Texts, preset: str) -> None:
+    prompt = texts.take(PROMPT_CHARS)
+    undisturbed = generate(client, prompt, preset)
+    misses = stack.counter("misses_total", reason="corrupt")
+    counted = stack.counter("recomputes_total", reason="corrupt")
+    stratum = {"balanced": "base", "exact": "exact"}[preset]
+    with redis.Redis(port=stack.redis_port) as server:
+        keys = [k for k in server.scan_iter(f"kvs:*:{stratum}", count=1000)]
+        newest = max(keys, key=server.ttl)
+        for key in keys if preset == "exact" else [newest]:
+            middle = int(server.strlen(key)) // 2
+            byte = server.getrange(key, middle, middle)
+            server.setrange(key, middle, bytes([byte[0] ^ 0x10]))
+    stack.evict("dram")
+    disturbed = generate(client, prompt, preset)
+    assert disturbed.token_ids == undisturbed.token_ids
+    assert stack.counter("misses_total", reason="corrupt") > misses
+    assert stack.counter("recomputes_total", reason="corrupt") > counted
+    assert "corrupt" in recomputes(disturbed)
+
+
+def test_decode_worker_killed(stack: Stack, client: Client, texts: Texts, preset: str) -> None:
+    prompt = texts.take(PROMPT_CHARS)
+    undisturbed = generate(client, prompt, preset)
+    counted = stack.counter("recomputes_total", reason="decode_worker_lost")
+    worker = stack.worker("decode")
+    disturbed = generate(client, prompt, preset, at_token=9, act=worker.kill)
+    assert disturbed.token_ids == undisturbed.token_ids
+    assert disturbed.text == undisturbed.text
+    assert disturbed.cache.replays == 1
+    assert stack.counter("recomputes_total", reason="decode_worker_lost") == counted + 1
+
+
+def test_prefill_worker_killed(stack: Stack, client: Client, texts: Texts, preset: str) -> None:
+    prompt = texts.take(2 * PROMPT_CHARS)
+    undisturbed = generate(client, prompt, preset)
+    stack.evict()
+    counted = stack.counter("recomputes_total", reason="prefill_worker_lost")
+    worker = stack.worker("prefill")
+    with client.stream(prompt, preset=preset, max_tokens=NUM_TOKENS, ignore_eos=True) as stream:
+        time.sleep(0.5)  # it is prefilling now: the first token takes longer on any CPU
+        worker.kill()
+        disturbed = stream.read()
+    assert disturbed.token_ids == undisturbed.token_ids
+    assert "prefill_worker_lost" in recomputes(disturbed)
+    assert stack.counter("recomputes_total", reason="prefill_worker_lost") == counted + 1
+
+
+def test_redis_killed(stack: Stack, client: Client, texts: Texts, preset: str) -> None:
+    prompt = texts.take(PROMPT_CHARS)
+    undisturbed = generate(client, prompt, preset)
+    errors = stack.counter("tier_errors_total", tier="redis")
+    counted = stack.counter("recomputes_total", reason="store_degraded")
+    server = stack.find("redis-server")
+
+    def stop() -> None:  # frozen, then killed: while it hangs, waits must end by their own limits
+        server.send_signal(signal.SIGSTOP)
+        stack.evict("dram")
+
+    during = generate(client, prompt, preset, at_token=9, act=stop)
+    after = generate(client, prompt, preset)  # the blocks are in Redis alone
+    server.kill()
+    assert during.token_ids == after.token_ids == undisturbed.token_ids
+    assert stack.counter("tier_errors_total", tier="redis") > errors
+    assert stack.counter("recomputes_total", reason="store_degraded") > counted
+    assert stack.find("redis-server").pid != server.pid
+    wait_for_health(stack)
+
+
+def test_store_killed(stack: Stack, client: Client, texts: Texts, preset: str) -> None:
+    prompt = texts.take(PROMPT_CHARS)
+    undisturbed = generate(client, prompt, preset)
+    counted = stack.counter("recomputes_total", reason="store_unavailable")
+    store = stack.find("kvstrata.kvstore_service")
+
+    def freeze() -> None:  # it cannot come back before the next request needs it
+        store.send_signal(signal.SIGSTOP)
+        store.kill()
+
+    during = generate(client, prompt, preset, at_token=9, act=freeze)
+    stack.find("kvstrata.kvstore_service").kill()
+    after = generate(client, prompt, preset)
+    assert during.token_ids == after.token_ids == undisturbed.token_ids
+    assert "store_unavailable" in recomputes(after)
+    assert stack.counter("recomputes_total", reason="store_unavailable") > counted
+    wait_for_health(stack)
+
+
+def wait_for_health(stack: Stack) -> None:
+    deadline = time.monotonic() + 60
+    while (health := stack.kvctl("health"))["health"] != "ok":
+        assert time.monotonic() < deadline, health
+        time.sleep(0.5)
