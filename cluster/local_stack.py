@@ -21,7 +21,7 @@ from rich.console import Console
 
 from kvstrata.cluster.processes import start_redis, start_store
 from kvstrata.cluster.stack_config import StackConfig
-from kvstrata.cluster.supervisor import die_with_parent
+from kvstrata.cluster.supervisor import adopt_orphans, die_with_parent, end_descendants
 from kvstrata.protos.errors import KVStrataError
 
 STOP_GRACE_S = 5.0
@@ -143,6 +143,7 @@ async def _start_workers(config: StackConfig, runtime: Path, store_address: str)
 
 def main(runtime: Path, supervisor: int, config: StackConfig) -> int:
     """Serve until told to stop; return the exit status."""
+    adopt_orphans()
     die_with_parent(supervisor)
     logging.basicConfig(
         stream=sys.stderr, level="WARNING", format="%(levelname)s %(name)s %(message)s"
@@ -152,19 +153,24 @@ def main(runtime: Path, supervisor: int, config: StackConfig) -> int:
     os.chdir(runtime / "cwd")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    status = 0
     try:
         asyncio.run(serve(config, runtime))
     except KVStrataError as error:
         print(f"error: {error.message}", file=sys.stderr)
         if error.remedy:
             print(f"hint: {error.remedy}", file=sys.stderr)
-        return 2
+        status = 2
     finally:
+        end_descendants()
         if os.getppid() != supervisor:
             shutil.rmtree(runtime, ignore_errors=True)
-    return 0
+    return status
 
 
 if __name__ == "__main__":
     settings = StackConfig.decode(sys.argv[3], os.environ.pop("KVSTRATA_REDIS_URL", None))
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), settings))
+    exit_status = main(Path(sys.argv[1]), int(sys.argv[2]), settings)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_status)  # Ray's own shutdown at exit would wait for processes that are gone

@@ -40,6 +40,11 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent ends, so that they can be found and ended."""
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
 def supervise(module: str, arguments: Sequence[str]) -> int:
     """Run ``python -m module RUNTIME_DIR SUPERVISOR_PID arguments...`` and clean up after it.
 
@@ -48,7 +53,7 @@ def supervise(module: str, arguments: Sequence[str]) -> int:
     Returns:
         The stack's exit status; 128 + n if signal n ended it unasked.
     """
-    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     runtime = Path(tempfile.mkdtemp(prefix="kvs-", dir=temporary_folder()))
     stack: subprocess.Popen[bytes] | None = None
     asked_at: list[float] = []
