@@ -11,6 +11,9 @@ ROOMS := $(patsubst %/__init__.py,%,$(wildcard */__init__.py))
 FARM := build/types/kvstrata
 PROTOC := cd build/types && $(BIN)/python -P -m grpc_tools.protoc -Ikvstrata/protos=../../protos
 
+# A temporary folder of its own, gone afterwards; its path is short, because sockets lie below it.
+RUN_CLEAN := export TMPDIR=$$(mktemp -d /tmp/kvt-XXXXXX) && trap 'rm -rf "$$TMPDIR"' EXIT INT TERM &&
+
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint fmt types farm proto e2e size clean
@@ -38,10 +41,10 @@ demo: install ## start everything on this machine and show a cache hit; writes .
 	$(BIN)/kvstrata demo
 
 test: lint types ## everything: lint, types, the whole test suite
-	$(BIN)/pytest
+	$(RUN_CLEAN) $(BIN)/pytest --basetemp="$$TMPDIR/pytest"
 
 e2e: install ## only the tests that start real processes
-	$(BIN)/pytest -m e2e
+	$(RUN_CLEAN) $(BIN)/pytest -m e2e --basetemp="$$TMPDIR/pytest"
 
 lint: install ## ruff check and format check; edits nothing
 	$(BIN)/ruff check

@@ -70,7 +70,8 @@ class Admission:
             prompt_ids=prompt_ids,
             method=method,
             sampling=sampling,
-            deadline_unix_s=time.time() + min(remaining_s or MAX_DEADLINE_S, MAX_DEADLINE_S),
+            deadline_unix_s=time.time()
+            + (MAX_DEADLINE_S if remaining_s is None else min(remaining_s, MAX_DEADLINE_S)),
             salt=self.salt,
         )
 

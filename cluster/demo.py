@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import json
+import os
 import pydoc_data.topics
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +65,9 @@ def demo(
         ]
         stored = asyncio.run(read_store(stack["store"]))
     figures = {"preset": preset, "sessions": [session_figures(answer) for answer in answers]}
-    figures |= measure(answers, stored, preset, model or None, facts=quality)
+    with tempfile.TemporaryDirectory(prefix="kvs-") as folder:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)  # importing transformers makes it
+        figures |= measure(answers, stored, preset, model or None, facts=quality)
     show(figures)
     from kvstrata.cluster.timeline import draw_timeline
 

@@ -57,8 +57,8 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
             raise DrainingError("the gateway is shutting down", "send the request to another one")
         self._running += 1
         outcome = "cancelled"
+        clock = ReportClock("gateway")
         try:
-            clock = ReportClock("gateway")
             with clock.stage("route"):
                 task = await asyncio.to_thread(
                     self._admission.admit, request, context.time_remaining()
@@ -73,6 +73,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
             raise
         finally:
             self._running -= 1
+            self._count(clock.report)
             self._counters.add("requests_total", outcome=outcome)
 
     async def GetModel(self, request: GetModelRequest, context: Any) -> GetModelReply:  # noqa: N802
@@ -98,7 +99,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
             task = await self._prefill(task, route, clock)
         async for reply in self._decode(task, clock):
             if reply.finish_reason:
-                reply.cache.CopyFrom(self._closing_report(reply.cache, route, clock))
+                reply.cache.CopyFrom(self._closing_report(reply.cache, task, route, clock))
             yield reply
 
     async def _prefill(self, task: Task, route: Route, clock: ReportClock) -> Task:
@@ -143,17 +144,23 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         )
 
     def _closing_report(
-        self, decoded: CacheReport, route: Route, clock: ReportClock
+        self, decoded: CacheReport, task: Task, route: Route, clock: ReportClock
     ) -> CacheReport:
         report = CacheReport()
         report.CopyFrom(clock.report)
         merge_reports(report, decoded)
-        lost = max((r.tokens for r in decoded.recomputes), default=0)
-        report.cached_tokens = max(0, route.cached_blocks * BLOCK_TOKENS - lost)
+        # Blocks come as one run from the first on: those lost are the last of the expected ones.
+        lost = max((r.tokens for r in decoded.recomputes if r.reason != "unencodable"), default=0)
+        loaded = task.expected_blocks * BLOCK_TOKENS - lost
+        report.cached_tokens = min(route.cached_blocks * BLOCK_TOKENS, loaded)
         if not report.cached_tokens:
             report.tier = ""
+        self._count(report)
+        clock.report.Clear()  # counted with the rest; a request that ends earlier is counted then
+        return report
+
+    def _count(self, report: CacheReport) -> None:
         self._counters.add("prompt_tokens_total", report.prompt_tokens)
         self._counters.add("cached_tokens_total", report.cached_tokens)
         for recompute in report.recomputes:
             self._counters.add("recomputes_total", reason=recompute.reason)
-        return report

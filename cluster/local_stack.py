@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from kvstrata.cluster.processes import start_redis, start_store
+from kvstrata.cluster.processes import check_listen, start_redis, start_store
 from kvstrata.cluster.stack_config import StackConfig
 from kvstrata.cluster.supervisor import adopt_orphans, die_with_parent, end_descendants
 from kvstrata.protos.errors import KVStrataError
@@ -76,6 +76,7 @@ def listen_for_signals(stopping: asyncio.Event) -> None:
 async def _start(
     config: StackConfig, runtime: Path, cleanup: contextlib.AsyncExitStack
 ) -> dict[str, Any]:
+    check_listen(config.listen)
     progress = Progress()
     pids: dict[str, int] = {}
     redis_url = config.redis_url
@@ -151,7 +152,9 @@ def main(runtime: Path, supervisor: int, config: StackConfig) -> int:
     # Ray puts this folder on every worker's path: an empty one shadows nothing.
     (runtime / "cwd").mkdir()
     os.chdir(runtime / "cwd")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(runtime / "inductor"))
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     status = 0
     try:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import sys
 from asyncio.subprocess import Process
 from collections.abc import Awaitable, Callable
@@ -146,6 +147,20 @@ async def start_store(
     child = Child("store", start)
     await child.start()
     return child, address
+
+
+def check_listen(listen: str) -> None:
+    """Raise ``ConfigurationError`` if nothing can listen there, before much is started."""
+    host, _, port = listen.rpartition(":")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), int(port)))
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot listen at {listen}: {error.strerror}",
+                "choose a free port (0 takes any) and a local address",
+            ) from error
 
 
 def tail(log: Path) -> str:

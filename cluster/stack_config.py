@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 
 from kvstrata.protos.errors import ConfigurationError
@@ -45,9 +46,10 @@ class StackConfig:
                 f"listen must be host:port, got {self.listen!r}", "use for example 127.0.0.1:0"
             )
         for name in ("dram_bytes", "redis_bytes", "ttl_s", "prefill_workers", "decode_workers"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigurationError(
-                    f"{name} must be positive, got {getattr(self, name)}", "correct the option"
+                    f"{name} must be positive and finite, got {getattr(self, name)}",
+                    "correct the option",
                 )
         if self.redis_url and not self.redis:
             raise ConfigurationError("--no-redis and --redis-url exclude each other", "drop one")

@@ -41,7 +41,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent ends, so that they can be found and ended."""
+    """Become the parent of descendants whose own parent ends, so that they can be found."""
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 

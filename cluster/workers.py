@@ -5,6 +5,7 @@ KV never travels through Ray: a call carries token ids and settings, its answer 
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ def deploy(config: WorkerConfig, replicas: Replicas) -> "RayWorkers":
         "health_check_timeout_s": 60,
         "graceful_shutdown_timeout_s": 5,
     }
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled")
     serve.run_many(
         [

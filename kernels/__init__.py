@@ -4,8 +4,8 @@ Each op is a readable torch reference here; Triton and Numba versions join it be
 """
 
 from kvstrata.kernels.hadamard import hadamard
-from kvstrata.kernels.planes import merge_bytes, pack_2bit, split_bytes, unpack_2bit
+from kvstrata.kernels.planes import merge_bytes, pack_planar, split_bytes, unpack_planar
 
 __version__ = "0.0.0"  # read by transformers when a bare `kernels` is looked up from a checkout
 
-__all__ = ["hadamard", "merge_bytes", "pack_2bit", "split_bytes", "unpack_2bit"]
+__all__ = ["hadamard", "merge_bytes", "pack_planar", "split_bytes", "unpack_planar"]

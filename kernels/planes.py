@@ -1,32 +1,41 @@
-"""Packing of 2-bit codes, planar: element i shares a byte with i + D/4, i + D/2 and i + 3D/4.
+"""Packing of 1-, 2- and 4-bit codes, planar: with 8/b codes a byte, element i lies in byte i mod P.
 
-Unpacking is then four shifts over contiguous runs, which vectorises on CPU and GPU alike.
+So a byte of 2-bit codes holds elements i, i + D/4, i + D/2 and i + 3D/4, the first in its low bits.
+Unpacking is then a few shifts over contiguous runs, which vectorises on CPU and GPU alike.
 """
 
 import torch
 
 
-def pack_2bit(codes: torch.Tensor) -> torch.Tensor:
-    """Return uint8 (..., D // 4) holding the 2-bit ``codes``, uint8 (..., D) with values 0 to 3.
+def pack_planar(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return uint8 (..., D * bits // 8) holding ``codes``, uint8 (..., D) below 2 ** bits.
 
     Raises:
-        ValueError: D is no multiple of 4.
+        ValueError: ``bits`` is not 1, 2 or 4, or D is no multiple of 8 / bits.
     """
-    if codes.shape[-1] % 4:
-        raise ValueError(f"the last dimension must be a multiple of 4, got {codes.shape[-1]}")
-    quarters: torch.Tensor = codes.unflatten(-1, (4, -1))
-    packed = quarters[..., 0, :].clone()
-    for slot in (1, 2, 3):
-        packed |= quarters[..., slot, :] << (2 * slot)
+    slots = _slots(bits)
+    if codes.shape[-1] % slots:
+        raise ValueError(f"the last dimension must be a multiple of {slots}, not {codes.shape[-1]}")
+    parts: torch.Tensor = codes.unflatten(-1, (slots, -1))
+    packed = parts[..., 0, :].clone()
+    for slot in range(1, slots):
+        packed |= parts[..., slot, :] << (bits * slot)
     return packed
 
 
-def unpack_2bit(packed: torch.Tensor) -> torch.Tensor:
-    """Return uint8 codes (..., 4 * P) of ``packed``, uint8 (..., P): inverts ``pack_2bit``."""
-    codes = torch.empty((*packed.shape[:-1], 4, packed.shape[-1]), dtype=torch.uint8)
-    for slot in range(4):
-        torch.bitwise_and(packed >> (2 * slot), 3, out=codes[..., slot, :])
+def unpack_planar(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return uint8 codes (..., P * 8 // bits) of ``packed``, uint8 (..., P)."""
+    slots = _slots(bits)
+    codes = torch.empty((*packed.shape[:-1], slots, packed.shape[-1]), dtype=torch.uint8)
+    for slot in range(slots):
+        torch.bitwise_and(packed >> (bits * slot), (1 << bits) - 1, out=codes[..., slot, :])
     return codes.flatten(-2)
+
+
+def _slots(bits: int) -> int:
+    if bits not in (1, 2, 4):
+        raise ValueError(f"bits must be 1, 2 or 4, not {bits}")
+    return 8 // bits
 
 
 def split_bytes(values: torch.Tensor) -> torch.Tensor:

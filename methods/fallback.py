@@ -1,19 +1,20 @@
-"""The codec that needs no calibration: 2+2 bits per element, sinks as int8 escapes.
+"""The codec that needs no calibration: 2+3 bits for keys, 2+2 for values, sinks as int8 escapes.
 
 Keys are taken before RoPE, min/max per channel in groups of one block; values are turned by a
-Hadamard matrix, scaled by their root mean square and coded with nested Lloyd-Max cells. About 4.4
-bits per element with everything counted. It is what `balanced` means for a model without a profile.
+Hadamard matrix, scaled by their root mean square and coded with nested Lloyd-Max cells. It is what
+`balanced` means for a model without a profile.
 
 Segment of one layer, H heads, D head_dim, E escaped tokens of all heads together:
 
-    BASE  uint64  masks      (3 classes: dropped, mid, escape) x (K, V) x H; a token in none is base
+    BASE  uint64  masks      (dropped, mid, escape) x (K, V) x H; a token in none is base
           uint8   tags       64
           fp16    minimum    H x D      fp16 step H x D          (keys)
-          fp16    scale      H x 64                              (values)
+          fp16    peak       H          uint8 scale H x 64       (values)
           uint8   key codes  H x 64 x D/4     uint8 value codes H x 64 x D/4
           bf16    escape scales (E), then int8 escape codes (E x D); keys first, then values,
                   heads ascending, tokens ascending
-    MID   uint8   key codes  H x 64 x D/4     uint8 value codes H x 64 x D/4
+    MID   uint8   key codes  H x 64 x D/4, then their last bits H x 64 x D/8
+          uint8   value codes H x 64 x D/4
 
 Codes are dense: an escaped token's codes are there and mean nothing. With four sinks in the first
 block only, that costs nothing and keeps every block but the first of one size.
@@ -26,9 +27,13 @@ import numpy as np
 import torch
 
 from kvstrata.kernels.hadamard import hadamard
-from kvstrata.kernels.planes import pack_2bit, unpack_2bit
+from kvstrata.kernels.planes import pack_planar, unpack_planar
 from kvstrata.kernels.quantize import (
+    BASE_BITS,
     GAUSSIAN_BASE_LEVELS,
+    KEY_BITS,
+    VALUE_BITS,
+    decode_scales,
     dequantize_channels,
     dequantize_channels_base,
     dequantize_gaussian,
@@ -51,7 +56,7 @@ DROPPED_CLASS, MID_CLASS, ESCAPE_CLASS = 0, 1, 2
 
 @dataclass(frozen=True, slots=True)
 class FallbackCodec:
-    """Nested 2+2 bits for every token.
+    """Nested 2+3 bits for the keys and 2+2 for the values of every token.
 
     Attributes:
         sink_tokens: The first tokens of the sequence, which all queries attend and which quantise
@@ -84,18 +89,24 @@ class FallbackCodec:
         escaped = (position < self.sink_tokens).expand(num_layers, heads, num_blocks, tokens)
         keys, values = blocks.keys.float(), blocks.values.float() @ hadamard(dim)
         key_codes, minimum, step = quantize_channels(keys, escaped)
-        value_codes, scale = quantize_gaussian(values)
+        value_codes, peak, scale = quantize_gaussian(values)
         base = _rows(
             num_blocks,
             torch.from_numpy(_masks(escaped)),
             encode_tags(blocks.saliency)[:, None],
             minimum,
             step,
+            peak,
             scale,
-            pack_2bit(key_codes >> 2),
-            pack_2bit(value_codes >> 2),
+            pack_planar(key_codes >> (KEY_BITS - BASE_BITS), 2),
+            pack_planar(value_codes >> (VALUE_BITS - BASE_BITS), 2),
         )
-        mid = _rows(num_blocks, pack_2bit(key_codes & 3), pack_2bit(value_codes & 3))
+        mid = _rows(
+            num_blocks,
+            pack_planar(key_codes >> 1 & 3, 2),
+            pack_planar(key_codes & 1, 1),
+            pack_planar(value_codes & 3, 2),
+        )
         turned = torch.stack([keys @ hadamard(dim), values])
         encoded: list[Segments] = []
         for n in range(num_blocks):
@@ -113,24 +124,28 @@ class FallbackCodec:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the centroids of the cells that the given strata tell. See ``BlockCodec``."""
         heads, dim = shape.num_kv_heads, shape.head_dim
-        layout = _BaseLayout(heads, dim)
+        layout = _base_layout(heads, dim)
         base = [strata[BASE].segments() for strata in frames]
         fields = layout.split(_stack(base, layout.bytes, exact_size=False))
-        key_codes, value_codes = unpack_2bit(fields["keys"]), unpack_2bit(fields["values"])
+        scale = decode_scales(fields["peak"], fields["scale"])
+        key_codes, value_codes = (
+            unpack_planar(fields["keys"], 2),
+            unpack_planar(fields["values"], 2),
+        )
         if MID in frames[0]:
-            size = 2 * heads * BLOCK_TOKENS * dim // 4
             refinements = [strata[MID].segments() for strata in frames]
             if any(sorted(segments) != sorted(base[0]) for segments in refinements):
                 raise CorruptFrameError("base and mid of one read hold different layers")
-            mid = _stack(refinements, size, exact_size=True)
-            mid = mid.view(*mid.shape[:2], 2, heads, BLOCK_TOKENS, dim // 4)
-            key_codes = key_codes << 2 | unpack_2bit(mid[:, :, 0])
-            value_codes = value_codes << 2 | unpack_2bit(mid[:, :, 1])
+            mid_layout = _mid_layout(heads, dim)
+            mid = mid_layout.split(_stack(refinements, mid_layout.bytes, exact_size=True))
+            key_codes = (key_codes << 2 | unpack_planar(mid["keys"], 2)) << 1
+            key_codes |= unpack_planar(mid["key_bits"], 1)
+            value_codes = value_codes << 2 | unpack_planar(mid["values"], 2)
             keys = dequantize_channels(key_codes, fields["minimum"], fields["step"])
-            values = dequantize_gaussian(value_codes, fields["scale"])
+            values = dequantize_gaussian(value_codes, scale)
         else:
             keys = dequantize_channels_base(key_codes, fields["minimum"], fields["step"])
-            values = dequantize_gaussian(value_codes, fields["scale"], GAUSSIAN_BASE_LEVELS)
+            values = dequantize_gaussian(value_codes, scale, GAUSSIAN_BASE_LEVELS)
         values = values @ hadamard(dim)
         escapes = fields["masks"][:, :, ESCAPE_CLASS].flatten(2).any(-1).any(0)
         for n, segments in enumerate(base):
@@ -140,21 +155,41 @@ class FallbackCodec:
         return keys.transpose(1, 2).to(shape.dtype), values.transpose(1, 2).to(shape.dtype)
 
 
-class _BaseLayout:
-    """Offsets of the fixed part of a BASE segment."""
+Fields = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
-    def __init__(self, heads: int, dim: int) -> None:
-        codes = (heads, BLOCK_TOKENS, dim // 4)
-        self.fields: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+
+def _base_layout(heads: int, dim: int) -> "_Layout":
+    codes = (heads, BLOCK_TOKENS, dim // 4)
+    return _Layout(
+        {
             "masks": (torch.int64, (3, 2, heads)),
             "tags": (torch.uint8, (BLOCK_TOKENS,)),
             "minimum": (torch.float16, (heads, dim)),
             "step": (torch.float16, (heads, dim)),
-            "scale": (torch.float16, (heads, BLOCK_TOKENS)),
+            "peak": (torch.float16, (heads,)),
+            "scale": (torch.uint8, (heads, BLOCK_TOKENS)),
             "keys": (torch.uint8, codes),
             "values": (torch.uint8, codes),
         }
-        self.bytes = sum(d.itemsize * int(np.prod(s)) for d, s in self.fields.values())
+    )
+
+
+def _mid_layout(heads: int, dim: int) -> "_Layout":
+    return _Layout(
+        {
+            "keys": (torch.uint8, (heads, BLOCK_TOKENS, dim // 4)),
+            "key_bits": (torch.uint8, (heads, BLOCK_TOKENS, dim // 8)),
+            "values": (torch.uint8, (heads, BLOCK_TOKENS, dim // 4)),
+        }
+    )
+
+
+class _Layout:
+    """Offsets of the fixed part of a segment."""
+
+    def __init__(self, fields: Fields) -> None:
+        self.fields = fields
+        self.bytes = sum(d.itemsize * int(np.prod(s)) for d, s in fields.values())
 
     def split(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the fields of ``rows``, uint8 (L, N, bytes), each (L, N, *shape)."""
@@ -217,7 +252,7 @@ def _escape_tails(turned: torch.Tensor, escaped: torch.Tensor) -> list[bytes]:
 
 def _write_escapes(
     segments: Mapping[int, memoryview],
-    layout: _BaseLayout,
+    layout: _Layout,
     masks: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,

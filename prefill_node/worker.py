@@ -18,7 +18,7 @@ from kvstrata.protos.errors import DeadlineError, KVStrataError
 from kvstrata.protos.frame import Frame
 from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.identity import BlockHash, ScopeDigest
-from kvstrata.protos.report import ReportClock
+from kvstrata.protos.report import ReportClock, farthest_tier
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -125,8 +125,7 @@ class Worker:
         run = 0
         while run < len(blocks) and len(blocks[run]) == len(strata):
             run += 1
-        if tiers:
-            clock.report.tier = max(tiers, key=TIER_ORDER.index)
+        clock.report.tier = farthest_tier(tiers)
         return blocks[:run], (reasons.get(run) or failure) if run < len(hashes) else None
 
     async def publish(self, blocks: Sequence[SealedBlock], clock: ReportClock) -> None:
@@ -155,9 +154,6 @@ class Worker:
         if self._store is not None:
             await self._store.close()
         self._compute.shutdown(wait=False, cancel_futures=True)
-
-
-TIER_ORDER = ("dram", "redis", "ssd", "object", "")
 
 
 def store_failure(error: KVStrataError) -> str:

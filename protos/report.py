@@ -1,11 +1,13 @@
 """Filling in a request's cache report while it runs."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from kvstrata.protos.identity import BLOCK_TOKENS
 from kvstrata.protos.inference_pb2 import CacheReport, StageTime
+
+_TIERS = ("", "dram", "redis", "ssd", "object")
 
 
 class ReportClock:
@@ -45,10 +47,20 @@ class ReportClock:
 
 
 def merge_reports(into: CacheReport, other: CacheReport) -> None:
-    """Add ``other``'s stages, recomputes and byte counts to ``into``; else the last one wins."""
+    """Add ``other``'s stages, recomputes and byte counts to ``into``; keep the farthest tier.
+
+    Of the other fields the last one wins.
+    """
     fetched = into.bytes_fetched + other.bytes_fetched
     published = into.bytes_published + other.bytes_published
     committed = into.committed_blocks + other.committed_blocks
+    tier = farthest_tier([into.tier, other.tier])
     into.MergeFrom(other)
+    into.tier = tier
     into.bytes_fetched, into.bytes_published = fetched, published
     into.committed_blocks = committed
+
+
+def farthest_tier(tiers: Iterable[str]) -> str:
+    """Return the tier that takes longest to read; one that we do not know counts as dram."""
+    return max(tiers, key=lambda tier: _TIERS.index(tier) if tier in _TIERS else 1, default="")

@@ -21,8 +21,8 @@ async def store() -> AsyncIterator[LocalStore]:
 
 @pytest.fixture
 async def cluster(
-    config: WorkerConfig,  # noqa: F811 - the fixture
-    model: Model,  # noqa: F811
+    config: WorkerConfig,
+    model: Model,
     store: LocalStore,
 ) -> AsyncIterator[Cluster]:
     async with serving(config, model, store.address) as cluster:

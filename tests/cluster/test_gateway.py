@@ -12,9 +12,10 @@ from kvstrata.cluster.workers import WorkerLostError
 from kvstrata.engine import Model
 from kvstrata.engine.sequence import RunningSequence
 from kvstrata.kvstore_service.client import StoreClient
-from kvstrata.kvstore_service.testing import LocalStore, free_port
+from kvstrata.kvstore_service.testing import LocalStore, RedisServer, free_port
 from kvstrata.methods.presets import PRESETS
 from kvstrata.prefill_node import Task, WorkerConfig
+from kvstrata.protos import admin_pb2
 from kvstrata.protos.errors import ConfigurationError, DeadlineError, UnavailableError
 from kvstrata.protos.identity import BlockKey
 from kvstrata.protos.inference_pb2 import (
@@ -76,6 +77,20 @@ async def test_text_and_chat_are_answered(cluster: Cluster, preset: str) -> None
     assert len(text.tokens) == len(chat.tokens) == 3
 
 
+async def test_the_farthest_tier_of_all_nodes_is_told(config: WorkerConfig, model: Model) -> None:
+    with RedisServer() as redis:
+        async with (
+            LocalStore(redis_url=redis.url) as store,
+            serving(config, model, store.address) as cluster,
+        ):
+            await cluster.generate(request_of(LONG[:70]))
+            await cluster.admin.Evict(admin_pb2.EvictRequest(tier="dram"))
+            answer = await cluster.generate(request_of(LONG))
+    # The prefill node brought the one cached block from Redis; the decode node found it in dram.
+    assert len(cluster.workers.prefills) == 1
+    assert (answer.cache.cached_tokens, answer.cache.tier) == (64, "redis")
+
+
 async def test_the_longest_prompt_gets_one_token(cluster: Cluster) -> None:
     answer = await cluster.generate(request_of(prompt_of(MAX_POSITIONS - 1), max_tokens=100))
     assert (len(answer.tokens), answer.finish) == (1, "LENGTH")
@@ -88,8 +103,9 @@ async def test_the_model_is_told(cluster: Cluster, model: Model) -> None:
     assert (list(reply.presets), reply.block_tokens) == (sorted(PRESETS), 64)
 
 
-@pytest.mark.parametrize("dies_at", [0, 1, 5, 70, 80])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("dies_at", "temperature"), [(0, 0.0), (1, 1.0), (5, 1.0), (70, 0.0), (80, 1.0)]
+)
 async def test_no_token_is_lost_or_repeated_when_the_worker_dies(
     cluster: Cluster, dies_at: int, temperature: float
 ) -> None:

@@ -58,7 +58,7 @@ async def silent_server() -> AsyncIterator[str]:
 
     server = await asyncio.start_server(accept, "127.0.0.1", 0)
     try:
-        yield "127.0.0.1:{}".format(server.sockets[0].getsockname()[1])
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
         ended.set()
         server.close()
@@ -198,11 +198,15 @@ async def test_a_deadline_ends_a_generation_that_runs(
     monkeypatch.setattr(model, "forward", lambda *a: (time.sleep(0.05), forward(*a))[1])
     async with running(config) as nodes:
         task = task_of(prompt_of(30), max_tokens=400, timeout_s=0.5)
-        tokens = 0
+        tokens: list[int] = []
+
+        async def collect() -> None:
+            async for reply in nodes.decode.generate(task):
+                tokens.extend(GenerateReply.FromString(reply).token_ids)
+
         with pytest.raises(DeadlineError):
-            async for _ in nodes.decode.generate(task):
-                tokens += 1
-    assert 0 < tokens <= 10
+            await collect()
+    assert 0 < len(tokens) <= 10
 
 
 async def test_closing_early_stops_publishing_and_the_next_request_works(
@@ -242,22 +246,20 @@ async def test_cancelling_the_reader_leaves_a_node_that_works(config: WorkerConf
 async def test_a_resumed_generation_goes_on_exactly(
     config: WorkerConfig, method: Method, temperature: float
 ) -> None:
-    settings = {"max_tokens": 80, "temperature": temperature, "seed": 5}
+    settings = {"max_tokens": 70, "temperature": temperature, "seed": 5}
     async with LocalStore() as store, running(config, store.address) as nodes:
         whole = await decoded(nodes.decode, task_of(PROMPT, method, **settings))
         texts = [""]
         async for reply in nodes.decode.generate(task_of(PROMPT, method, **settings)):
             texts.append(texts[-1] + GenerateReply.FromString(reply).text)
-        for count in (1, 40, 79):
+        for count in (1, 66):
             rest = await decoded(
                 nodes.decode, task_of(PROMPT, method, generated=whole.tokens[:count], **settings)
             )
             assert rest.tokens == whole.tokens[count:]
             assert texts[count] + rest.text == whole.text
-            assert (rest.completion_tokens, rest.prompt_tokens) == (80, 200)
-    other = await storeless(
-        config, PROMPT, method, generated=tuple(whole.tokens[:40]), **settings
-    )
+            assert (rest.completion_tokens, rest.prompt_tokens) == (70, 200)
+    other = await storeless(config, PROMPT, method, generated=tuple(whole.tokens[:40]), **settings)
     assert other == whole.tokens[40:]
 
 

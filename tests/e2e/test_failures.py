@@ -1,4 +1,4 @@
-"""Any KV problem becomes recompute: the same tokens as an undisturbed run, and a counter says why."""
+"""Any KV problem becomes recompute: the tokens of an undisturbed run, and a counter says why."""
 
 import signal
 import time
@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import redis
-from tests.e2e.conftest import Texts
-from tests.stack import Stack
 
 from kvstrata.client import Client, Completion
+from tests.e2e.conftest import Texts
+from tests.stack import Stack
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

@@ -1,36 +1,49 @@
-"""Packing 2-bit codes and splitting bytes: the layout, and that nothing is lost."""
+"""Packing codes and splitting bytes: the layout, and that nothing is lost."""
 
 from typing import Any
 
 import pytest
 import torch
 
-from kvstrata.kernels import merge_bytes, pack_2bit, split_bytes, unpack_2bit
+from kvstrata.kernels import merge_bytes, pack_planar, split_bytes, unpack_planar
 
-DIMS = [4, 32, 64, 80, 96, 128, 256]
+DIMS = [8, 32, 64, 80, 96, 128, 256]
+BITS = [1, 2, 4]
+
+each_width = pytest.mark.parametrize("bits", BITS)
 
 
-def _codes(*shape: int) -> torch.Tensor:
+def _codes(bits: int, *shape: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(shape[-1])
-    return torch.randint(0, 4, shape, dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=generator)
 
 
+@each_width
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("lead", [(), (1,), (7,), (2, 3, 5)], ids=str)
-def test_2_bit_codes_survive_packing(lead: tuple[int, ...], dim: int) -> None:
-    codes = _codes(*lead, dim)
-    packed = pack_2bit(codes)
-    assert packed.shape == (*lead, dim // 4)
+def test_codes_survive_packing(lead: tuple[int, ...], dim: int, bits: int) -> None:
+    codes = _codes(bits, *lead, dim)
+    packed = pack_planar(codes, bits)
+    assert packed.shape == (*lead, dim * bits // 8)
     assert packed.dtype == torch.uint8
-    assert torch.equal(unpack_2bit(packed), codes)
+    unpacked = unpack_planar(packed, bits)
+    assert unpacked.dtype == torch.uint8
+    assert torch.equal(unpacked, codes)
 
 
+@pytest.mark.parametrize(("bits", "dim"), [(2, 4), (2, 20), (4, 2), (4, 6)])
+def test_a_dimension_needs_to_fill_bytes_only(bits: int, dim: int) -> None:
+    codes = _codes(bits, 3, dim)
+    assert torch.equal(unpack_planar(pack_planar(codes, bits), bits), codes)
+
+
+@each_width
 @pytest.mark.parametrize("stale", [0, 1, 2, 3, 0xFF])
 def test_unpacking_writes_every_lane_whatever_the_memory_held(
-    stale: int, monkeypatch: pytest.MonkeyPatch
+    stale: int, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    codes = _codes(3, 80)
-    packed = pack_2bit(codes)
+    codes = _codes(bits, 3, 80)
+    packed = pack_planar(codes, bits)
     empty: Any = torch.empty
 
     def stale_memory(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -38,49 +51,89 @@ def test_unpacking_writes_every_lane_whatever_the_memory_held(
         return memory
 
     monkeypatch.setattr(torch, "empty", stale_memory)
-    unpacked = unpack_2bit(packed)
+    unpacked = unpack_planar(packed, bits)
     monkeypatch.undo()
     assert torch.equal(unpacked, codes)
 
 
-def test_every_byte_unpacks_to_its_four_codes() -> None:
+@each_width
+def test_every_byte_unpacks_to_its_codes(bits: int) -> None:
     packed = torch.arange(256, dtype=torch.uint8)[:, None]
-    codes = unpack_2bit(packed)
-    assert codes.tolist() == [[b & 3, b >> 2 & 3, b >> 4 & 3, b >> 6] for b in range(256)]
-    assert torch.equal(pack_2bit(codes), packed)
+    codes = unpack_planar(packed, bits)
+    mask = 2**bits - 1
+    each = [[b >> shift & mask for shift in range(0, 8, bits)] for b in range(256)]
+    assert codes.tolist() == each
+    assert torch.equal(pack_planar(codes, bits), packed)
 
 
-def test_elements_a_quarter_apart_share_a_byte() -> None:
-    codes = torch.tensor([3, 0, 1, 0, 2, 0, 0, 3], dtype=torch.uint8)
-    # byte 0: elements 0, 2, 4, 6; byte 1: elements 1, 3, 5, 7; the first in the lowest bits
-    assert pack_2bit(codes).tolist() == [3 | 1 << 2 | 2 << 4 | 0 << 6, 0 | 0 | 0 | 3 << 6]
-    for element, (byte, value) in enumerate(
-        [(0, 0x01), (1, 0x01), (0, 0x04), (1, 0x04), (0, 0x10), (1, 0x10), (0, 0x40), (1, 0x40)]
-    ):
-        one = torch.zeros(8, dtype=torch.uint8)
+@pytest.mark.parametrize(
+    ("bits", "codes", "packed"),
+    [
+        # two bytes: even elements in the first, odd ones in the second
+        (1, [1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1], [0b10000101, 0b10000110]),
+        # byte 0: elements 0, 2, 4, 6; byte 1: elements 1, 3, 5, 7; the first in the lowest bits
+        (2, [3, 0, 1, 0, 2, 0, 0, 3], [3 | 1 << 2 | 2 << 4 | 0 << 6, 0 | 0 | 0 | 3 << 6]),
+        # byte 0: elements 0 and 3; byte 1: 1 and 4; byte 2: 2 and 5
+        (4, [15, 0, 1, 10, 7, 8], [0xAF, 0x70, 0x81]),
+    ],
+)
+def test_the_bytes_are_these(bits: int, codes: list[int], packed: list[int]) -> None:
+    whole = torch.tensor(codes, dtype=torch.uint8)
+    assert pack_planar(whole, bits).tolist() == packed
+    assert unpack_planar(torch.tensor(packed, dtype=torch.uint8), bits).tolist() == codes
+
+
+@each_width
+def test_elements_a_run_apart_share_a_byte(bits: int) -> None:
+    dim = 16
+    num_bytes = dim * bits // 8
+    for element in range(dim):
+        one = torch.zeros(dim, dtype=torch.uint8)
         one[element] = 1
-        assert pack_2bit(one)[byte] == value
-        assert pack_2bit(one).sum() == value
+        packed = pack_planar(one, bits)
+        slot, byte = divmod(element, num_bytes)
+        assert packed[byte] == 1 << (bits * slot)
+        assert packed.sum() == packed[byte]
 
 
-def test_packing_leaves_its_input_alone() -> None:
-    codes = _codes(2, 32)
+@each_width
+def test_packing_leaves_its_input_alone(bits: int) -> None:
+    codes = _codes(bits, 2, 32)
     before = codes.clone()
-    pack_2bit(codes)
+    packed = pack_planar(codes, bits)
     assert torch.equal(codes, before)
+    before = packed.clone()
+    unpack_planar(packed, bits)
+    assert torch.equal(packed, before)
 
 
-def test_strided_codes_pack_like_contiguous_ones() -> None:
-    codes = _codes(6, 5, 32).transpose(0, 1)[:, ::2]
-    assert torch.equal(pack_2bit(codes), pack_2bit(codes.contiguous()))
-    packed = pack_2bit(codes).transpose(0, 1)
-    assert torch.equal(unpack_2bit(packed), codes.transpose(0, 1))
+@each_width
+def test_strided_codes_pack_like_contiguous_ones(bits: int) -> None:
+    codes = _codes(bits, 6, 5, 32).transpose(0, 1)[:, ::2]
+    assert torch.equal(pack_planar(codes, bits), pack_planar(codes.contiguous(), bits))
+    packed = pack_planar(codes, bits).transpose(0, 1)
+    assert torch.equal(unpack_planar(packed, bits), codes.transpose(0, 1))
 
 
-@pytest.mark.parametrize("dim", [1, 2, 3, 5, 66])
-def test_a_dimension_that_four_does_not_divide_is_refused(dim: int) -> None:
-    with pytest.raises(ValueError, match=f"multiple of 4, got {dim}"):
-        pack_2bit(torch.zeros(2, dim, dtype=torch.uint8))
+@pytest.mark.parametrize(
+    ("bits", "slots", "dim"),
+    [(1, 8, dim) for dim in (1, 4, 12, 66, 100)]
+    + [(2, 4, dim) for dim in (1, 2, 3, 5, 66)]
+    + [(4, 2, dim) for dim in (1, 3, 65)],
+)
+def test_a_dimension_that_leaves_a_byte_unfilled_is_refused(
+    bits: int, slots: int, dim: int
+) -> None:
+    with pytest.raises(ValueError, match=f"multiple of {slots}, not {dim}$"):
+        pack_planar(torch.zeros(2, dim, dtype=torch.uint8), bits)
+
+
+@pytest.mark.parametrize("bits", [-1, 0, 3, 5, 8, 16])
+def test_another_width_is_refused(bits: int) -> None:
+    codes = torch.zeros(2, 120, dtype=torch.uint8)
+    for function in (pack_planar, unpack_planar):
+        with pytest.raises(ValueError, match=f"bits must be 1, 2 or 4, not {bits}$"):
+            function(codes, bits)
 
 
 DTYPES = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}

@@ -7,9 +7,14 @@ import pytest
 import torch
 
 from kvstrata.kernels.quantize import (
+    BASE_BITS,
     GAUSSIAN_BASE_LEVELS,
     GAUSSIAN_LEVELS,
     GAUSSIAN_THRESHOLDS,
+    KEY_BITS,
+    SCALE_STEPS_PER_OCTAVE,
+    VALUE_BITS,
+    decode_scales,
     dequantize_channels,
     dequantize_channels_base,
     dequantize_gaussian,
@@ -23,6 +28,8 @@ HALF_ULP = 2.0**-11  # of fp16's normal numbers, relative
 HALF_SUBNORMAL = 2.0**-25  # of fp16's subnormal numbers, absolute
 ROUNDING = 2.0**-20  # of the few float32 operations in between, relative
 
+HALF_SCALE_STEP = 2.0 ** (1 / 32)  # a factor: scale codes are sixteenths of an octave
+
 SHAPES = [(1, 1, 4), (1, 64, 64), (3, 64, 80), (2, 2, 65, 96), (64, 128)]
 
 
@@ -35,10 +42,15 @@ def _none_skipped(keys: torch.Tensor) -> torch.Tensor:
     return torch.zeros(keys.shape[:-1], dtype=torch.bool)
 
 
+def test_codes_have_these_widths() -> None:
+    assert (KEY_BITS, VALUE_BITS, BASE_BITS, SCALE_STEPS_PER_OCTAVE) == (5, 4, 2, 16)
+    assert (len(GAUSSIAN_LEVELS), len(GAUSSIAN_BASE_LEVELS)) == (16, 4)
+
+
 def _clipping(low: torch.Tensor, high: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
-    """Return how far fp16 parameters can leave values outside: minimum and 15 steps are rounded."""
+    """Return how far fp16 parameters can leave values outside: minimum and 31 steps are rounded."""
     at_low = low.abs() * HALF_ULP + HALF_SUBNORMAL
-    at_high = (high - minimum).abs() * HALF_ULP + 15 * HALF_SUBNORMAL
+    at_high = (high - minimum).abs() * HALF_ULP + 31 * HALF_SUBNORMAL
     return at_low + at_high
 
 
@@ -55,28 +67,28 @@ def test_channel_codes_err_by_half_a_step_and_the_rounding_of_parameters(
     assert codes.dtype == torch.uint8
     assert minimum.dtype == step.dtype == torch.float16
     assert minimum.shape == step.shape == (*shape[:-2], shape[-1])
-    assert codes.max() <= 15
+    assert codes.max() <= 31
     assert (step > 0).all()
     low, high = keys.amin(-2), keys.amax(-2)
     wide, least = step.float(), minimum.float()
-    slack = (low.abs() + high.abs() + 16 * wide) * ROUNDING
+    slack = (low.abs() + high.abs() + 32 * wide) * ROUNDING
     bound = wide / 2 + _clipping(low, high, least) + slack
     error = (dequantize_channels(codes, minimum, step) - keys).abs()
     assert (error <= bound[..., None, :]).all()
     # The step is no wider than the range asks for.
-    assert (15 * wide <= (high - least).clamp_min(0) * (1 + 2 * HALF_ULP) + 15 * 2.0**-24).all()
-    base = dequantize_channels_base(codes >> 2, minimum, step)
-    # The centre of four fine values is a step and a half from the outermost of them.
-    assert ((base - keys).abs() <= (bound + 1.5 * wide + slack)[..., None, :]).all()
+    assert (31 * wide <= (high - least).clamp_min(0) * (1 + 2 * HALF_ULP) + 31 * 2.0**-24).all()
+    base = dequantize_channels_base(codes >> 3, minimum, step)
+    # The centre of eight fine values is three steps and a half from the outermost of them.
+    assert ((base - keys).abs() <= (bound + 3.5 * wide + slack)[..., None, :]).all()
 
 
-def test_the_high_bits_alone_mean_the_centre_of_their_four_values() -> None:
+def test_the_high_bits_alone_mean_the_centre_of_their_eight_values() -> None:
     minimum, step = torch.tensor([-3.0, 100.0]).half(), torch.tensor([0.5, 2.0]).half()
-    codes = torch.arange(16, dtype=torch.uint8)[:, None].expand(16, 2)
+    codes = torch.arange(32, dtype=torch.uint8)[:, None].expand(32, 2)
     fine = dequantize_channels(codes, minimum, step)
-    assert fine[:, 0].tolist() == [-3 + 0.5 * code for code in range(16)]
-    base = dequantize_channels_base(codes[::4] >> 2, minimum, step)
-    assert torch.equal(base, fine.view(4, 4, 2).mean(1))
+    assert fine[:, 0].tolist() == [-3 + 0.5 * code for code in range(32)]
+    base = dequantize_channels_base(codes[::8] >> 3, minimum, step)
+    assert torch.equal(base, fine.view(4, 8, 2).mean(1))
 
 
 def test_skipped_tokens_do_not_widen_the_range() -> None:
@@ -93,7 +105,7 @@ def test_skipped_tokens_do_not_widen_the_range() -> None:
         assert torch.equal(minimum, rest_minimum)
         assert torch.equal(step, rest_step)
         assert torch.equal(codes[:, ~skipped[0]], rest_codes)
-        assert codes.max() <= 15  # packable, although without meaning
+        assert codes.max() <= 31  # packable, although without meaning
 
 
 def test_a_group_of_skipped_tokens_only_has_harmless_parameters() -> None:
@@ -104,7 +116,7 @@ def test_a_group_of_skipped_tokens_only_has_harmless_parameters() -> None:
     codes, minimum, step = quantize_channels(keys, skipped)
     assert (minimum[0] == 0).all()
     assert (step[0] == 2.0**-24).all()
-    assert codes.max() <= 15
+    assert codes.max() <= 31
     assert (dequantize_channels(codes, minimum, step)[1] == 3.0).all()
 
 
@@ -120,7 +132,17 @@ def test_a_constant_channel_between_two_fp16_numbers_errs_by_their_rounding() ->
     assert ((read - keys).abs() <= 1000.1 * HALF_ULP).all()
 
 
-BAD = [float("nan"), float("inf"), float("-inf"), 65536.0 * 16, -65536.0, 1e38]
+BAD = [float("nan"), float("inf"), float("-inf"), 65536.0 * 32, -65536.0, 1e38]
+
+
+@pytest.mark.parametrize("high", [65536.0, 65536.0 * 16, 65504.0 * 31])
+def test_a_single_high_key_is_held_as_far_as_31_steps_of_fp16_reach(high: float) -> None:
+    keys = _keys((1, 64, 8), 1, 0).abs()
+    keys[0, 33, 5] = high
+    codes, minimum, step = quantize_channels(keys, _none_skipped(keys))
+    error = (dequantize_channels(codes, minimum, step) - keys).abs()
+    assert error[0, 33, 5] <= high * (2 * HALF_ULP + ROUNDING)
+    assert (error[0, :, 5] <= step[0, 5].float() / 2 + high * 2 * HALF_ULP).all()
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -201,22 +223,27 @@ def test_the_tables_are_symmetric_and_every_level_lies_in_its_cell() -> None:
         assert low < level < high
 
 
-@pytest.mark.parametrize("shape", [(1, 4), (5, 80), (2, 3, 64), (300, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4), (5, 80), (2, 3, 64), (2, 150, 128)], ids=str)
 def test_the_high_bits_are_the_plain_2_bit_code_and_all_bits_the_nearest_cell(
     shape: tuple[int, ...],
 ) -> None:
     values = _keys(shape, 2.5, 0)
-    codes, scale = quantize_gaussian(values)
-    assert codes.dtype == torch.uint8
-    assert scale.dtype == torch.float16
-    assert scale.shape == shape[:-1]
+    codes, peak, scale_codes = quantize_gaussian(values)
+    assert codes.dtype == scale_codes.dtype == torch.uint8
+    assert peak.dtype == torch.float16
+    assert peak.shape == shape[:-2]
+    assert scale_codes.shape == shape[:-1]
     root_mean_square = values.double().square().mean(-1).sqrt()
-    assert ((scale - root_mean_square).abs() <= root_mean_square * HALF_ULP * 1.01).all()
-    unit = values / scale.float()[..., None]
+    largest = root_mean_square.amax(-1)
+    assert ((peak - largest).abs() <= largest * HALF_ULP * 1.01).all()
+    scale = decode_scales(peak, scale_codes)
+    assert scale.dtype == torch.float32
+    _assert_nearest(scale, root_mean_square)
+    unit = values / scale[..., None]
     assert torch.equal(codes >> 2, torch.bucketize(unit, torch.tensor(GAUSSIAN_THRESHOLDS[3::4])))
     assert torch.equal(codes, torch.bucketize(unit, torch.tensor(GAUSSIAN_THRESHOLDS)))
     read = dequantize_gaussian(codes, scale)
-    assert torch.equal(read, torch.tensor(GAUSSIAN_LEVELS)[codes.long()] * scale.float()[..., None])
+    assert torch.equal(read, torch.tensor(GAUSSIAN_LEVELS)[codes.long()] * scale[..., None])
     coarse = dequantize_gaussian(codes >> 2, scale, GAUSSIAN_BASE_LEVELS)
     if values.numel() > 100:
         assert (read - values).square().mean() < (coarse - values).square().mean() / 5
@@ -224,21 +251,154 @@ def test_the_high_bits_are_the_plain_2_bit_code_and_all_bits_the_nearest_cell(
 
 def test_a_gaussian_errs_as_theory_says(nested: tuple[list[float], list[float]]) -> None:
     values = _keys((2000, 128), 1, 0)
-    codes, scale = quantize_gaussian(values)
+    codes, peak, scale_codes = quantize_gaussian(values)
     borders = [-math.inf, *nested[0], math.inf]
-    # The levels are centroids, so that the error is what the levels lack of the variance.
+
+    def error_at(scale: float) -> float:
+        """Return the mean squared error of a unit Gaussian whose cells are stretched."""
+        error = 1.0
+        for low, high, level in zip(borders, borders[1:], nested[1], strict=False):
+            a, b, read = scale * low, scale * high, scale * level
+            error += read**2 * _mass(a, b) - 2 * read * (_density(a) - _density(b))
+        return error
+
+    # Unstretched, the levels are centroids: the error is what the levels lack of the variance.
     cells = zip(borders, borders[1:], nested[1], strict=False)
-    expected = 1 - sum(_mass(a, b) * level**2 for a, b, level in cells)
-    error = (dequantize_gaussian(codes, scale) - values).square().mean() / values.square().mean()
+    best = 1 - sum(_mass(a, b) * level**2 for a, b, level in cells)
+    assert error_at(1) == pytest.approx(best, rel=1e-6)
+    # Scales are rounded in their logarithm, evenly by up to 1/32 of an octave to either side.
+    expected = sum(error_at(2 ** (i / 50 / 32)) for i in range(-50, 51)) / 101
+    assert best < expected < best * 1.01  # hardly more: the cells move along
+    read = dequantize_gaussian(codes, decode_scales(peak, scale_codes))
+    error = (read - values).square().mean() / values.square().mean()
     assert error.item() == pytest.approx(expected, rel=0.05)
+
+
+# --- scales of one byte ---
+
+
+def _assert_nearest(read: torch.Tensor, put: torch.Tensor) -> None:
+    ratio = (read.double() / put.double()).log2().abs().exp2()
+    assert (ratio <= HALF_SCALE_STEP * (1 + ROUNDING)).all()
+
+
+def _tokens(scales: torch.Tensor) -> torch.Tensor:
+    """Return values (..., T, 8) with exactly these root mean squares."""
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0, 1.0, -1.0, -1.0])
+    return scales[..., None] * signs
+
+
+@pytest.mark.parametrize("largest", [65504.0, 1000.1, 1.0, 3e-3])
+def test_scales_within_16_octaves_of_the_peak_err_by_half_a_step(largest: float) -> None:
+    octaves = torch.linspace(0, 255.5 / 16, 4001)
+    scales = (largest * torch.exp2(-octaves)).clamp_min(2.0**-24)
+    codes, peak, scale_codes = quantize_gaussian(_tokens(scales))
+    _assert_nearest(decode_scales(peak, scale_codes), scales)
+    assert (scale_codes.int().diff() >= 0).all()
+    assert (codes.int() - 7.5).abs().min() > 2  # of 1.0, the level is never near zero
+
+
+def test_the_scale_codes_are_sixteenths_of_an_octave() -> None:
+    peak = torch.tensor([1.0, 1536.0]).half()
+    scale_codes = torch.tensor([[0, 16, 32, 240], [8, 1, 255, 16]], dtype=torch.uint8)
+    read = decode_scales(peak, scale_codes)
+    assert read[0].tolist() == [1.0, 0.5, 0.25, 2.0**-15]
+    expected = [1536 * 2**-0.5, 1536 * 2 ** (-1 / 16), 1536 * 2 ** (-255 / 16), 768.0]
+    assert read[1].tolist() == pytest.approx(expected, rel=2.0**-22)
+    written = _tokens(read)
+    written[1, 0] = _tokens(torch.tensor(1536.0))  # one token must have the peak itself
+    _, peaks, codes = quantize_gaussian(written)
+    assert torch.equal(peaks, peak)
+    assert codes.tolist() == [[0, 16, 32, 240], [0, 1, 255, 16]]
+
+
+def test_every_scale_code_is_written_again_as_itself() -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    for peak in (65504.0, 1.0, 0.03):
+        scale = decode_scales(torch.tensor(peak).half(), every)
+        _, peaks, codes = quantize_gaussian(_tokens(scale))
+        assert peaks == torch.tensor(peak).half()
+        assert torch.equal(codes, every)
+
+
+def test_scales_do_not_depend_on_how_many_are_read_at_once() -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    peak = torch.tensor(1.0).half()
+    together = decode_scales(peak, every)
+    singly = torch.cat([decode_scales(peak, every[i : i + 1]) for i in range(256)])
+    assert torch.equal(together, singly)
+    # Nor on the machine: they are the powers themselves, rounded once.
+    assert torch.equal(together, torch.tensor([2.0 ** (-i / 16) for i in range(256)]))
+
+
+@pytest.mark.parametrize("far", [2.0**-16, 2.0**-20, 1e-30, 0.0])
+def test_tokens_far_below_the_peak_take_the_smallest_scale(far: float) -> None:
+    values = _keys((2, 64, 32), 1, 0)
+    quiet = values.clone()
+    quiet[:, 5:9] *= far * 0.5
+    codes, peak, scale_codes = quantize_gaussian(quiet)
+    assert (scale_codes[:, 5:9] == 255).all()
+    scale = decode_scales(peak, scale_codes)
+    least = peak.float() * 2 ** (-255 / 16)
+    assert torch.allclose(scale[:, 5:9], least[:, None], rtol=1e-6, atol=0)
+    error = (dequantize_gaussian(codes, scale) - quiet)[:, 5:9].abs()
+    # No more than the widest cell that holds such values.
+    assert (error <= 1.4 * least[:, None, None]).all()
+    # The others read as if these were not there, unless the peak was among them.
+    others = [t for t in range(64) if not 5 <= t < 9]
+    rest = quantize_gaussian(values[:, others])
+    assert torch.equal(peak, rest[1])
+    assert torch.equal(codes[:, others], rest[0])
+    assert torch.equal(scale_codes[:, others], rest[2])
+
+
+def test_each_block_has_its_own_peak() -> None:
+    values = (
+        _keys((2, 3, 64, 32), 1, 0)
+        * torch.tensor([[1e-4, 1, 100], [3e4, 5, 1e-6]])[..., None, None]
+    )
+    together = quantize_gaussian(values)
+    for i in range(2):
+        for n in range(3):
+            alone = quantize_gaussian(values[i, n])
+            for part, whole in zip(alone, together, strict=True):
+                assert torch.equal(part, whole[i, n])
 
 
 def test_zeros_and_tiny_values_keep_a_scale_above_zero() -> None:
     for size in (0.0, 1e-30, 1e-9):
         values = _keys((3, 64), size, 0)
-        codes, scale = quantize_gaussian(values)
+        codes, peak, scale_codes = quantize_gaussian(values)
+        scale = decode_scales(peak, scale_codes)
+        assert peak == 2.0**-24
+        assert (scale_codes == 0).all()
         assert (scale == 2.0**-24).all()
         assert (dequantize_gaussian(codes, scale) - values).abs().max() <= 3 * 2.0**-24
+
+
+def test_a_block_of_zeros_beside_others_is_nearly_zero() -> None:
+    values = _keys((2, 64, 32), 100, 0)
+    values[0] = 0
+    codes, peak, scale_codes = quantize_gaussian(values)
+    assert peak[0] == 2.0**-24
+    read = dequantize_gaussian(codes, decode_scales(peak, scale_codes))
+    assert read[0].abs().max() <= 2.0**-24
+    assert read[1].square().mean().sqrt() == pytest.approx(100, rel=0.05)
+
+
+@pytest.mark.parametrize("largest", [65504.0, 65519.0])
+def test_a_peak_that_fp16_can_just_hold_is_taken(largest: float) -> None:
+    _, peak, scale_codes = quantize_gaussian(_tokens(torch.tensor([1.0, largest])))
+    assert peak == 65504.0
+    assert scale_codes.tolist() == [255, 0]
+
+
+@pytest.mark.parametrize("largest", [65520.0, 65536.0, 1e18])
+def test_a_peak_beyond_fp16_is_refused(largest: float) -> None:
+    with pytest.raises(ValueError, match="values are not finite or exceed"):
+        quantize_gaussian(_tokens(torch.tensor([1.0, largest])))
+    with pytest.raises(ValueError, match="values are not finite or exceed"):
+        quantize_gaussian(_tokens(torch.tensor([[1.0, 1.0], [largest, 1.0]])))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1e30, 65536.0 * 8])

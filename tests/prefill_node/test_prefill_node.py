@@ -161,7 +161,7 @@ async def test_info_tells_what_is_served(config: WorkerConfig, model_folder: Pat
     assert (info.model, info.vocab_size) == (model_folder.name, VOCAB_SIZE)
     assert (info.max_positions, info.kv_dtype) == (MAX_POSITIONS, "float32")
     assert len(info.fingerprint) == 16
-    assert info.kv_bytes_per_token_bf16 == 2 * 2 * 2 * 8 * 2
+    assert info.kv_bytes_per_token_bf16 == 3 * 2 * 8 * 2 * 2
 
 
 def test_what_is_left_of_the_time_falls_and_ends_in_an_error() -> None:

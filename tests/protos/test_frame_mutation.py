@@ -44,7 +44,7 @@ def test_every_flipped_byte_is_found_or_harmless(codec: BlockCodec) -> None:
 
 @pytest.mark.parametrize("codec", [FallbackCodec(), ExactCodec()], ids=lambda codec: codec.name)
 def test_every_flipped_bit_of_prelude_header_and_segments_is_found(codec: BlockCodec) -> None:
-    blocks = random_blocks(1, 1, 4, 1, torch.bfloat16)
+    blocks = random_blocks(1, 1, 8, 1, torch.bfloat16)
     for data in seal_all(codec, blocks)[0].frames.values():
         frame = Frame.open(data)
         entry = frame.header.segments[0]

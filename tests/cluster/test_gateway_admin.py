@@ -1,0 +1,103 @@
+"""Looking into the service through its gateway, and shutting that down."""
+
+import asyncio
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from kvstrata.engine import Model
+from kvstrata.kvstore_service.testing import LocalStore
+from kvstrata.prefill_node import WorkerConfig
+from kvstrata.protos import admin_pb2, kvstore_pb2
+from kvstrata.protos.errors import BlockNotFoundError, DrainingError, UnavailableError
+from tests.cluster.local_workers import Cluster, error_of, request_of, serving
+from tests.prefill_node.nodes import prompt_of
+
+PROMPT = prompt_of(200)
+
+
+async def test_stats_join_the_store_and_the_gateway(cluster: Cluster) -> None:
+    await cluster.generate(request_of(PROMPT))
+    stats = await cluster.admin.Stats(admin_pb2.StatsRequest())
+    assert stats.health == "ok"
+    assert [tier.tier for tier in stats.tiers] == ["dram"]
+    assert stats.tiers[0].blocks == 3
+    assert stats.uptime_s > 0
+    counters = await cluster.counters()
+    assert counters["requests_total", "ok"] == 1
+    assert counters["puts_total", "committed", ""] == 3
+
+
+async def test_stats_are_answered_without_a_store(config: WorkerConfig, model: Model) -> None:
+    async with LocalStore() as store, serving(config, model, store.address) as cluster:
+        await cluster.generate(request_of(PROMPT))
+        await store.running.stop(0.1)
+        stats = await cluster.admin.Stats(admin_pb2.StatsRequest())
+        assert stats.health.startswith("degraded: store: ")
+        assert [c.name for c in stats.counters].count("requests_total") == 1
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await cluster.admin.ListBlocks(admin_pb2.ListBlocksRequest())
+        error = error_of(caught.value)
+        assert isinstance(error, UnavailableError)
+        assert error.remedy
+        assert len((await cluster.generate(request_of(PROMPT))).tokens) == 8
+
+
+async def test_blocks_are_listed_inspected_and_evicted(cluster: Cluster) -> None:
+    await cluster.generate(request_of(PROMPT))
+    page = await cluster.admin.ListBlocks(admin_pb2.ListBlocksRequest(page_size=2))
+    assert len(page.blocks) == 2
+    assert page.next_page_token
+    inspected = await cluster.admin.Inspect(admin_pb2.InspectRequest(key=page.blocks[0].key))
+    assert [h.codec for h in inspected.headers] == ["fallback", "fallback"]
+    assert (await cluster.admin.Evict(admin_pb2.EvictRequest())).evicted == 3
+    again = await cluster.generate(request_of(PROMPT))
+    assert again.cache.cached_tokens == 0
+
+
+async def test_errors_of_the_store_come_through_as_they_are(cluster: Cluster) -> None:
+    key = kvstore_pb2.BlockKey(scope=b"s" * 16, block_hash=b"h" * 16)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await cluster.admin.Inspect(admin_pb2.InspectRequest(key=key))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert isinstance(error_of(caught.value), BlockNotFoundError)
+
+
+async def test_draining_lets_what_runs_finish_and_refuses_the_rest(cluster: Cluster) -> None:
+    whole = await cluster.generate(request_of(PROMPT, max_tokens=30))
+    cluster.workers.pause_s = 0.02
+    running = asyncio.create_task(cluster.generate(request_of(PROMPT, max_tokens=30)))
+    while not cluster.workers.num_open:
+        await asyncio.sleep(0.01)
+    early = await cluster.admin.Drain(admin_pb2.DrainRequest(timeout_ms=50))
+    assert (early.drained, early.in_flight) == (False, 1)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await cluster.generate(request_of(PROMPT))
+    error = error_of(caught.value)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert isinstance(error, DrainingError)
+    assert error.remedy
+    late = await cluster.admin.Drain(admin_pb2.DrainRequest(timeout_ms=20_000))
+    assert (late.drained, late.in_flight) == (True, 0)
+    assert (await running).tokens == whole.tokens
+    assert (await cluster.admin.Stats(admin_pb2.StatsRequest())).health == "draining"
+
+
+async def test_health_follows_draining(cluster: Cluster) -> None:
+    health = health_pb2_grpc.HealthStub(cluster.channel)
+    for name in ("", "kvstrata.v1.Inference", "kvstrata.v1.Admin"):
+        reply = await health.Check(health_pb2.HealthCheckRequest(service=name))
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+    await cluster.admin.Drain(admin_pb2.DrainRequest())
+    reply = await health.Check(health_pb2.HealthCheckRequest(service="kvstrata.v1.Inference"))
+    assert reply.status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_stopping_cuts_what_does_not_end(cluster: Cluster) -> None:
+    cluster.workers.pause_s = 0.05
+    call = cluster.inference.Generate(request_of(PROMPT, max_tokens=300))
+    await call.read()
+    await asyncio.wait_for(cluster.server.stop(0.1), 5)
+    assert await call.code() is grpc.StatusCode.UNAVAILABLE
+    await cluster.idle()

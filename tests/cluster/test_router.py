@@ -1,0 +1,114 @@
+"""Which path a request takes."""
+
+from typing import Any, cast
+
+import pytest
+
+from kvstrata.cluster.router import Route, Router
+from kvstrata.kvstore_service.client import FoundBlock, LookupResult, StoreClient
+from kvstrata.methods.presets import Method
+from kvstrata.prefill_node import WorkerInfo
+from kvstrata.protos.errors import DeadlineError, KVStrataError, UnavailableError
+from kvstrata.protos.frame_pb2 import Stratum
+from kvstrata.protos.identity import BlockHash, ScopeDigest
+from tests.prefill_node.nodes import BALANCED, EXACT, prompt_of, task_of
+
+BASE, MID, FULL = Stratum.STRATUM_BASE, Stratum.STRATUM_MID, Stratum.STRATUM_EXACT
+INFO = WorkerInfo("tiny", b"f" * 16, "float32", 4096, 259, 64, 1)
+
+
+class Found:
+    """A store that says what it is told to say."""
+
+    def __init__(self, *blocks: tuple[int, ...], error: KVStrataError | None = None) -> None:
+        self.blocks = blocks
+        self.error = error
+        self.asked: list[tuple[ScopeDigest, list[BlockHash]]] = []
+
+    async def lookup(self, scope: ScopeDigest, hashes: list[BlockHash]) -> LookupResult:
+        self.asked.append((scope, hashes))
+        if self.error is not None:
+            raise self.error
+        return LookupResult(tuple(FoundBlock(b, 1, "dram") for b in self.blocks), False)
+
+
+def router(store: Found, **settings: Any) -> Router:
+    return Router(cast(StoreClient, store), INFO, **settings)
+
+
+@pytest.mark.parametrize("length", [1, 64])
+async def test_a_prompt_without_a_full_block_asks_nobody(length: int) -> None:
+    store = Found()
+    assert await router(store).route(task_of(prompt_of(length))) == Route(0, 0, False)
+    assert store.asked == []
+
+
+@pytest.mark.parametrize(
+    ("length", "cached", "needs_prefill"),
+    [
+        (257, 0, False),  # four blocks: 256 tokens
+        (320, 0, False),
+        (321, 0, True),
+        (321, 1, False),
+        (1000, 10, True),
+        (1000, 11, False),
+        (1000, 15, False),
+    ],
+)
+async def test_only_long_uncached_suffixes_go_to_a_prefill_node(
+    length: int, cached: int, needs_prefill: bool
+) -> None:
+    route = await router(Found(*[(BASE, MID)] * cached)).route(task_of(prompt_of(length)))
+    assert route == Route(cached, (length - 1) // 64, needs_prefill)
+
+
+async def test_the_limit_of_direct_tokens_can_be_set() -> None:
+    task = task_of(prompt_of(130))
+    assert (await router(Found(), direct_tokens=64).route(task)).needs_prefill
+    assert not (await router(Found(), direct_tokens=128).route(task)).needs_prefill
+
+
+@pytest.mark.parametrize(
+    ("method", "held", "cached"),
+    [
+        (BALANCED, [(BASE, MID), (BASE,), (BASE, MID)], 1),
+        (Method(BALANCED.codec, BASE), [(BASE, MID), (BASE,), (BASE, MID)], 3),
+        (Method(BALANCED.codec, MID), [(BASE, MID), (MID,)], 1),
+        (EXACT, [(FULL,), (BASE, MID)], 1),
+        (EXACT, [(BASE, FULL)], 1),
+    ],
+)
+async def test_the_cached_run_ends_where_a_wanted_stratum_is_missing(
+    method: Method, held: list[tuple[int, ...]], cached: int
+) -> None:
+    route = await router(Found(*held)).route(task_of(prompt_of(200), method))
+    assert (route.cached_blocks, route.num_blocks) == (cached, 3)
+
+
+async def test_a_coarse_read_never_goes_to_a_prefill_node() -> None:
+    task = task_of(prompt_of(1000), Method(BALANCED.codec, BASE))
+    assert not (await router(Found()).route(task)).needs_prefill
+
+
+@pytest.mark.parametrize(
+    ("error", "label"),
+    [
+        (UnavailableError("gone"), "store_unavailable"),
+        (DeadlineError("late"), "store_timeout"),
+    ],
+)
+async def test_a_store_that_does_not_answer_holds_nothing(error: KVStrataError, label: str) -> None:
+    route = await router(Found(error=error)).route(task_of(prompt_of(1000)))
+    assert route == Route(0, 15, False, label)
+
+
+async def test_full_blocks_are_asked_for_once_by_their_names() -> None:
+    store = Found()
+    long, short = prompt_of(200), prompt_of(200)[:193]
+    await router(store).route(task_of(long))
+    await router(store).route(task_of(short))
+    await router(store).route(task_of(long, EXACT))
+    (first, second, other) = store.asked
+    assert first == second
+    assert len(first[1]) == 3
+    assert other[0] != first[0]
