@@ -198,16 +198,21 @@ class _Layout:
             size = dtype.itemsize * int(np.prod(shape))
             part = rows[..., cursor : cursor + size]
             if dtype != torch.uint8:
-                part = part.contiguous().view(dtype)
+                part = _dense(part).view(dtype)
             fields[name] = part.unflatten(-1, shape)
             cursor += size
         return fields
 
 
+def _dense(part: torch.Tensor) -> torch.Tensor:
+    """Return a copy that any dtype can view: ``contiguous`` keeps odd strides of size-1 axes."""
+    return part.clone(memory_format=torch.contiguous_format)
+
+
 def _rows(num_blocks: int, *fields: torch.Tensor) -> np.ndarray:
     """Return uint8 (L, N, bytes): the fields, each (L, H, N, ...), side by side, heads first."""
     flat = [
-        field.transpose(1, 2).contiguous().view(torch.uint8).reshape(field.shape[0], num_blocks, -1)
+        _dense(field.transpose(1, 2)).view(torch.uint8).reshape(field.shape[0], num_blocks, -1)
         for field in fields
     ]
     return np.ascontiguousarray(torch.cat(flat, -1).numpy())

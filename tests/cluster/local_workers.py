@@ -80,11 +80,11 @@ class Cluster:
 
     @property
     def inference(self) -> Any:
-        return InferenceStub(self.channel)
+        return InferenceStub(self.channel)  # type: ignore[no-untyped-call]
 
     @property
     def admin(self) -> Any:
-        return AdminStub(self.channel)
+        return AdminStub(self.channel)  # type: ignore[no-untyped-call]
 
     async def generate(self, request: GenerateRequest, **call: Any) -> Answer:
         return answer_of([reply async for reply in self.inference.Generate(request, **call)])

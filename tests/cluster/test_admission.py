@@ -142,7 +142,8 @@ async def test_a_bad_request_is_refused_with_reason_and_remedy(cluster: Cluster,
     ids=["text", "cut", "garbage", "stop string"],
 )
 async def test_bytes_that_are_no_message_are_refused(cluster: Cluster, message: bytes) -> None:
-    call = cluster.channel.unary_stream(GENERATE)(message)
+    method: Any = cluster.channel.unary_stream(GENERATE)
+    call = method(message)
     error = await refused(cluster, call, Code.INVALID_ARGUMENT, "MalformedMessageError")
     assert has_details(error)
 

@@ -96,8 +96,10 @@ async def test_health_follows_draining(cluster: Cluster) -> None:
 
 async def test_stopping_cuts_what_does_not_end(cluster: Cluster) -> None:
     cluster.workers.pause_s = 0.05
-    call = cluster.inference.Generate(request_of(PROMPT, max_tokens=300))
-    await call.read()
+    running = asyncio.create_task(cluster.generate(request_of(PROMPT, max_tokens=300)))
+    while not cluster.workers.num_open:
+        await asyncio.sleep(0.01)
     await asyncio.wait_for(cluster.server.stop(0.1), 5)
-    assert await call.code() is grpc.StatusCode.UNAVAILABLE
+    with pytest.raises(grpc.aio.AioRpcError):
+        await asyncio.wait_for(running, 5)
     await cluster.idle()

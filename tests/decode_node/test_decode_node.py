@@ -4,17 +4,20 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
 
 import grpc
 import pytest
 import redis
+import torch
 
 from kvstrata.decode_node import DecodeNode
-from kvstrata.engine import Model
+from kvstrata.engine import Model, SequenceCache
 from kvstrata.kvstore_service.client import StoreClient
+from kvstrata.kvstore_service.redis_binary import free_port
 from kvstrata.kvstore_service.redis_tier import value_key
-from kvstrata.kvstore_service.testing import LocalStore, RedisServer, free_port
+from kvstrata.kvstore_service.testing import LocalStore, RedisServer
 from kvstrata.methods.presets import Method
 from kvstrata.prefill_node import WorkerConfig
 from kvstrata.protos import admin_pb2
@@ -67,14 +70,15 @@ async def silent_server() -> AsyncIterator[str]:
 
 async def evict(address: str, tier: str = "") -> int:
     async with grpc.aio.insecure_channel(address) as channel:
-        reply = await AdminStub(channel).Evict(admin_pb2.EvictRequest(tier=tier))
+        stub: Any = AdminStub(channel)  # type: ignore[no-untyped-call]
+        reply = await stub.Evict(admin_pb2.EvictRequest(tier=tier))
         return int(reply.evicted)
 
 
-async def storeless(config: WorkerConfig, *args: object, **kwargs: object) -> list[int]:
+async def storeless(config: WorkerConfig, *args: Any, **kwargs: Any) -> list[int]:
     """Return the tokens that a node gives for this task when there is no store."""
     async with running(config) as nodes:
-        return (await decoded(nodes.decode, task_of(*args, **kwargs))).tokens  # type: ignore[arg-type]
+        return (await decoded(nodes.decode, task_of(*args, **kwargs))).tokens
 
 
 @METHODS
@@ -195,7 +199,12 @@ async def test_a_deadline_ends_a_generation_that_runs(
     config: WorkerConfig, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *a: (time.sleep(0.05), forward(*a))[1])
+
+    def slow(cache: SequenceCache, token_ids: Sequence[int]) -> torch.Tensor:
+        time.sleep(0.05)
+        return forward(cache, token_ids)
+
+    monkeypatch.setattr(model, "forward", slow)
     async with running(config) as nodes:
         task = task_of(prompt_of(30), max_tokens=400, timeout_s=0.5)
         tokens: list[int] = []
@@ -246,7 +255,7 @@ async def test_cancelling_the_reader_leaves_a_node_that_works(config: WorkerConf
 async def test_a_resumed_generation_goes_on_exactly(
     config: WorkerConfig, method: Method, temperature: float
 ) -> None:
-    settings = {"max_tokens": 70, "temperature": temperature, "seed": 5}
+    settings: dict[str, Any] = {"max_tokens": 70, "temperature": temperature, "seed": 5}
     async with LocalStore() as store, running(config, store.address) as nodes:
         whole = await decoded(nodes.decode, task_of(PROMPT, method, **settings))
         texts = [""]
@@ -278,7 +287,7 @@ def printable_place(text: str) -> int:
 
 
 async def test_a_stop_string_ends_the_text_before_it(config: WorkerConfig) -> None:
-    settings = {"temperature": 1.0, "seed": 5, "max_tokens": 60}
+    settings: dict[str, Any] = {"temperature": 1.0, "seed": 5, "max_tokens": 60}
     async with running(config) as nodes:
         free = await decoded(nodes.decode, task_of(PROMPT, **settings))
         stop = free.text[(at := printable_place(free.text)) : at + 2]
@@ -295,7 +304,7 @@ async def test_a_stop_string_ends_the_text_before_it(config: WorkerConfig) -> No
 async def test_an_end_of_sequence_token_ends_unless_ignored(
     config: WorkerConfig, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"temperature": 1.0, "seed": 5, "max_tokens": 10}
+    settings: dict[str, Any] = {"temperature": 1.0, "seed": 5, "max_tokens": 10}
     async with running(config) as nodes:
         free = await decoded(nodes.decode, task_of(PROMPT, **settings))
         place = next(i for i in range(2, 10) if free.tokens[i] not in free.tokens[:i])

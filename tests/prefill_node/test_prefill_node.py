@@ -9,7 +9,8 @@ import pytest
 
 import kvstrata.prefill_node as room
 from kvstrata.engine import Model
-from kvstrata.kvstore_service.testing import LocalStore, free_port
+from kvstrata.kvstore_service.redis_binary import free_port
+from kvstrata.kvstore_service.testing import LocalStore
 from kvstrata.methods.presets import Method
 from kvstrata.prefill_node import PrefillNode, WorkerConfig
 from kvstrata.prefill_node.prefill import num_prompt_blocks

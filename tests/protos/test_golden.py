@@ -11,6 +11,13 @@ import torch
 import zstandard
 from google.protobuf.json_format import MessageToDict
 
+from kvstrata.kernels import hadamard
+from kvstrata.kernels.quantize import (
+    GAUSSIAN_THRESHOLDS,
+    decode_scales,
+    quantize_channels,
+    quantize_gaussian,
+)
 from kvstrata.methods import BlockCodec, BlockShape, ExactCodec, FallbackCodec, KVBlocks
 from kvstrata.protos import BLOCK_TOKENS, Frame, encode_frame
 from kvstrata.protos.frame_pb2 import Stratum
@@ -36,7 +43,7 @@ def _noise() -> torch.Tensor:
 
 
 def _block(stratum: Stratum) -> KVBlocks:
-    """Return a block without rounding: floats from 0.5 to 2 of any mantissa, or small integers."""
+    """Return floats from 0.5 to 2 of any mantissa, or small integers, far from any rounding."""
     if stratum == EXACT:
         keys, values = (_noise() + 0x3F00).view(torch.bfloat16)
     else:
@@ -116,6 +123,31 @@ def test_the_codec_writes_the_golden_frames_byte_for_byte(
     stratum: Stratum, expected: dict[str, Any]
 ) -> None:
     assert _encode(stratum) == _read(stratum)
+
+
+def test_no_rounding_of_the_golden_block_is_close() -> None:
+    """A last bit that another machine computes otherwise must not change the golden bytes."""
+    block = _block(BASE)
+    keys = block.keys[..., 4:, :].double()  # without sinks
+    minimum, step = quantize_channels(keys.float(), torch.zeros(keys.shape[:-1], dtype=torch.bool))[
+        1:
+    ]
+    scaled = (keys - minimum.double()[..., None, :]) / step.double()[..., None, :]
+    assert (scaled.remainder(1) - 0.5).abs().min() > 1e-4
+    values = block.values.double() @ hadamard(DIM).double()
+    _, peak, scale_codes = quantize_gaussian(values.float())
+    assert (peak > 1).all()
+    octaves = (peak.double()[..., None] / values.square().mean(-1).sqrt()).log2()
+    assert ((16 * octaves).remainder(1) - 0.5).abs().min() > 1e-4
+    unit = values / decode_scales(peak, scale_codes).double()[..., None]
+    borders = torch.tensor(GAUSSIAN_THRESHOLDS, dtype=torch.float64)
+    distance = (unit[..., None] - borders).abs()
+    assert distance[distance > 0].min() > 1e-5  # zero is exact: sums of integers
+    sinks = torch.cat(
+        [block.keys[..., :4, :].double() @ hadamard(DIM).double(), values[..., :4, :]]
+    )
+    scale = (sinks.abs().amax(-1) / 127).bfloat16().double()
+    assert ((sinks / scale[..., None]).remainder(1) - 0.5).abs().min() > 1e-5
 
 
 def test_the_exact_codec_writes_the_golden_planes(expected: dict[str, Any]) -> None:
