@@ -1,9 +1,10 @@
 """The decode node: fetches a prompt's blocks, decodes, streams tokens, commits blocks that fill."""
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 import torch
 
@@ -34,7 +35,7 @@ class DecodeNode:
         """Return what this node serves."""
         return self._worker.info()
 
-    async def generate(self, task: Task) -> AsyncIterator[bytes]:
+    async def generate(self, task: Task) -> AsyncGenerator[bytes]:
         """Stream the continuation as serialised ``GenerateReply``: one per token, then the last.
 
         The last has finish reason, usage and this node's cache report. Tokens in
@@ -45,8 +46,9 @@ class DecodeNode:
         """
         generation = Generation(self._worker, task)
         try:
-            async for reply in generation.run():
-                yield reply.SerializeToString()
+            async with contextlib.aclosing(generation.run()) as replies:
+                async for reply in replies:
+                    yield reply.SerializeToString()
         finally:
             generation.cancel()
 
@@ -64,7 +66,7 @@ class Generation:
         self._generated = list(task.generated_ids)
         self._publishing: set[asyncio.Task[None]] = set()
 
-    async def run(self) -> AsyncIterator[GenerateReply]:
+    async def run(self) -> AsyncGenerator[GenerateReply]:
         """Yield one reply per new token, then the closing one."""
         task, worker = self._task, self._worker
         detokenizer = Detokenizer(worker.model.tokenizer, task.sampling.stop)
@@ -132,7 +134,9 @@ class Generation:
 
     async def _close(self, finish: FinishReason | None) -> GenerateReply:
         if self._publishing:
-            await asyncio.wait(self._publishing, timeout=PUBLISH_GRACE_S)
+            _, late = await asyncio.wait(self._publishing, timeout=PUBLISH_GRACE_S)
+            if late:
+                self._clock.recompute("unpublished_store_timeout", 0)
         self._clock.unencodable(self._sequence.num_unencodable)
         report, method = self._clock.report, self._task.method
         report.prompt_tokens = len(self._task.prompt_ids)

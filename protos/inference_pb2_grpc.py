@@ -52,8 +52,10 @@ class InferenceServicer:
     def Generate(self, request, context):
         """Streams the continuation of a prompt. Exactly one reply, the last, has a finish reason, usage and
         the cache report. Tokens are never repeated or dropped, also when a worker dies meanwhile. The same
-        prompt, method, sampling and seed give the same tokens whatever the cache holds. Ending the call
-        frees everything it held. Bad input is answered before any work: INVALID_ARGUMENT (what and remedy),
+        prompt, method, sampling and seed give the same tokens whether the prompt's blocks are all cached or
+        not at all, and with a lossless method whatever the cache holds; with a lossy one, what is computed
+        on top of a partly cached prompt agrees within the method's precision. Ending the call frees
+        everything it held. Bad input is answered before any work: INVALID_ARGUMENT (what and remedy),
         NOT_FOUND (preset or model), OUT_OF_RANGE (prompt beyond the context).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

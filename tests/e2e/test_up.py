@@ -11,9 +11,10 @@ import psutil
 import pytest
 
 from kvstrata.client import Client
+from tests.conftest import ROOT, Environment
 from tests.stack import BIN, Stack
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(500)]
 
 
 def refused(tmp_path: Path, *options: str, **env: str) -> str:
@@ -109,17 +110,19 @@ def test_stats_of_a_running_service_have_the_figures_operators_need(stack: Stack
     assert listing
 
 
-def test_the_demo_runs_from_the_wheel_in_another_folder(wheel_venv: object, tmp_path: Path) -> None:
-    """The installed package alone, beside Hugging Face's `kernels`, away from the checkout."""
-    python: Path = wheel_venv.bin / "kvstrata"  # type: ignore[attr-defined]
+def test_the_demo_runs_from_the_wheel_beside_the_package_kernels(
+    new_wheel_venv: Environment, tmp_path: Path
+) -> None:
+    """The installed wheel alone, in an environment with Hugging Face's `kernels`, elsewhere."""
+    new_wheel_venv.pip("install", "--no-deps", "-c", ROOT / "constraints.txt", "kernels")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     done = subprocess.run(
-        [python, "demo", "--no-quality", "--max-tokens", "8"],
+        [new_wheel_venv.bin / "kvstrata", "demo", "--no-quality", "--max-tokens", "8"],
         cwd=tmp_path,
         env=inherited,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=400,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "demo" / "demo.json").read_text())

@@ -18,7 +18,6 @@ from kvstrata.engine.sequence import RunningSequence
 from kvstrata.kvstore_service.client import StoreClient
 from kvstrata.methods.presets import PRESETS, Method
 from kvstrata.prefill_node import PrefillNode, Task, WorkerConfig
-from kvstrata.prefill_node import worker as worker_module
 from kvstrata.protos.identity import BLOCK_TOKENS, BlockHash, ScopeDigest, block_hashes
 from kvstrata.protos.inference_pb2 import CacheReport, FinishReason, GenerateReply
 from tests.engine.conftest import build_tokenizer
@@ -64,7 +63,7 @@ def model(
     model_folder: Path, load_once: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Model]:
     """The model; nodes of this test get this very one, for models are stateless."""
-    monkeypatch.setattr(worker_module.Model, "load", load_once)
+    monkeypatch.setattr(Model, "load", load_once)
     threads = torch.get_num_threads()
     yield load_once(str(model_folder), dtype="auto")
     torch.set_num_threads(threads)
