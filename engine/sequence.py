@@ -1,12 +1,13 @@
 """One running sequence: its tokens, its cache, and the blocks that leave and enter it.
 
-Every full block is attended at the precision at which it is stored, whether it came from the store or
-was computed here (``settle``); the unfilled rest is uncompressed. So cold, warm, replayed and
+Every full block is attended at the precision at which it is stored, whether it came from the store
+or was computed here (``settle``); the unfilled rest is uncompressed. So cold, warm, replayed and
 recomputed requests give the same tokens.
 
-One thing remains of a lossy method: within one call of ``compute`` the model attends to what it just
-computed, uncompressed, as any prefill does. When only part of a prompt is cached, the rest is computed
-on top of the stored part, and its KV differs from that of a cold run within the method's precision.
+One thing remains of a lossy method: within one call of ``compute`` the model attends to what it
+just computed, uncompressed, as any prefill does. When only part of a prompt is cached, the rest is
+computed on top of the stored part, and its KV differs from that of a cold run within the method's
+precision.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
