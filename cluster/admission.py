@@ -3,7 +3,7 @@
 import secrets
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvstrata.engine.chat import encode_text, render_chat
@@ -22,6 +22,7 @@ from kvstrata.protos.errors import (
 from kvstrata.protos.inference_pb2 import GenerateRequest, Sampling
 
 MAX_DEADLINE_S = 3600.0
+MAX_SESSION_CHARS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Admission:
 
     info: WorkerInfo
     tokenizer: Any
-    salt: bytes
+    salt: bytes = field(repr=False)
 
     def admit(self, request: GenerateRequest, remaining_s: float | None) -> Task:
         """Return the task of a request.
@@ -72,6 +73,7 @@ class Admission:
             sampling=sampling,
             deadline_unix_s=time.time()
             + (MAX_DEADLINE_S if remaining_s is None else min(remaining_s, MAX_DEADLINE_S)),
+            session_id=request.session_id[:MAX_SESSION_CHARS],
             salt=self.salt,
         )
 

@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from kvstrata.cluster.stack_config import MIB, StackConfig
-from kvstrata.cluster.supervisor import supervise
+from kvstrata.cluster.supervisor import die_with_parent, supervise
 from kvstrata.protos.errors import KVStrataError
 
 REDIS_VARIABLE = "KVSTRATA_REDIS_URL"
+PARENT_VARIABLE = "KVSTRATA_PARENT"  # pid of a process that `up` shall not outlive
 
 
 def up(
@@ -24,7 +25,11 @@ def up(
     ] = True,
     redis_url: Annotated[
         str,
-        typer.Option(envvar=REDIS_VARIABLE, help="An existing Redis; default: start one."),
+        typer.Option(
+            envvar=REDIS_VARIABLE,
+            help="An existing Redis; default: start one. Prefer the variable: command lines are "
+            "visible.",
+        ),
     ] = "",
     dram_mib: Annotated[int, typer.Option(help="Bound of the store's dram tier, MiB.")] = 1024,
     redis_mib: Annotated[int, typer.Option(help="Bound of the Redis tier, MiB.")] = 4096,
@@ -35,7 +40,7 @@ def up(
     """Start Redis, the store, Ray and the gateway on this machine; Ctrl-C ends them all."""
     config = StackConfig(
         listen=listen,
-        model=os.path.abspath(model) if os.path.isdir(model) else model or None,
+        model=model_source(model),
         dtype=dtype,
         redis=redis,
         redis_url=redis_url or None,
@@ -49,6 +54,9 @@ def up(
         config.validate()
     except KVStrataError as error:
         _fail(error)
+    parent = os.environ.pop(PARENT_VARIABLE, "")
+    if parent.isdecimal():
+        die_with_parent(int(parent))
     os.environ.pop(REDIS_VARIABLE, None)
     if config.redis_url:
         os.environ[REDIS_VARIABLE] = config.redis_url
@@ -73,7 +81,7 @@ def gateway(
         store_address=store,
         ray_address=ray_address,
         listen=listen,
-        model=model or None,
+        model=model_source(model),
         dtype=dtype,
         prefill_workers=prefill_workers,
         decode_workers=decode_workers,
@@ -82,6 +90,11 @@ def gateway(
         run_gateway(config)
     except KVStrataError as error:
         _fail(error)
+
+
+def model_source(model: str) -> str | None:
+    """Return the option's value; a path as an absolute one, because the workers run elsewhere."""
+    return os.path.abspath(model) if os.path.exists(model) else model or None
 
 
 def _fail(error: KVStrataError) -> None:

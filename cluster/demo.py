@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from kvstrata.cluster.commands import PARENT_VARIABLE
 from kvstrata.cluster.stored_blocks import StoredBlocks, read_store
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ QUESTIONS = (
     "Which statement should I use to check a condition while debugging?",
 )
 CLIENT = "from kvstrata.client.kvstrata import main; main()"
-START_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 60.0
 NUM_FACT_CONTEXTS = 5
 
 console = Console()
@@ -89,18 +90,24 @@ def read_document(number: int = 0) -> str:
 def running_stack(model: str) -> Iterator[dict[str, Any]]:
     """Run ``kvstrata up`` for the body, and end it whatever happens."""
     command = [sys.executable, "-P", "-c", CLIENT, "up", "--listen", "127.0.0.1:0"]
+    for number in (signal.SIGTERM, signal.SIGHUP):  # leave through `finally`, as Ctrl-C does
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     process = subprocess.Popen(
-        command + (["--model", model] if model else []), stdout=subprocess.PIPE, text=True
+        command + (["--model", model] if model else []),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {PARENT_VARIABLE: str(os.getpid())},
     )
     try:
         assert process.stdout is not None
+        # `up` ends by itself when its workers are not ready in time, so this read ends too.
         line = process.stdout.readline()
         if not line:
-            raise typer.Exit(process.wait())
+            raise typer.Exit(process.wait(STOP_TIMEOUT_S))
         yield json.loads(line)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait()
+        process.wait(STOP_TIMEOUT_S)
 
 
 def ask(

@@ -15,7 +15,7 @@ from kvstrata.kvstore_service.counters import Counters
 from kvstrata.methods.presets import PRESETS
 from kvstrata.prefill_node.task import Task
 from kvstrata.protos import inference_pb2_grpc
-from kvstrata.protos.errors import DeadlineError, DrainingError, UnavailableError
+from kvstrata.protos.errors import CapacityError, DeadlineError, DrainingError, UnavailableError
 from kvstrata.protos.identity import BLOCK_TOKENS
 from kvstrata.protos.inference_pb2 import (
     CacheReport,
@@ -27,6 +27,8 @@ from kvstrata.protos.inference_pb2 import (
 from kvstrata.protos.report import ReportClock, merge_reports
 
 MAX_REPLAYS = 8
+UNREACHABLE = ("store_unavailable", "store_timeout")
+MAX_RUNNING_BYTES = 4 << 30  # KV of all running requests, counted as bf16 at their longest
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         self._workers = workers
         self._counters = counters
         self._running = 0
+        self._running_bytes = 0
         self.draining = False
 
     @property
@@ -58,11 +61,13 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         self._running += 1
         outcome = "cancelled"
         clock = ReportClock("gateway")
+        held = 0
         try:
             with clock.stage("route"):
                 task = await asyncio.to_thread(
                     self._admission.admit, request, context.time_remaining()
                 )
+                held = self._reserve(task)
                 route = await self._router.route(task)
             async with contextlib.aclosing(self._serve(task, route, clock)) as replies:
                 async for reply in replies:
@@ -73,8 +78,26 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
             raise
         finally:
             self._running -= 1
+            self._running_bytes -= held
             self._count(clock.report)
             self._counters.add("requests_total", outcome=outcome)
+
+    def _reserve(self, task: Task) -> int:
+        """Return the bytes that the request's KV may take, now counted as running.
+
+        Raises:
+            CapacityError: Too much is running already.
+        """
+        info = self._admission.info
+        longest = min(len(task.prompt_ids) + task.sampling.max_tokens, info.max_positions)
+        needed = longest * info.kv_bytes_per_token_bf16
+        if self._running_bytes and self._running_bytes + needed > MAX_RUNNING_BYTES:
+            raise CapacityError(
+                f"{self._running} requests are running, this one does not fit beside them",
+                "try again in a moment, or ask for fewer tokens",
+            )
+        self._running_bytes += needed
+        return needed
 
     async def GetModel(self, request: GetModelRequest, context: Any) -> GetModelReply:  # noqa: N802
         """See ``inference.proto``."""
@@ -94,7 +117,9 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncGenerator[GenerateReply]:
         if route.failure:
             clock.recompute(route.failure, 0)
-        task = replace(task, expected_blocks=route.cached_blocks)
+        task = replace(
+            task, expected_blocks=route.cached_blocks, ask_store=route.failure not in UNREACHABLE
+        )
         if route.needs_prefill:
             task = await self._prefill(task, route, clock)
         async for reply in self._decode(task, clock):
@@ -106,9 +131,13 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         """Have a prefill node publish the prompt's blocks; else the decode node computes them."""
         try:
             report = await self._workers.prefill(task)
-        except (WorkerLostError, UnavailableError) as error:
-            logger.warning("prefill worker lost", extra={"error": str(error)})
-            clock.recompute("prefill_worker_lost", route.num_blocks * BLOCK_TOKENS)
+        except DeadlineError:
+            raise
+        except Exception as error:
+            lost = isinstance(error, WorkerLostError | UnavailableError)
+            reason = "prefill_worker_lost" if lost else "prefill_failed"
+            logger.warning("%s: %s", reason, error, exc_info=not lost)
+            clock.recompute(reason, (route.num_blocks - route.cached_blocks) * BLOCK_TOKENS)
             return task
         merge_reports(clock.report, report)
         if report.committed_blocks >= route.num_blocks - route.cached_blocks:
@@ -127,13 +156,14 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
                     async for reply in replies:
                         delivered += reply.token_ids
                         yield reply
-                return
+                        if reply.finish_reason:
+                            return
+                raise WorkerLostError("the stream ended without a closing reply")
             except WorkerLostError as error:
                 logger.warning("decode worker lost", extra={"error": str(error)})
                 clock.recompute("decode_worker_lost", len(delivered))
                 clock.report.replays = attempt + 1
                 clock.add("replay", start, time.time() - start)
-                task = replace(task, expected_blocks=0)
                 if task.deadline_unix_s - time.time() <= 0:
                     raise DeadlineError(
                         "the request's deadline passed while its worker restarted",

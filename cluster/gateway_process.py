@@ -8,13 +8,15 @@ import tempfile
 from dataclasses import dataclass
 
 from kvstrata.cluster.gateway_server import start_gateway
-from kvstrata.cluster.model_check import load_tokenizer
+from kvstrata.cluster.model_check import load_model
 from kvstrata.cluster.workers import RayWorkers, Replicas, connect, deploy, is_deployed
+from kvstrata.engine.model import Model
 from kvstrata.prefill_node.worker import WorkerConfig
 from kvstrata.protos.errors import ConfigurationError
 
 SALT_VARIABLE = "KVSTRATA_SALT"
 STOP_GRACE_S = 30.0
+INFO_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ def run_gateway(config: GatewayConfig) -> None:
         ConfigurationError: The Ray cluster cannot be joined, the model cannot be served, or the
             port is taken.
     """
-    tokenizer = load_tokenizer(config.model, config.dtype)
+    model = load_model(config.model, config.dtype)
     # Ray puts the driver's folder on its workers' paths: an empty one shadows nothing.
     with tempfile.TemporaryDirectory(prefix="kvs-") as folder:
         os.chdir(folder)
@@ -49,7 +51,7 @@ def run_gateway(config: GatewayConfig) -> None:
                 "start one with `ray start --head`, or use `kvstrata up`",
             ) from error
         workers = RayWorkers() if is_deployed() else _deploy(config)
-        asyncio.run(_serve(config, workers, tokenizer))
+        asyncio.run(_serve(config, workers, model))
         os.chdir("/")
 
 
@@ -60,17 +62,22 @@ def _deploy(config: GatewayConfig) -> RayWorkers:
     )
 
 
-async def _serve(config: GatewayConfig, workers: RayWorkers, tokenizer: object) -> None:
+async def _serve(config: GatewayConfig, workers: RayWorkers, model: Model) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    info = (await workers.info())["decode"]
+    info = (await asyncio.wait_for(workers.info(), INFO_TIMEOUT_S))["decode"]
+    if info.fingerprint != model.fingerprint:
+        raise ConfigurationError(
+            f"the workers serve {info.model}, not {model.name} in {config.dtype}",
+            "name their model and dtype, or stop them first",
+        )
     gateway = await start_gateway(
         config.listen,
         store_address=config.store_address,
         workers=workers,
         info=info,
-        tokenizer=tokenizer,
+        tokenizer=model.tokenizer,
         salt=os.environ.get(SALT_VARIABLE, "").encode(),
     )
     print(json.dumps({"event": "ready", "address": gateway.address}), flush=True)

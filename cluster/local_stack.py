@@ -22,9 +22,10 @@ from rich.console import Console
 from kvstrata.cluster.processes import check_listen, start_redis, start_store
 from kvstrata.cluster.stack_config import StackConfig
 from kvstrata.cluster.supervisor import adopt_orphans, die_with_parent, end_descendants
-from kvstrata.protos.errors import KVStrataError
+from kvstrata.protos.errors import ConfigurationError, KVStrataError
 
 STOP_GRACE_S = 5.0
+START_TIMEOUT_S = 600.0
 SALT_VARIABLE = "KVSTRATA_SALT"
 
 logger = logging.getLogger(__name__)
@@ -96,9 +97,9 @@ async def _start(
     cleanup.push_async_callback(store.stop)
     pids["store"] = store.pid
     with progress.step("model"):
-        from kvstrata.cluster.model_check import load_tokenizer
+        from kvstrata.cluster.model_check import load_model
 
-        tokenizer = await asyncio.to_thread(load_tokenizer, config.model, config.dtype)
+        tokenizer = (await asyncio.to_thread(load_model, config.model, config.dtype)).tokenizer
     with progress.step("Ray and workers"):
         workers, infos = await _start_workers(config, runtime, store_address)
     pids |= {kind: info.pid for kind, info in infos.items()}
@@ -137,9 +138,19 @@ async def _start_workers(config: StackConfig, runtime: Path, store_address: str)
         worker_config = WorkerConfig(store_address, config.model, config.dtype)
         return workers.deploy(worker_config, replicas)
 
-    # In this thread: Ray installs signal handlers and binds handles to the running loop.
-    running = await asyncio.to_thread(deploy)
-    return running, await running.info()
+    try:
+        async with asyncio.timeout(START_TIMEOUT_S):
+            running = await asyncio.to_thread(deploy)
+            return running, await running.info()
+    except TimeoutError as error:
+        raise ConfigurationError(
+            f"the workers were not ready after {START_TIMEOUT_S:.0f} s",
+            "look at the machine's load",
+        ) from error
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"the workers did not start: {error}", "see its message"
+        ) from error
 
 
 def main(runtime: Path, supervisor: int, config: StackConfig) -> int:
@@ -154,8 +165,6 @@ def main(runtime: Path, supervisor: int, config: StackConfig) -> int:
     os.chdir(runtime / "cwd")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(runtime / "inductor"))
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     status = 0
     try:
         asyncio.run(serve(config, runtime))

@@ -1,21 +1,19 @@
 """Loading a model once in the process that starts the workers: bad models are told here."""
 
-from typing import Any
-
 from kvstrata.engine.errors import ModelNotFoundError, UnsupportedModelError
 from kvstrata.engine.model import Model
 from kvstrata.protos.errors import ConfigurationError, UnknownModelError
 
 
-def load_tokenizer(source: str | None, dtype: str) -> Any:
-    """Return the tokenizer of a model that is known to load; a GGUF is converted on the way.
+def load_model(source: str | None, dtype: str) -> Model:
+    """Return a model, for its tokenizer and fingerprint; a GGUF is converted on the way.
 
     Raises:
         UnknownModelError: Nothing at ``source``.
         ConfigurationError: The model cannot be served, or ``dtype`` is none.
     """
     try:
-        return Model.load(source, dtype=dtype).tokenizer
+        return Model.load(source, dtype=dtype)
     except ModelNotFoundError as error:
         raise UnknownModelError(str(error), "give --model a folder or a hub id") from error
     except (UnsupportedModelError, ValueError) as error:

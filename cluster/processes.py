@@ -65,7 +65,7 @@ class Child:
             await asyncio.sleep(RESTART_PAUSE_S)
             try:
                 self.process = await self._start()
-            except ConfigurationError:
+            except Exception:  # whatever it is, the service goes on without it and tries again
                 logger.exception("%s did not come up again; trying once more", self.name)
 
 

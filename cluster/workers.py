@@ -106,9 +106,13 @@ class RayWorkers:
 
     async def prefill(self, task: Task) -> CacheReport:
         """See ``Workers.prefill``."""
-        with translated(task):
-            async with asyncio.timeout(task.remaining_s):
-                return CacheReport.FromString(await self._prefill.prefill.remote(task))
+        answer = self._prefill.prefill.remote(task)
+        try:
+            with translated(task):
+                async with asyncio.timeout(task.remaining_s):
+                    return CacheReport.FromString(await answer)
+        finally:
+            answer.cancel()  # of no effect once it has come
 
     async def decode(self, task: Task) -> AsyncGenerator[GenerateReply]:
         """See ``Workers.decode``."""
@@ -160,6 +164,7 @@ def connect(
                 "num_cpus": num_cpus,
                 "include_dashboard": False,
                 "_temp_dir": runtime_dir,
+                "_node_ip_address": "127.0.0.1",
                 "object_store_memory": 128 << 20,
             }
         ),

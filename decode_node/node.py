@@ -118,7 +118,13 @@ class Generation:
         if sealed and self._sequence.committable:
             publishing = asyncio.create_task(self._worker.publish(sealed, self._clock))
             self._publishing.add(publishing)
-            publishing.add_done_callback(self._publishing.discard)
+            publishing.add_done_callback(self._published)
+
+    def _published(self, publishing: asyncio.Task[None]) -> None:
+        self._publishing.discard(publishing)
+        if not publishing.cancelled() and publishing.exception() is not None:
+            logger.error("publishing failed", exc_info=publishing.exception())
+            self._clock.recompute("unpublished_defect", 0)
 
     def _finished(self, detokenizer: Detokenizer) -> FinishReason | None:
         if not self._generated:

@@ -76,11 +76,12 @@ def _canonical_rope(rope: dict[str, Any] | None) -> dict[str, Any] | None:
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file, in hex.
 
-    Remembered in the cache folder under path, size and modification time (ns), so a large model is
+    Remembered in the cache folder under path, inode, size and both times (ns), so a large model is
     read once and not at each start. An unwritable cache folder costs only the time.
     """
     stat = path.stat()
-    key = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    facts = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    key = "\0".join([str(path.resolve()), *map(str, facts)])
     note = cache_folder() / "hashes" / hashlib.sha256(key.encode()).hexdigest()
     try:
         digest = note.read_text()

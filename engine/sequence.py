@@ -28,6 +28,7 @@ from kvstrata.protos.frame_pb2 import RopeForm, Stratum
 from kvstrata.protos.identity import BLOCK_TOKENS, BlockHash, block_hash, block_hashes
 
 PREFILL_CHUNK = 1024
+MAX_PROBE_ROWS = 256  # bounds the scores held at once
 PROBE_FRACTION = 0.1  # share of prompt rows that saliency is taken from (codec.md, section 5)
 
 FrameSet = Mapping[Stratum, Frame]
@@ -63,7 +64,7 @@ class RunningSequence:
         ).digest()
         self.hashes: list[BlockHash] = block_hashes(self.scope, token_ids)
         capacity = min(model.spec.max_positions, len(token_ids) + 4 * BLOCK_TOKENS)
-        probes = max(BLOCK_TOKENS, int(len(token_ids) * PROBE_FRACTION))
+        probes = max(BLOCK_TOKENS, min(int(len(token_ids) * PROBE_FRACTION), MAX_PROBE_ROWS))
         self.cache = SequenceCache(model.spec, capacity, probes, device=model.device)
         self.committable = method.reads_all
         self.num_unencodable = 0
@@ -162,8 +163,8 @@ class RunningSequence:
         if self._rope is RopeForm.ROPE_FORM_PRE:
             keys = self.model.rotate(keys, begin, inverse=True)
         blocks = KVBlocks(
-            keys=keys.unflatten(2, (-1, BLOCK_TOKENS)),
-            values=values.unflatten(2, (-1, BLOCK_TOKENS)),
+            keys=keys.cpu().unflatten(2, (-1, BLOCK_TOKENS)),
+            values=values.cpu().unflatten(2, (-1, BLOCK_TOKENS)),
             saliency=self._saliency(begin, end).unflatten(1, (-1, BLOCK_TOKENS)),
             first_position=begin,
         )

@@ -21,9 +21,11 @@ async def load_cached(
 ) -> None:
     """Fetch and decode as many of the first ``num_blocks`` blocks as the store serves.
 
-    A block that was expected there and is missing, late or bad is counted with its reason.
+    A block that was expected there and is missing, late or bad is counted with its reason. Under a
+    lossy method the whole prefix is then computed anew: blocks computed on top of decoded ones
+    would differ a little from those that were lost, and a fault must not change the answer.
     """
-    if not num_blocks:
+    if not num_blocks or not task.ask_store:
         return
     fetched, reason = await worker.fetch(
         sequence.scope, sequence.hashes[:num_blocks], sequence.method.wanted, clock
@@ -34,7 +36,10 @@ async def load_cached(
         reason = loaded.reason or reason
     missing = min(task.expected_blocks, num_blocks) - sequence.num_blocks_held
     if missing > 0:
-        clock.recompute(reason or "absent", missing * BLOCK_TOKENS)
+        if not sequence.method.codec.lossless:
+            sequence.cache.truncate(0)
+        lost = min(task.expected_blocks, num_blocks) - sequence.num_blocks_held
+        clock.recompute(reason or "absent", lost * BLOCK_TOKENS)
 
 
 async def compute_blocks(

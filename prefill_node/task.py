@@ -1,7 +1,7 @@
 """What the gateway asks of a node."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvstrata.engine.sampling import SamplingParams
 from kvstrata.methods.presets import Method
@@ -17,9 +17,11 @@ class Task:
         prompt_ids: The prompt.
         method: What happens to its KV.
         sampling: How to go on; unused by a prefill node.
+        session_id: The conversation's name, for logs; never part of identity.
         salt: The tenant's secret part of the cache scope.
         expected_blocks: Blocks that are in the store by all the gateway knows; a miss among them is
             counted with its reason, computing the others is plain work.
+        ask_store: False when the gateway found the store unreachable: do not wait for it again.
         generated_ids: Tokens already delivered; they are replayed, not delivered again.
         deadline_unix_s: Wall-clock time after which nobody waits for the answer.
     """
@@ -29,8 +31,10 @@ class Task:
     method: Method
     sampling: SamplingParams
     deadline_unix_s: float
-    salt: bytes = b""
+    session_id: str = ""
+    salt: bytes = field(default=b"", repr=False)
     expected_blocks: int = 0
+    ask_store: bool = True
     generated_ids: tuple[int, ...] = ()
 
     @property

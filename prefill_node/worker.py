@@ -1,9 +1,10 @@
 """What prefill and decode nodes have in common: a model, one compute thread, a way to the store."""
 
 import asyncio
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar, cast
@@ -12,7 +13,7 @@ import torch
 
 from kvstrata.engine.model import Model
 from kvstrata.engine.sequence import dtype_name
-from kvstrata.kvstore_service.client import StoreClient
+from kvstrata.kvstore_service.client import FetchedStratum, StoreClient
 from kvstrata.methods.framing import SealedBlock
 from kvstrata.protos.errors import DeadlineError, KVStrataError
 from kvstrata.protos.frame import Frame
@@ -22,6 +23,8 @@ from kvstrata.protos.report import ReportClock, farthest_tier
 
 P = ParamSpec("P")
 T = TypeVar("T")
+SLOWEST_LINK_BYTES_PER_S = 10e6  # a put gets that much longer than an idle exchange
+
 logger = logging.getLogger(__name__)
 
 
@@ -34,14 +37,16 @@ class WorkerConfig:
         model: Folder, hub id, or None for the default model.
         dtype: "auto", "float32", "bfloat16" or "float16".
         num_threads: CPU threads for the model; 0 is all cores.
-        store_timeout_s: Longest wait for one exchange with the store before computing instead.
+        device: "auto", "cpu" or "cuda".
+        store_timeout_s: Longest silence of the store before computing instead.
     """
 
     store_address: str
     model: str | None = None
     dtype: str = "auto"
     num_threads: int = 0
-    store_timeout_s: float = 10.0
+    device: str = "auto"
+    store_timeout_s: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,7 @@ class Worker:
     def __init__(self, config: WorkerConfig) -> None:
         torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
         self.config = config
-        self.model = Model.load(config.model, dtype=config.dtype)
+        self.model = Model.load(config.model, dtype=config.dtype, device=config.device)
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._store: StoreClient | None = None
 
@@ -112,7 +117,7 @@ class Worker:
         failure = None
         with clock.stage("fetch"):
             try:
-                async for piece in self.store.get(scope, hashes, strata):
+                async for piece in self._pieces(scope, hashes, strata):
                     if piece.frame is None:
                         reasons.setdefault(piece.index, piece.miss)
                         continue
@@ -128,6 +133,23 @@ class Worker:
         clock.report.tier = farthest_tier(tiers)
         return blocks[:run], (reasons.get(run) or failure) if run < len(hashes) else None
 
+    async def _pieces(
+        self, scope: ScopeDigest, hashes: Sequence[BlockHash], strata: Sequence[Stratum]
+    ) -> AsyncGenerator[FetchedStratum]:
+        """Yield what the store sends; a pause of ``store_timeout_s`` between two pieces ends it."""
+        limit = self.config.store_timeout_s
+        whole = limit * (1 + len(hashes))
+        async with contextlib.aclosing(
+            self.store.get(scope, hashes, strata, timeout_s=whole)
+        ) as pieces:
+            while True:
+                try:
+                    yield await asyncio.wait_for(anext(pieces), limit)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError as error:
+                    raise DeadlineError(f"the store was silent for {limit} s") from error
+
     async def publish(self, blocks: Sequence[SealedBlock], clock: ReportClock) -> None:
         """Put sealed blocks into the store. A failure is counted, not raised: recompute is safe."""
         if not blocks:
@@ -135,7 +157,9 @@ class Worker:
         with clock.stage("ship"):
             try:
                 results = await self.store.put(
-                    (b.identity.key, dict(b.frames.items())) for b in blocks
+                    ((b.identity.key, dict(b.frames.items())) for b in blocks),
+                    timeout_s=self.config.store_timeout_s
+                    + sum(b.num_bytes for b in blocks) / SLOWEST_LINK_BYTES_PER_S,
                 )
             except KVStrataError as error:
                 reason = store_failure(error)
@@ -147,7 +171,8 @@ class Worker:
                 clock.report.bytes_published += block.num_bytes
                 clock.report.committed_blocks += 1
             else:
-                clock.recompute(f"unpublished_{result.reason}", 0)
+                # The text before the colon is one of a few words; what follows names the block.
+                clock.recompute(f"unpublished_{result.reason.partition(':')[0]}", 0)
 
     async def close(self) -> None:
         """Release the thread and the connection."""

@@ -12,7 +12,7 @@ Blocks are one canonical copy per KV head; nothing about tensor parallelism ente
 import hashlib
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import NewType
 
 BLOCK_TOKENS = 64
@@ -50,7 +50,7 @@ class CacheScope:
     codec: str
     method: str = ""
     adapter: str = ""
-    salt: bytes = b""
+    salt: bytes = field(default=b"", repr=False)
     profile: bytes = b""
 
     def digest(self) -> ScopeDigest:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -44,13 +45,14 @@ class Stack:
             env=os.environ | {"TMPDIR": str(self.temporary)},
         )
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        ready, _, _ = select.select([self.process.stdout], [], [], START_TIMEOUT_S)
+        line = self.process.stdout.readline() if ready else ""
         if not line:
             raise RuntimeError(f"kvstrata up ended: {self.log()}")
-        ready: dict[str, Any] = json.loads(line)
-        self.address: str = ready["address"]
-        self.store: str = ready["store"]
-        self.redis_port: int | None = ready["redis_port"]
+        told: dict[str, Any] = json.loads(line)
+        self.address: str = told["address"]
+        self.store: str = told["store"]
+        self.redis_port: int | None = told["redis_port"]
         self._channels = [grpc.insecure_channel(a) for a in (self.address, self.store)]
         self.admin: Any = admin_pb2_grpc.AdminStub(self._channels[0])
         self.store_admin: Any = admin_pb2_grpc.AdminStub(self._channels[1])

@@ -17,7 +17,12 @@ from kvstrata.kvstore_service.testing import LocalStore, RedisServer
 from kvstrata.methods.presets import PRESETS
 from kvstrata.prefill_node import Task, WorkerConfig
 from kvstrata.protos import admin_pb2
-from kvstrata.protos.errors import ConfigurationError, DeadlineError, UnavailableError
+from kvstrata.protos.errors import (
+    CapacityError,
+    ConfigurationError,
+    DeadlineError,
+    UnavailableError,
+)
 from kvstrata.protos.identity import BlockKey
 from kvstrata.protos.inference_pb2 import (
     CacheReport,
@@ -212,15 +217,53 @@ async def test_no_replay_begins_after_the_deadline(
     assert len(cluster.workers.decodes) == 1
 
 
-async def test_a_defect_of_a_node_is_told_as_ours_without_its_text(
+async def test_a_defect_of_the_prefill_node_costs_only_time(
     cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
+    whole = await cluster.generate(request_of(LONG, preset="exact"))
     cluster.workers.prefill_error = RuntimeError("secret")
+    answer = await cluster.generate(request_of(LONG))
+    assert answer.reasons == {"prefill_failed": 384}
+    assert len(answer.tokens) == len(whole.tokens)
+    assert "secret" in caplog.text
+
+
+async def test_a_defect_of_the_decode_node_is_told_as_ours_without_its_text(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr("kvstrata.decode_node.node.sample", fail)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await cluster.generate(request_of(LONG))
+        await cluster.generate(request_of(SHORT))
     assert caught.value.code() is grpc.StatusCode.INTERNAL
     assert "secret" not in str(caught.value)
     assert "secret" in caplog.text
+
+
+async def test_too_much_at_once_is_refused_with_a_remedy(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstrata.cluster.gateway.MAX_RUNNING_BYTES", 1)
+    cluster.workers.pause_s = 0.01
+    running = cluster.inference.Generate(request_of(SHORT, max_tokens=100))
+    await running.read()  # one request alone always fits
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await cluster.generate(request_of(SHORT))
+    assert isinstance(error_of(caught.value), CapacityError)
+    running.cancel()
+    await cluster.idle()
+    assert (await cluster.generate(request_of(SHORT))).finish == "LENGTH"
+
+
+async def test_a_worker_that_dies_after_its_closing_reply_changes_nothing(
+    cluster: Cluster,
+) -> None:
+    whole = await cluster.generate(request_of(SHORT, max_tokens=20))
+    cluster.workers.dies_at = [21]
+    answer = await cluster.generate(request_of(SHORT, max_tokens=20))
+    assert (answer.tokens, answer.cache.replays) == (whole.tokens, 0)
 
 
 async def test_without_a_store_tokens_come_and_the_reason_is_told(
@@ -248,10 +291,19 @@ async def test_a_generated_block_that_was_not_stored_takes_nothing_from_what_was
     assert answer.cache.cached_tokens == 192
 
 
-async def test_a_block_lost_behind_the_cached_ones_takes_nothing_from_them(
-    cluster: Cluster, store: LocalStore, model: Model, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("preset", "recomputed", "cached"), [("exact", 192, 64), ("balanced", 384, 0)]
+)
+async def test_a_lost_block_costs_those_behind_it_and_a_lossy_prefix_as_a_whole(
+    cluster: Cluster,
+    store: LocalStore,
+    model: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    preset: str,
+    recomputed: int,
+    cached: int,
 ) -> None:
-    await cluster.generate(request_of(LONG[:100]))
+    await cluster.generate(request_of(LONG[:100], preset=preset))
     prefill = cluster.workers.prefill
 
     async def prefill_then_lose(task: Task) -> CacheReport:
@@ -263,9 +315,9 @@ async def test_a_block_lost_behind_the_cached_ones_takes_nothing_from_them(
         return report
 
     monkeypatch.setattr(cluster.workers, "prefill", prefill_then_lose)
-    answer = await cluster.generate(request_of(LONG))
-    assert answer.reasons == {"absent": 192}
-    assert answer.cache.cached_tokens == 64
+    answer = await cluster.generate(request_of(LONG, preset=preset))
+    assert answer.reasons == {"absent": recomputed}
+    assert answer.cache.cached_tokens == cached
 
 
 async def test_requests_at_the_same_time_get_their_own_tokens(cluster: Cluster) -> None:

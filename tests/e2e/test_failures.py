@@ -8,6 +8,11 @@ import pytest
 import redis
 
 from kvstrata.client import Client, Completion
+from kvstrata.engine.model import Model
+from kvstrata.engine.sequence import RunningSequence
+from kvstrata.methods.presets import from_preset
+from kvstrata.protos.frame import Frame
+from kvstrata.protos.identity import BLOCK_TOKENS
 from tests.e2e.conftest import Texts
 from tests.stack import Stack
 
@@ -66,22 +71,43 @@ def test_cold_warm_and_recomputed_requests_give_the_same_tokens(
 
 
 def test_a_flipped_byte(stack: Stack, client: Client, texts: Texts, preset: str) -> None:
+    """In one block in the middle of the prompt: what precedes it is fine, what follows too."""
     prompt = texts.take(PROMPT_CHARS)
-    undisturbed = generate(client, prompt, preset)
     misses = stack.counter("misses_total", reason="corrupt")
     counted = stack.counter("recomputes_total", reason="corrupt")
     stratum = {"balanced": "base", "exact": "exact"}[preset]
-    with redis.Redis(port=stack.redis_port) as server:
-        for key in server.scan_iter(f"kvs:*:{stratum}", count=1000):
-            middle = int(server.strlen(key)) // 2
-            byte = server.getrange(key, middle, middle)
-            server.setrange(key, middle, bytes([byte[0] ^ 0x10]))
+    with redis.Redis(port=stack.redis_port or 0) as server:
+        before = set(server.scan_iter(f"kvs:*:{stratum}", count=1000))
+        undisturbed = generate(client, prompt, preset)
+        for key in set(server.scan_iter(f"kvs:*:{stratum}", count=1000)) - before:
+            data = bytearray(server.get(key))
+            header = Frame.open(bytes(data)).header
+            if header.first_position == 4 * BLOCK_TOKENS:
+                at = header.segments[1].offset + 100
+                server.setrange(key, at, bytes([data[at] ^ 0x10]))
     stack.evict("dram")
     disturbed = generate(client, prompt, preset)
     assert disturbed.token_ids == undisturbed.token_ids
-    assert stack.counter("misses_total", reason="corrupt") > misses
-    assert stack.counter("recomputes_total", reason="corrupt") > counted
+    assert stack.counter("misses_total", reason="corrupt") == misses + 1
+    assert stack.counter("recomputes_total", reason="corrupt") == counted + 1
     assert "corrupt" in recomputes(disturbed)
+    healed = generate(client, prompt, preset)
+    assert healed.cache.cached_tokens == healed.cache.shareable_tokens
+    assert healed.token_ids == undisturbed.token_ids
+
+
+def test_a_partly_cached_prompt_gives_the_exact_tokens(client: Client, texts: Texts) -> None:
+    shared, first, second = texts.take(1_500), texts.take(700), texts.take(700)
+    generate(client, shared + first, "exact")
+    warm = generate(client, shared + second, "exact")
+    assert 0 < warm.cache.cached_tokens < warm.cache.shareable_tokens
+    alone = Model.load()
+    sequence = RunningSequence(alone, from_preset("exact"), alone.tokenizer.encode(shared + second))
+    logits, _ = sequence.extend(sequence.token_ids)
+    tokens = [int(logits.argmax())]
+    while len(tokens) < NUM_TOKENS:
+        tokens.append(int(sequence.extend(tokens[-1:])[0].argmax()))
+    assert list(warm.token_ids) == tokens
 
 
 def test_decode_worker_killed(stack: Stack, client: Client, texts: Texts, preset: str) -> None:

@@ -99,15 +99,26 @@ def test_stats_of_a_running_service_have_the_figures_operators_need(stack: Stack
     stats = stack.kvctl("stats")
     assert stats["health"] == "ok"
     assert stats["hits"] > 0
-    assert isinstance(stats["misses"], dict)
+    assert stats["misses"].get("absent", 0) == stack.counter("misses_total", reason="absent")
     for tier in ("dram", "redis"):
         assert stats["tiers"][tier]["healthy"]
         assert stats["tiers"][tier]["blocks"] > 0
         assert stats["tiers"][tier]["bytes"] > 0
-        assert stats["tiers"][tier]["hits"] >= 0
+        assert stats["tiers"][tier]["hits"] == stack.counter("hits_total", tier=tier)
     assert stats["tiers"]["redis"]["hits"] > 0
     listing = stack.kvctl("ls")
     assert listing
+
+
+def test_nothing_listens_beyond_loopback(stack: Stack) -> None:
+    listening = {
+        connection.laddr.ip
+        for process in [psutil.Process(stack.process.pid), *stack.processes()]
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening
+    assert all(ip.startswith("127.") or ip == "::1" for ip in listening), listening
 
 
 def test_the_demo_runs_from_the_wheel_beside_the_package_kernels(
