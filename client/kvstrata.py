@@ -14,8 +14,8 @@ from kvstrata.client.plugins import PluginGroup
 from kvstrata.client.request import ChatMessage, GenerateOptions, Prompt
 from kvstrata.client.results import Completion
 from kvstrata.client.sync_client import Client, Stream
-from kvstrata.client.terminal import DEFAULT_ADDRESS, Address, Json, printable, run
-from kvstrata.protos.errors import InvalidRequestError, MalformedMessageError
+from kvstrata.client.terminal import DEFAULT_ADDRESS, Address, Json, run
+from kvstrata.protos.errors import InvalidRequestError, MalformedMessageError, printable
 
 app = typer.Typer(
     name="kvstrata",

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from kvstrata.client.terminal import printable
+from kvstrata.protos.errors import printable
 
 PIPE_COLUMNS = 160  # a pipe has no width; wide enough for four strata side by side
 

@@ -13,12 +13,14 @@ import typer
 from typer.core import TyperGroup
 
 from kvstrata.protos.errors import (
+    ConfigurationError,
     InvalidRequestError,
     KVStrataError,
     MessageTooLargeError,
     PromptTooLongError,
     UnknownModelError,
     UnknownPresetError,
+    printable,
 )
 
 FAILED = 1
@@ -26,6 +28,7 @@ BAD_INPUT = 2
 # What typer raises for a wrong option; it exports only the subclass.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 _INPUT_ERRORS = (
+    ConfigurationError,
     InvalidRequestError,
     MessageTooLargeError,
     PromptTooLongError,
@@ -74,14 +77,7 @@ def _reported() -> Iterator[None]:
 
 def report(error: KVStrataError) -> None:
     """Print ``error`` and its remedy to stderr."""
-    typer.echo(f"error: {printable(error.message)}", err=True)
-    if error.remedy:
-        typer.echo(f"hint: {printable(error.remedy)}", err=True)
-
-
-def printable(text: str) -> str:
-    """Return ``text`` without the control characters that would steer a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    typer.echo(error.describe(), err=True)
 
 
 def run(app: typer.Typer) -> NoReturn:

@@ -1,14 +1,12 @@
 """The subcommands ``kvstrata up`` and ``kvstrata gateway``."""
 
 import os
-import sys
 from typing import Annotated
 
 import typer
 
 from kvstrata.cluster.stack_config import MIB, StackConfig
 from kvstrata.cluster.supervisor import die_with_parent, supervise
-from kvstrata.protos.errors import KVStrataError
 
 REDIS_VARIABLE = "KVSTRATA_REDIS_URL"
 PARENT_VARIABLE = "KVSTRATA_PARENT"  # pid of a process that `up` shall not outlive
@@ -50,10 +48,7 @@ def up(
         prefill_workers=prefill_workers,
         decode_workers=decode_workers,
     )
-    try:
-        config.validate()
-    except KVStrataError as error:
-        _fail(error)
+    config.validate()
     parent = os.environ.pop(PARENT_VARIABLE, "")
     if parent.isdecimal():
         die_with_parent(int(parent))
@@ -86,19 +81,9 @@ def gateway(
         prefill_workers=prefill_workers,
         decode_workers=decode_workers,
     )
-    try:
-        run_gateway(config)
-    except KVStrataError as error:
-        _fail(error)
+    run_gateway(config)
 
 
 def model_source(model: str) -> str | None:
     """Return the option's value; a path as an absolute one, because the workers run elsewhere."""
     return os.path.abspath(model) if os.path.exists(model) else model or None
-
-
-def _fail(error: KVStrataError) -> None:
-    print(f"error: {error.message}", file=sys.stderr)
-    if error.remedy:
-        print(f"hint: {error.remedy}", file=sys.stderr)
-    raise typer.Exit(2)

@@ -1,6 +1,5 @@
 """The gateway's gRPC server: Inference, Admin, health and reflection on one port."""
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from kvstrata.kvstore_service.counters import Counters
 from kvstrata.prefill_node.worker import WorkerInfo
 from kvstrata.protos import admin_pb2_grpc, inference_pb2_grpc
 from kvstrata.protos.errors import ConfigurationError
-from kvstrata.protos.service import SERVER_OPTIONS, ContractInterceptor, open_channel
+from kvstrata.protos.service import SERVER_OPTIONS, ContractInterceptor, bind, open_channel
 
 SERVICES = ("kvstrata.v1.Inference", "kvstrata.v1.Admin")
 LOOKUP_TIMEOUT_S = 5.0
@@ -73,15 +72,12 @@ async def start_gateway(
     reflection.enable_server_reflection(
         [*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server
     )
-    port = 0
-    with contextlib.suppress(RuntimeError):
-        port = server.add_insecure_port(listen)
-    if not port:
+    try:
+        port = bind(server, listen)
+    except ConfigurationError:
         await client.close()
         await channel.close()
-        raise ConfigurationError(
-            f"cannot listen at {listen}", "choose a free port (0 takes any) and a local address"
-        )
+        raise
     await server.start()
     for name in ("", *SERVICES):
         await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)

@@ -169,9 +169,7 @@ def main(runtime: Path, supervisor: int, config: StackConfig) -> int:
     try:
         asyncio.run(serve(config, runtime))
     except KVStrataError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.remedy:
-            print(f"hint: {error.remedy}", file=sys.stderr)
+        print(error.describe(), file=sys.stderr)
         status = 2
     finally:
         end_descendants()

@@ -67,9 +67,7 @@ def main(
         )
         asyncio.run(serve_until_stopped(config))
     except KVStrataError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.remedy:
-            print(f"remedy: {error.remedy}", file=sys.stderr)
+        print(error.describe(), file=sys.stderr)
         raise typer.Exit(2) from None
 
 

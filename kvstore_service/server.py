@@ -1,6 +1,5 @@
 """Starting and stopping one store."""
 
-import contextlib
 import logging
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from kvstrata.kvstore_service.tier import Tier
 from kvstrata.kvstore_service.workload import Workload
 from kvstrata.protos import admin_pb2, admin_pb2_grpc
 from kvstrata.protos.errors import ConfigurationError
-from kvstrata.protos.service import SERVER_OPTIONS, ContractInterceptor
+from kvstrata.protos.service import SERVER_OPTIONS, ContractInterceptor, bind
 
 logger = logging.getLogger(__name__)
 
@@ -115,21 +114,10 @@ async def _serve(config: StoreConfig, store: BlockStore) -> RunningStore:
     reflection.enable_server_reflection(
         [*_SERVICES[1:], health.SERVICE_NAME, reflection.SERVICE_NAME], server
     )
-    port = _bind(server, config.listen)
+    port = bind(server, config.listen)
     await server.start()
     for name in _SERVICES:
         await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
     address = f"{config.listen.rpartition(':')[0]}:{port}"
     logger.info("store serves: address=%s dram_bytes=%d", address, config.dram_bytes)
     return RunningStore(address, port, store, workload, server, health_service)
-
-
-def _bind(server: grpc.aio.Server, listen: str) -> int:
-    port = 0
-    with contextlib.suppress(RuntimeError):
-        port = server.add_insecure_port(listen)
-    if not port:
-        raise ConfigurationError(
-            f"cannot listen at {listen}", "choose a free port (0 takes any) and a local address"
-        )
-    return port

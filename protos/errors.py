@@ -56,8 +56,18 @@ class KVStrataError(Exception):
     def __str__(self) -> str:
         return f"{self.message} ({self.remedy})" if self.remedy else self.message
 
+    def describe(self) -> str:
+        """Return what a command prints: the error, and its remedy on a line of its own."""
+        hint = f"\nhint: {self.remedy}" if self.remedy else ""
+        return printable(f"error: {self.message}{hint}")
+
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.message, self.remedy, self.metadata))
+
+
+def printable(text: str) -> str:
+    """Return ``text`` without the control characters that would steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def _rebuild(

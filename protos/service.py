@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from kvstrata.protos.errors import (
+    ConfigurationError,
     InternalError,
     KVStrataError,
     MalformedMessageError,
@@ -136,6 +137,22 @@ async def _abort_defect(context: Any) -> None:
         return
     logger.exception("unhandled error in a handler")
     await abort(context, InternalError("internal error", "see the server's log"))
+
+
+def bind(server: grpc.aio.Server, listen: str) -> int:
+    """Have ``server`` listen at ``host:port`` and return the port, which is another one for port 0.
+
+    Raises:
+        ConfigurationError: The port is taken or the address is not local.
+    """
+    port = 0
+    with contextlib.suppress(RuntimeError):
+        port = server.add_insecure_port(listen)
+    if not port:
+        raise ConfigurationError(
+            f"cannot listen at {listen}", "choose a free port (0 takes any) and a local address"
+        )
+    return port
 
 
 def open_channel(address: str) -> grpc.aio.Channel:

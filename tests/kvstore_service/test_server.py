@@ -48,7 +48,7 @@ def test_a_wrong_redis_is_told_without_its_password_and_with_a_remedy() -> None:
     assert process.returncode == 2
     assert out == ""
     assert "redis://***@127.0.0.1" in err
-    assert "remedy:" in err
+    assert "hint:" in err
     assert "s3cret" not in err
 
 
