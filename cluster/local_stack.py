@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -165,6 +166,9 @@ def main(runtime: Path, supervisor: int, config: StackConfig) -> int:
     os.chdir(runtime / "cwd")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(runtime / "inductor"))
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray's own ports cannot be kept to the loopback, so nobody may talk to them without this token.
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     status = 0
     try:
         asyncio.run(serve(config, runtime))

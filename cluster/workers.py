@@ -164,7 +164,8 @@ def connect(
                 "num_cpus": num_cpus,
                 "include_dashboard": False,
                 "_temp_dir": runtime_dir,
-                "_node_ip_address": "127.0.0.1",
+                # Loopback, but not by the name that Ray would turn into this machine's address.
+                "_node_ip_address": "127.0.0.2",
                 "object_store_memory": 128 << 20,
             }
         ),

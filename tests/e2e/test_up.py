@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -110,15 +111,31 @@ def test_stats_of_a_running_service_have_the_figures_operators_need(stack: Stack
     assert listing
 
 
-def test_nothing_listens_beyond_loopback(stack: Stack) -> None:
-    listening = {
-        connection.laddr.ip
-        for process in [psutil.Process(stack.process.pid), *stack.processes()]
+def listening(process: psutil.Process) -> list[tuple[str, int]]:
+    return [
+        (connection.laddr.ip, connection.laddr.port)
         for connection in process.net_connections()
         if connection.status == psutil.CONN_LISTEN
-    }
-    assert listening
-    assert all(ip.startswith("127.") or ip == "::1" for ip in listening), listening
+    ]
+
+
+def test_our_servers_listen_on_loopback_and_ray_takes_no_strangers(stack: Stack) -> None:
+    gateway_port = int(stack.address.rpartition(":")[2])
+    ours = [
+        *listening(stack.find("redis-server")),
+        *listening(stack.find("kvstrata.kvstore_service")),
+        *[at for at in listening(stack.find("local_stack")) if at[1] == gateway_port],
+    ]
+    assert len(ours) == 3
+    for host, _ in ours:
+        assert host.removeprefix("::ffff:").startswith("127.")
+    port = listening(stack.find("gcs_server"))[0][1]
+    join = f"import ray; ray.init(address='127.0.0.2:{port}', log_to_driver=False)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", join], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert "ConnectionError" in done.stderr
 
 
 def test_the_demo_runs_from_the_wheel_beside_the_package_kernels(
