@@ -41,10 +41,10 @@ demo: install ## start everything on this machine and show a cache hit; writes .
 	$(BIN)/kvstrata demo
 
 test: lint types ## everything: lint, types, the whole test suite
-	$(RUN_CLEAN) $(BIN)/pytest --basetemp="$$TMPDIR/pytest"
+	$(RUN_CLEAN) $(BIN)/pytest --basetemp="$$TMPDIR/pytest" --durations=10
 
 e2e: install ## only the tests that start real processes
-	$(RUN_CLEAN) $(BIN)/pytest -m e2e --basetemp="$$TMPDIR/pytest"
+	$(RUN_CLEAN) $(BIN)/pytest -m e2e --basetemp="$$TMPDIR/pytest" --durations=10
 
 lint: install ## ruff check and format check; edits nothing
 	$(BIN)/ruff check

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,9 @@ from kvstrata.cluster.commands import PARENT_VARIABLE
 from kvstrata.cluster.stored_blocks import StoredBlocks, read_store
 
 if TYPE_CHECKING:
+    from kvstrata.engine.model import Model
     from kvstrata.engine.sequence import RunningSequence
+    from kvstrata.methods.presets import Method
 
 DOCUMENT_CHARS = 8_560  # about 2,000 tokens
 QUESTIONS = (
@@ -68,7 +71,7 @@ def demo(
     figures = {"preset": preset, "sessions": [session_figures(answer) for answer in answers]}
     with tempfile.TemporaryDirectory(prefix="kvs-") as folder:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)  # importing transformers makes it
-        figures |= measure(answers, stored, preset, model or None, facts=quality)
+        figures |= measure(answers, stored, preset, model or None, quality=quality)
     show(figures)
     from kvstrata.cluster.timeline import draw_timeline
 
@@ -151,51 +154,58 @@ def session_figures(answer: Answer) -> dict[str, Any]:
 
 
 def measure(
-    answers: list[Answer], stored: StoredBlocks, preset: str, source: str | None, *, facts: bool
+    answers: list[Answer], stored: StoredBlocks, preset: str, source: str | None, *, quality: bool
 ) -> dict[str, Any]:
-    """Compare the blocks that the store really held with the uncompressed model."""
-    from kvstrata.cluster.quality import (
-        kl_divergence,
-        plant_facts,
-        prefilled,
-        recall,
-        teacher_forced,
-    )
+    """Compare the blocks that the store really held with bf16, and with the uncompressed model."""
     from kvstrata.engine.model import Model
     from kvstrata.engine.sequence import RunningSequence
     from kvstrata.methods.presets import from_preset
 
-    with console.status("loading the model for the quality figures"):
+    with console.status("loading the model"):
         model = Model.load(source)
     method = from_preset(preset)
-    figures: dict[str, Any] = {"kl": [], "same_tokens": [], "stored_bytes": 0, "bf16_bytes": 0}
-    for answer in track(answers, "quality of the stored blocks", console=console, transient=True):
+    figures: dict[str, Any] = {"kl": [], "same_tokens": []}
+    for answer in track(answers, "the stored blocks", console=console, transient=True):
         ids = model.tokenizer.encode(answer.prompt)
-        reference = prefilled(model, method, ids)
-        compressed = RunningSequence(model, method, ids)
-        blocks = stored.prefix(compressed.scope, compressed.hashes)
-        compressed.load([block.frames for block in blocks])
-        greedy = greedy_tokens(reference, ids, len(answer.output["token_ids"]))
-        figures["kl"].append(
-            kl_divergence(
-                teacher_forced(reference, ids, greedy), teacher_forced(compressed, ids, greedy)
-            )
-        )
-        same = sum(a == b for a, b in zip(greedy, answer.output["token_ids"], strict=False))
-        figures["same_tokens"].append(same / len(greedy))
+        sequence = RunningSequence(model, method, ids)
+        blocks = stored.prefix(sequence.scope, sequence.hashes)
+        sequence.load([block.frames for block in blocks])
         figures["stored_bytes"] = sum(block.num_bytes for block in blocks)
-        figures["bf16_bytes"] = compressed.cache.length * model.spec.kv_bytes_per_token_bf16
+        figures["bf16_bytes"] = sequence.cache.length * model.spec.kv_bytes_per_token_bf16
+        if quality:
+            kl, same = compare(sequence, ids, answer.output["token_ids"])
+            figures["kl"].append(kl)
+            figures["same_tokens"].append(same)
     figures["ratio_to_bf16"] = figures["bf16_bytes"] / figures["stored_bytes"]
-    if facts:
-        changes = []
-        for seed in track(
-            range(NUM_FACT_CONTEXTS), "planted facts", console=console, transient=True
-        ):
-            text, planted = plant_facts(read_document(seed), seed)
-            changes += [r.compressed - r.reference for r in recall(model, method, text, planted)]
-        figures["facts"] = len(changes)
-        figures["recall_delta_log_p"] = sum(changes) / len(changes)
+    if quality:
+        figures |= recall_figures(model, method)
     return figures
+
+
+def compare(
+    compressed: "RunningSequence", ids: list[int], answer: list[int]
+) -> tuple[float, float]:
+    """Return the KL along the uncompressed model's own answer, and the share of equal tokens."""
+    from kvstrata.cluster.quality import kl_divergence, prefilled, teacher_forced
+
+    reference = prefilled(compressed.model, compressed.method, ids)
+    greedy = greedy_tokens(reference, ids, len(answer))
+    kl = kl_divergence(
+        teacher_forced(reference, ids, greedy), teacher_forced(compressed, ids, greedy)
+    )
+    return kl, sum(a == b for a, b in zip(greedy, answer, strict=True)) / len(greedy)
+
+
+def recall_figures(model: "Model", method: "Method") -> dict[str, Any]:
+    """Return how much less likely the compressed cache makes facts planted in real text."""
+    from kvstrata.cluster.quality import plant_facts, recall
+
+    changes: list[float] = []
+    contexts = range(NUM_FACT_CONTEXTS)
+    for seed in track(contexts, "planted facts", console=console, transient=True):
+        text, planted = plant_facts(read_document(seed), seed)
+        changes += [r.compressed - r.reference for r in recall(model, method, text, planted)]
+    return {"facts": len(changes), "recall_delta_log_p": sum(changes) / len(changes)}
 
 
 def greedy_tokens(sequence: "RunningSequence", ids: list[int], count: int) -> list[int]:
@@ -217,9 +227,8 @@ def show(figures: dict[str, Any]) -> None:
         "same tokens",
     ):  # fmt: skip
         table.add_column(column, justify="right")
-    for row, kl, same in zip(
-        figures["sessions"], figures["kl"], figures["same_tokens"], strict=True
-    ):
+    row: Any
+    for row, kl, same in zip_longest(figures["sessions"], figures["kl"], figures["same_tokens"]):
         table.add_row(
             row["session"],
             str(row["prompt_tokens"]),
@@ -228,8 +237,8 @@ def show(figures: dict[str, Any]) -> None:
             f"{row['ttft_ms']:.0f}",
             f"{row['tpot_ms']:.1f}",
             f"{row['wire_bytes'] / 1e6:.2f}",
-            f"{kl:.4f}",
-            f"{same:.0%}",
+            "-" if kl is None else f"{kl:.4f}",
+            "-" if same is None else f"{same:.0%}",
         )
     console.print(table)
     cold, *warm = (row["ttft_ms"] for row in figures["sessions"])

@@ -18,8 +18,9 @@ from tests.stack import Stack
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
-NUM_TOKENS = 40
-PROMPT_CHARS = 2_400  # about 550 tokens: long enough for a prefill node
+PRESET = "balanced"  # the default; where the codec takes part, `exact` is tested too
+NUM_TOKENS = 32
+PROMPT_CHARS = 2_000  # about 460 tokens: long enough for a prefill node
 
 
 @pytest.fixture
@@ -110,25 +111,25 @@ def test_a_partly_cached_prompt_gives_the_exact_tokens(client: Client, texts: Te
     assert list(warm.token_ids) == tokens
 
 
-def test_decode_worker_killed(stack: Stack, client: Client, texts: Texts, preset: str) -> None:
+def test_decode_worker_killed(stack: Stack, client: Client, texts: Texts) -> None:
     prompt = texts.take(PROMPT_CHARS)
-    undisturbed = generate(client, prompt, preset)
+    undisturbed = generate(client, prompt, PRESET)
     counted = stack.counter("recomputes_total", reason="decode_worker_lost")
     worker = stack.worker("decode")
-    disturbed = generate(client, prompt, preset, at_token=9, act=worker.kill)
+    disturbed = generate(client, prompt, PRESET, at_token=9, act=worker.kill)
     assert disturbed.token_ids == undisturbed.token_ids
     assert disturbed.text == undisturbed.text
     assert disturbed.cache.replays == 1
     assert stack.counter("recomputes_total", reason="decode_worker_lost") == counted + 1
 
 
-def test_prefill_worker_killed(stack: Stack, client: Client, texts: Texts, preset: str) -> None:
+def test_prefill_worker_killed(stack: Stack, client: Client, texts: Texts) -> None:
     prompt = texts.take(2 * PROMPT_CHARS)
-    undisturbed = generate(client, prompt, preset)
+    undisturbed = generate(client, prompt, PRESET)
     stack.evict()
     counted = stack.counter("recomputes_total", reason="prefill_worker_lost")
     worker = stack.worker("prefill")
-    with client.stream(prompt, preset=preset, max_tokens=NUM_TOKENS, ignore_eos=True) as stream:
+    with client.stream(prompt, preset=PRESET, max_tokens=NUM_TOKENS, ignore_eos=True) as stream:
         time.sleep(0.5)  # it is prefilling now: the first token takes longer on any CPU
         worker.kill()
         disturbed = stream.read()
@@ -137,9 +138,9 @@ def test_prefill_worker_killed(stack: Stack, client: Client, texts: Texts, prese
     assert stack.counter("recomputes_total", reason="prefill_worker_lost") == counted + 1
 
 
-def test_redis_killed(stack: Stack, client: Client, texts: Texts, preset: str) -> None:
+def test_redis_killed(stack: Stack, client: Client, texts: Texts) -> None:
     prompt = texts.take(PROMPT_CHARS)
-    undisturbed = generate(client, prompt, preset)
+    undisturbed = generate(client, prompt, PRESET)
     errors = stack.counter("tier_errors_total", tier="redis")
     counted = stack.counter("recomputes_total", reason="store_degraded")
     server = stack.find("redis-server")
@@ -148,8 +149,8 @@ def test_redis_killed(stack: Stack, client: Client, texts: Texts, preset: str) -
         server.send_signal(signal.SIGSTOP)
         stack.evict("dram")
 
-    during = generate(client, prompt, preset, at_token=9, act=stop)
-    after = generate(client, prompt, preset)  # the blocks are in Redis alone
+    during = generate(client, prompt, PRESET, at_token=9, act=stop)
+    after = generate(client, prompt, PRESET)  # the blocks are in Redis alone
     server.kill()
     assert during.token_ids == after.token_ids == undisturbed.token_ids
     assert stack.counter("tier_errors_total", tier="redis") > errors
@@ -158,9 +159,9 @@ def test_redis_killed(stack: Stack, client: Client, texts: Texts, preset: str) -
     wait_for_health(stack)
 
 
-def test_store_killed(stack: Stack, client: Client, texts: Texts, preset: str) -> None:
+def test_store_killed(stack: Stack, client: Client, texts: Texts) -> None:
     prompt = texts.take(PROMPT_CHARS)
-    undisturbed = generate(client, prompt, preset)
+    undisturbed = generate(client, prompt, PRESET)
     counted = stack.counter("recomputes_total", reason="store_unavailable")
     store = stack.find("kvstrata.kvstore_service")
 
@@ -168,9 +169,9 @@ def test_store_killed(stack: Stack, client: Client, texts: Texts, preset: str) -
         store.send_signal(signal.SIGSTOP)
         store.kill()
 
-    during = generate(client, prompt, preset, at_token=9, act=freeze)
+    during = generate(client, prompt, PRESET, at_token=9, act=freeze)
     stack.find("kvstrata.kvstore_service").kill()
-    after = generate(client, prompt, preset)
+    after = generate(client, prompt, PRESET)
     assert during.token_ids == after.token_ids == undisturbed.token_ids
     assert "store_unavailable" in recomputes(after)
     assert stack.counter("recomputes_total", reason="store_unavailable") > counted
