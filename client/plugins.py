@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from kvstrata.client.terminal import ErrorReportingGroup
-from kvstrata.protos.errors import ConfigurationError
+from kvstrata.protos.errors import InternalError
 
 GROUP = "kvstrata.commands"
 # Known here so that help needs no import of the rooms that do the work.
@@ -43,12 +43,12 @@ class LazyCommand(TyperCommand):
         """Return the real command.
 
         Raises:
-            ConfigurationError: Its module cannot be imported or has no such attribute.
+            InternalError: Its module cannot be imported or has no such attribute.
         """
         try:
             target: Any = self._entry.load()
         except (ImportError, AttributeError) as error:
-            raise ConfigurationError(
+            raise InternalError(
                 f"the command {self.name!r} cannot be loaded: {error}",
                 "install kvstrata with all its dependencies",
             ) from error
