@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -221,10 +222,9 @@ def greedy_tokens(sequence: "RunningSequence", ids: list[int], count: int) -> li
 
 def show(figures: dict[str, Any]) -> None:
     """Print the table."""
-    table = Table(title=f"preset {figures['preset']}")
+    table = Table(title=f"preset {figures['preset']}", box=SIMPLE, pad_edge=False)
     for column in (
-        "session", "prompt", "cached", "of shareable", "TTFT ms", "TPOT ms", "wire MB", "KL",
-        "same tokens",
+        "session", "prompt", "cached", "share", "TTFT ms", "TPOT ms", "wire MB", "KL", "same",
     ):  # fmt: skip
         table.add_column(column, justify="right")
     row: Any
@@ -241,6 +241,10 @@ def show(figures: dict[str, Any]) -> None:
             "-" if same is None else f"{same:.0%}",
         )
     console.print(table)
+    console.print(
+        "cached: prompt tokens found in the store, and their share of the shareable ones; wire: KV "
+        "moved by the request; KL and same tokens: against the uncompressed model\n"
+    )
     cold, *warm = (row["ttft_ms"] for row in figures["sessions"])
     console.print(
         f"warm TTFT is 1/{cold / max(warm):.1f} to 1/{cold / min(warm):.1f} of cold; "

@@ -154,6 +154,13 @@ async def _start_workers(config: StackConfig, runtime: Path, store_address: str)
         ) from error
 
 
+def silence_stderr() -> None:
+    """Send what this process still writes to stderr nowhere, native code's output too."""
+    sys.stderr.flush()
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stderr.fileno())
+
+
 def main(runtime: Path, supervisor: int, config: StackConfig) -> int:
     """Serve until told to stop; return the exit status."""
     adopt_orphans()
@@ -176,6 +183,7 @@ def main(runtime: Path, supervisor: int, config: StackConfig) -> int:
         print(error.describe(), file=sys.stderr)
         status = 2
     finally:
+        silence_stderr()  # Ray's core, in this process, complains of each of its processes' end
         end_descendants()
         if os.getppid() != supervisor:
             shutil.rmtree(runtime, ignore_errors=True)
