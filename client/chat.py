@@ -46,7 +46,7 @@ class Conversation(Generic[StreamT]):
 
     @property
     def session_id(self) -> str:
-        """The name of this conversation in the service's logs and listings."""
+        """The name of this conversation in the service's logs."""
         return self._session_id
 
     @property

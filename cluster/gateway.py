@@ -67,6 +67,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
                 task = await asyncio.to_thread(
                     self._admission.admit, request, context.time_remaining()
                 )
+                logger.info("request %s of session %r", task.request_id, task.session_id)
                 held = self._reserve(task)
                 route = await self._router.route(task)
             async with contextlib.aclosing(self._serve(task, route, clock)) as replies:

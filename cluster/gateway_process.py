@@ -7,14 +7,13 @@ import signal
 import tempfile
 from dataclasses import dataclass
 
-from kvstrata.cluster.gateway_server import start_gateway
+from kvstrata.cluster.gateway_server import salt_from_environment, start_gateway
 from kvstrata.cluster.model_check import load_model
 from kvstrata.cluster.workers import RayWorkers, Replicas, connect, deploy, is_deployed
 from kvstrata.engine.model import Model
 from kvstrata.prefill_node.worker import WorkerConfig
 from kvstrata.protos.errors import ConfigurationError
 
-SALT_VARIABLE = "KVSTRATA_SALT"
 STOP_GRACE_S = 30.0
 INFO_TIMEOUT_S = 60.0
 
@@ -78,7 +77,7 @@ async def _serve(config: GatewayConfig, workers: RayWorkers, model: Model) -> No
         workers=workers,
         info=info,
         tokenizer=model.tokenizer,
-        salt=os.environ.get(SALT_VARIABLE, "").encode(),
+        salt=salt_from_environment(),
     )
     print(json.dumps({"event": "ready", "address": gateway.address}), flush=True)
     await stopping.wait()

@@ -1,5 +1,6 @@
 """The gateway's gRPC server: Inference, Admin, health and reflection on one port."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from kvstrata.protos import admin_pb2_grpc, inference_pb2_grpc
 from kvstrata.protos.errors import ConfigurationError
 from kvstrata.protos.service import SERVER_OPTIONS, ContractInterceptor, bind, open_channel
 
+SALT_VARIABLE = "KVSTRATA_SALT"
 SERVICES = ("kvstrata.v1.Inference", "kvstrata.v1.Admin")
 LOOKUP_TIMEOUT_S = 5.0
 
@@ -43,6 +45,11 @@ class GatewayServer:
         await self._server.stop(grace_s)
         await self._client.close()
         await self._channel.close()
+
+
+def salt_from_environment() -> bytes:
+    """Return the deployment's secret part of the cache scope; empty without one."""
+    return os.environ.get(SALT_VARIABLE, "").encode()
 
 
 async def start_gateway(

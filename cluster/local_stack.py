@@ -27,7 +27,6 @@ from kvstrata.protos.errors import ConfigurationError, KVStrataError
 
 STOP_GRACE_S = 5.0
 START_TIMEOUT_S = 600.0
-SALT_VARIABLE = "KVSTRATA_SALT"
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +103,7 @@ async def _start(
     with progress.step("Ray and workers"):
         workers, infos = await _start_workers(config, runtime, store_address)
     pids |= {kind: info.pid for kind, info in infos.items()}
-    from kvstrata.cluster.gateway_server import start_gateway
+    from kvstrata.cluster.gateway_server import salt_from_environment, start_gateway
 
     with progress.step("gateway"):
         gateway = await start_gateway(
@@ -113,7 +112,7 @@ async def _start(
             workers=workers,
             info=infos["decode"],
             tokenizer=tokenizer,
-            salt=os.environ.get(SALT_VARIABLE, "").encode(),
+            salt=salt_from_environment(),
         )
     cleanup.push_async_callback(gateway.stop, STOP_GRACE_S)
     return {
