@@ -16,7 +16,7 @@ RUN_CLEAN := export TMPDIR=$$(mktemp -d /tmp/kvt-XXXXXX) && trap 'rm -rf "$$TMPD
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint fmt types farm proto e2e size clean
+.PHONY: help install demo test lint fmt types farm proto e2e peers-codec size clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9%_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9%_-]+):.*## /\1\t/' \
@@ -69,6 +69,9 @@ proto: install farm ## regenerate the stubs in protos/ from the .proto files
 
 bench-%: benchmarks/bench_%.py install ## run one benchmark: make bench-<claim>
 	$(BIN)/python -P $<
+
+peers-codec: install ## install the codecs that bench-codec compares with
+	$(PIP) -e '.[peers]' --no-build-isolation
 
 size: ## hand-written lines per room, and the change against BASE (main)
 	@base=$$(git rev-parse --verify --quiet $(BASE)); \

@@ -9,6 +9,7 @@ from typing import Any
 from kvstrata.engine.chat import encode_text, render_chat
 from kvstrata.engine.sampling import SamplingParams
 from kvstrata.methods.presets import Method, from_preset, from_settings
+from kvstrata.methods.profile import PROFILES, Profile
 from kvstrata.prefill_node.task import Task
 from kvstrata.prefill_node.worker import WorkerInfo
 from kvstrata.protos.errors import (
@@ -77,10 +78,14 @@ class Admission:
             salt=self.salt,
         )
 
+    @property
+    def _profile(self) -> Profile | None:
+        return PROFILES.by_id(self.info.profile_id) if self.info.profile_id else None
+
     def _method(self, request: GenerateRequest) -> Method:
         if request.WhichOneof("method") == "settings":
-            return from_settings(request.settings)
-        return from_preset(request.preset)
+            return from_settings(request.settings, self._profile)
+        return from_preset(request.preset, self._profile)
 
     def _prompt_ids(self, request: GenerateRequest) -> tuple[int, ...]:
         kind = request.WhichOneof("prompt")

@@ -164,7 +164,7 @@ def measure(
 
     with console.status("loading the model"):
         model = Model.load(source)
-    method = from_preset(preset)
+    method = from_preset(preset, model.profile)
     figures: dict[str, Any] = {"kl": [], "same_tokens": []}
     for answer in track(answers, "the stored blocks", console=console, transient=True):
         ids = model.tokenizer.encode(answer.prompt)

@@ -108,9 +108,10 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
             fingerprint=info.fingerprint,
             max_positions=info.max_positions,
             vocab_size=info.vocab_size,
-            presets=sorted(PRESETS),
+            presets=PRESETS,
             block_tokens=BLOCK_TOKENS,
             kv_bytes_per_token_bf16=info.kv_bytes_per_token_bf16,
+            profile_id=info.profile_id,
         )
 
     async def _serve(

@@ -5,6 +5,7 @@ hands them to the state that travels through the forward call as the keyword ``k
 Not covered: batches of more than one sequence, dropout, attention weights as an output.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -64,6 +65,32 @@ class AppendAndAttend:
         num_new, num_cached = queries.shape[1], self._cache.length
         if self._mask is None and num_new > 1 and num_cached > 0:
             self._mask = _causal_mask(num_new, num_cached, group_size, queries)
+        return attend(queries, all_keys, all_values, scaling, self._mask)
+
+
+class AttendOver:
+    """The state of a pass over given keys and values, which it leaves alone; differentiable."""
+
+    def __init__(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+        """Attend over ``keys`` and ``values``, per layer (num_kv_heads, cached, head_dim)."""
+        self._keys, self._values = keys, values
+        self._mask: torch.Tensor | None = None
+
+    def attend(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Attend over the given tokens and the new ones; see ``AttentionState.attend``."""
+        num_new, num_cached = queries.shape[1], self._keys[layer].shape[1]
+        if self._mask is None and num_new > 1:
+            group_size = queries.shape[0] // keys.shape[0]
+            self._mask = _causal_mask(num_new, num_cached, group_size, queries)
+        all_keys = torch.cat([self._keys[layer], keys], 1)
+        all_values = torch.cat([self._values[layer], values], 1)
         return attend(queries, all_keys, all_values, scaling, self._mask)
 
 

@@ -43,19 +43,19 @@ _CONFIG_FIELDS = (
 )
 
 
-def compute_fingerprint(weights: Sequence[Path], config: Any, dtype: torch.dtype) -> bytes:
+def compute_fingerprint(weights: Sequence[Path], config: Any, dtype: torch.dtype | None) -> bytes:
     """Return the first 16 bytes of a SHA-256 over weights, config and dtype.
 
     Args:
         weights: The files the weights are read from, in a fixed order; their names do not count.
         config: A transformers config.
-        dtype: The weights are served in.
+        dtype: The weights are served in; None leaves it out, which names the model as such.
     """
     fields = {name: getattr(config, name, None) for name in _CONFIG_FIELDS}
     fields["rope_parameters"] = _canonical_rope(fields["rope_parameters"])
     identity = {
         "config": {name: value for name, value in fields.items() if value is not None},
-        "dtype": str(dtype).removeprefix("torch."),
+        **({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}),
         "weights": [hash_file(path) for path in weights],
     }
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"))

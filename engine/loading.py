@@ -45,7 +45,7 @@ def find_default_model() -> tuple[Path, str]:
     )
 
 
-def load_pretrained(source: str | None, dtype: torch.dtype) -> tuple[Any, Any, bytes]:
+def load_pretrained(source: str | None, dtype: torch.dtype) -> tuple[Any, Any, bytes, bytes]:
     """Return the model, its tokenizer and its 16-byte fingerprint.
 
     The model is in eval mode, on the CPU, and calls our attention hook. Local sources never touch
@@ -69,7 +69,8 @@ def load_pretrained(source: str | None, dtype: torch.dtype) -> tuple[Any, Any, b
     name = str(source or gguf)
     check_model(model, name)
     check_round_trip(tokenizer, name)
-    return model.eval(), tokenizer, compute_fingerprint(weights, model.config, dtype)
+    fingerprint = compute_fingerprint(weights, model.config, dtype)
+    return model.eval(), tokenizer, fingerprint, compute_fingerprint(weights, model.config, None)
 
 
 def check_round_trip(tokenizer: Any, source: str) -> None:

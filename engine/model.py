@@ -1,6 +1,8 @@
 """One loaded model: forward passes over a ``SequenceCache``, and what its keys look like."""
 
+import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 
 from kvstrata.engine.attention import (
     AppendAndAttend,
+    AttendOver,
     AttentionState,
     CaptureFirstLayer,
     FirstLayerCapturedError,
@@ -17,6 +20,10 @@ from kvstrata.engine.compatibility import build_spec
 from kvstrata.engine.loading import find_default_model, load_pretrained
 from kvstrata.engine.rotary import Rotary
 from kvstrata.engine.spec import KVSpec
+from kvstrata.engine.storage import profile_folder
+from kvstrata.methods.profile import PROFILES, Profile, ProfileError
+
+logger = logging.getLogger(__name__)
 
 
 class Model:
@@ -27,6 +34,7 @@ class Model:
     Attributes:
         spec: Sizes, dtype and limits.
         fingerprint: 16 bytes; equal fingerprints may share stored KV.
+        model_id: 16 bytes of weights and config, equal for every dtype; names the profile.
         tokenizer: The transformers tokenizer.
         name: For people: the hub id, or the folder's or file's name.
         device: Where the weights are.
@@ -35,12 +43,20 @@ class Model:
     """
 
     def __init__(
-        self, hf_model: Any, tokenizer: Any, fingerprint: bytes, *, name: str, device: torch.device
+        self,
+        hf_model: Any,
+        tokenizer: Any,
+        fingerprint: bytes,
+        model_id: bytes,
+        *,
+        name: str,
+        device: torch.device,
     ) -> None:
         """Wrap a model from ``load_pretrained``; callers use ``Model.load``."""
         self._hf_model = hf_model.to(device).requires_grad_(False)
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
+        self.model_id = model_id
         self.name = name
         self.device = device
         self.spec: KVSpec = build_spec(
@@ -76,9 +92,26 @@ class Model:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
         dtype = _resolve_dtype(dtype, device)
-        hf_model, tokenizer, fingerprint = load_pretrained(source, dtype)
+        hf_model, tokenizer, fingerprint, model_id = load_pretrained(source, dtype)
         name = Path(find_default_model()[1]).stem if source is None else _display_name(source)
-        return cls(hf_model, tokenizer, fingerprint, name=name, device=device)
+        return cls(hf_model, tokenizer, fingerprint, model_id, name=name, device=device)
+
+    @cached_property
+    def profile(self) -> Profile | None:
+        """The model's calibrated profile, or None: then lossy presets use the fallback codec."""
+        PROFILES.add_folder(profile_folder())
+        found = PROFILES.of_model(self.model_id)
+        spec = self.spec
+        if found is None:
+            logger.warning(
+                "no profile: lossy presets use the fallback codec; run `kvstrata calibrate`",
+                extra={"model": self.name},
+            )
+        elif found.shape[1:] != (spec.num_kv_heads, spec.head_dim) or (
+            found.shape[0] + found.first_layer != spec.num_layers
+        ):
+            raise ProfileError(f"the profile of {self.name} is of another shape")
+        return found
 
     def new_cache(self, capacity: int, probe_tokens: int = 64) -> SequenceCache:
         """Return an empty cache on the model's device; see ``SequenceCache``."""
@@ -104,6 +137,28 @@ class Model:
     def forward_all(self, cache: SequenceCache, token_ids: Sequence[int]) -> torch.Tensor:
         """As ``forward``, but return the logits after each token, float32, (n, vocab_size)."""
         return self._forward(cache, token_ids, logits_to_keep=0)
+
+    def continue_over(
+        self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], token_ids: Sequence[int]
+    ) -> torch.Tensor:
+        """Return the logits after each token that follows on given keys and values.
+
+        Nothing is written. Gradients flow back to ``keys`` and ``values`` where they ask for them.
+
+        Args:
+            keys: Per layer, post-RoPE, ``spec.dtype``, (num_kv_heads, cached, head_dim).
+            values: As ``keys``.
+            token_ids: The tokens at positions ``cached`` and on.
+
+        Returns:
+            ``spec.dtype``, (len(token_ids), vocab_size).
+
+        Raises:
+            ValueError: As for ``forward``.
+        """
+        first = keys[0].shape[1]
+        self._check_tokens(token_ids, first)
+        return self._call(token_ids, first, AttendOver(keys, values), logits_to_keep=0)
 
     def first_layer_kv(
         self, token_ids: Sequence[int], first_position: int
@@ -184,6 +239,11 @@ class Model:
 
     @torch.inference_mode()
     def _run(
+        self, token_ids: Sequence[int], first: int, state: AttentionState, logits_to_keep: int
+    ) -> torch.Tensor:
+        return self._call(token_ids, first, state, logits_to_keep)
+
+    def _call(
         self, token_ids: Sequence[int], first: int, state: AttentionState, logits_to_keep: int
     ) -> torch.Tensor:
         ids = torch.tensor([token_ids], dtype=torch.int64, device=self.device)

@@ -18,7 +18,7 @@ import torch
 
 from kvstrata.engine.cache import SequenceCache
 from kvstrata.engine.model import Model
-from kvstrata.engine.saliency import saliency
+from kvstrata.kernels.saliency import normalised_saliency
 from kvstrata.methods.codec import BlockShape, KVBlocks
 from kvstrata.methods.framing import BlockIdentity, SealedBlock, UnusableBlockError, seal, usable
 from kvstrata.methods.presets import Method
@@ -160,12 +160,12 @@ class RunningSequence:
         begin, end = first * BLOCK_TOKENS, last * BLOCK_TOKENS
         keys, values = self.cache.read(begin, end)
         keys, values = keys[codec.first_layer :], values[codec.first_layer :]
-        if self._rope is RopeForm.ROPE_FORM_PRE:
-            keys = self.model.rotate(keys, begin, inverse=True)
+        if (turns := self._turns(begin, end)) is not None:
+            keys = self.model.rotate(keys, turns, inverse=True)
         blocks = KVBlocks(
             keys=keys.cpu().unflatten(2, (-1, BLOCK_TOKENS)),
             values=values.cpu().unflatten(2, (-1, BLOCK_TOKENS)),
-            saliency=self._saliency(begin, end).unflatten(1, (-1, BLOCK_TOKENS)),
+            saliency=self._saliency(begin, end).unflatten(2, (-1, BLOCK_TOKENS)),
             first_position=begin,
         )
         try:
@@ -203,6 +203,14 @@ class RunningSequence:
         if self.model.spec.rope == "none":
             return RopeForm.ROPE_FORM_NONE
         return self.method.codec.rope
+
+    def _turns(self, begin: int, end: int) -> int | torch.Tensor | None:
+        """Return by which positions stored keys of a range are turned; None if by none."""
+        if self._rope is RopeForm.ROPE_FORM_PRE:
+            return begin
+        if self._rope is RopeForm.ROPE_FORM_FRAME:
+            return torch.arange(begin, end) // BLOCK_TOKENS * BLOCK_TOKENS
+        return None
 
     @property
     def _num_stored_layers(self) -> int:
@@ -245,25 +253,24 @@ class RunningSequence:
         decoded = [codec.decode(list(group), shape) for _, group in groupby(blocks, key=sorted)]
         keys = torch.cat([k for k, _ in decoded], 2).flatten(2, 3)
         values = torch.cat([v for _, v in decoded], 2).flatten(2, 3)
-        if self._rope is RopeForm.ROPE_FORM_PRE:
-            keys = self.model.rotate(keys, begin)
+        if (turns := self._turns(begin, end)) is not None:
+            keys = self.model.rotate(keys, turns)
         if codec.first_layer:
             k0, v0 = self.model.first_layer_kv(self.token_ids[begin:end], begin)
             self.cache.write(begin, k0[None], v0[None], layers=slice(0, 1))
         self.cache.write(begin, keys, values, layers=slice(codec.first_layer, None))
 
     def _saliency(self, begin: int, end: int) -> torch.Tensor:
-        """Return float32 (L, n): mean over heads; 0 where no probe query has passed."""
+        """Return float32 (L, H, n); 0 where no probe query has passed."""
         queries, positions = self.cache.probes()
-        layers = self._num_stored_layers
+        found = torch.zeros(self._num_stored_layers, self.model.spec.num_kv_heads, end - begin)
         if not len(positions):
-            return torch.zeros(layers, end - begin)
+            return found
         keys = self.cache.read(0, int(positions[-1]) + 1)[0]
-        scores = saliency(queries, positions, keys, self.model.attention_scaling)
-        tags = torch.zeros(layers, end - begin)
-        seen = scores[self.method.codec.first_layer :, :, begin:end].mean(1).cpu()
-        tags[:, : seen.shape[1]] = seen
-        return tags
+        scores = normalised_saliency(queries, positions, keys, self.model.attention_scaling)
+        seen = scores[self.method.codec.first_layer :, :, begin:end].cpu()
+        found[..., : seen.shape[-1]] = seen
+        return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -22,6 +22,11 @@ def cache_folder() -> Path:
     return Path.home() / ".cache" / "kvstrata"
 
 
+def profile_folder() -> Path:
+    """Return the folder in which profiles made on this machine are kept."""
+    return cache_folder() / "profiles"
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file that readers see whole or not at all; a failure is only logged."""
     try:

@@ -6,6 +6,11 @@ Unpacking is then a few shifts over contiguous runs, which vectorises on CPU and
 
 import torch
 
+from kvstrata.kernels.backend import backend_of
+from kvstrata.kernels.huge_memory import empty_huge
+
+DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+
 
 def pack_planar(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Return uint8 (..., D * bits // 8) holding ``codes``, uint8 (..., D) below 2 ** bits.
@@ -23,26 +28,50 @@ def pack_planar(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
-def unpack_planar(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return uint8 codes (..., P * 8 // bits) of ``packed``, uint8 (..., P)."""
+def unpack_planar(
+    packed: torch.Tensor, bits: int, dtype: torch.dtype = torch.uint8
+) -> torch.Tensor:
+    """Return codes (..., P * 8 // bits) of ``packed``, uint8 (..., P), as numbers of ``dtype``.
+
+    Raises:
+        ValueError: ``bits`` is not 1, 2 or 4, ``packed`` is not uint8, or ``dtype`` is not one of
+            uint8, bfloat16, float16 and float32.
+    """
     slots = _slots(bits)
-    codes = torch.empty((*packed.shape[:-1], slots, packed.shape[-1]), dtype=torch.uint8)
+    if packed.dtype != torch.uint8:
+        raise ValueError(f"packed must be uint8, not {packed.dtype}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be uint8, bfloat16, float16 or float32, not {dtype}")
+    backend = backend_of(packed)
+    if backend == "reference" or not packed.numel() or packed.ndim == 0:
+        return unpack_planar_reference(packed, bits, dtype)
+    row = packed.shape[-1]
+    codes = empty_huge((*packed.shape[:-1], slots * row), dtype, packed.device)
+    rows, out = packed.contiguous().view(-1, row), codes.view(-1, slots * row)
+    if backend == "numba":
+        from kvstrata.kernels.planes_numba import unpack_planar_numba
+
+        unpack_planar_numba(rows, bits, out)
+    else:
+        from kvstrata.kernels.planes_triton import unpack_planar_triton
+
+        unpack_planar_triton(rows, bits, out)
+    return codes
+
+
+def unpack_planar_reference(
+    packed: torch.Tensor, bits: int, dtype: torch.dtype = torch.uint8
+) -> torch.Tensor:
+    """Return what ``unpack_planar`` returns."""
+    slots = _slots(bits)
+    shape = (*packed.shape[:-1], slots, packed.shape[-1])
+    codes = torch.empty(shape, dtype=torch.uint8, device=packed.device)
     for slot in range(slots):
         torch.bitwise_and(packed >> (bits * slot), (1 << bits) - 1, out=codes[..., slot, :])
-    return codes.flatten(-2)
+    return codes.flatten(-2).to(dtype)
 
 
 def _slots(bits: int) -> int:
     if bits not in (1, 2, 4):
         raise ValueError(f"bits must be 1, 2 or 4, not {bits}")
     return 8 // bits
-
-
-def split_bytes(values: torch.Tensor) -> torch.Tensor:
-    """Return the bytes of ``values`` by plane: uint8 (itemsize, numel), byte 0 of all first."""
-    return values.contiguous().view(torch.uint8).reshape(-1, values.element_size()).T.contiguous()
-
-
-def merge_bytes(planes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the flat tensor whose ``split_bytes`` is ``planes``, bit for bit."""
-    return planes.T.contiguous().view(dtype).reshape(-1)

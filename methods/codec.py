@@ -22,7 +22,7 @@ class KVBlocks:
     Attributes:
         keys: (L, H, N, T, D), in the codec's rope form.
         values: (L, H, N, T, D).
-        saliency: float32 (L, N, T), mean over heads, larger is more attended; 0 where unknown.
+        saliency: float32 (L, H, N, T), larger is more attended; 0 where unknown.
         first_position: Position of the first token of the first block, a multiple of T.
     """
 
@@ -50,9 +50,17 @@ class BlockCodec(Protocol):
     name: str
     version: int
     lossless: bool  # whether decoding returns the very bytes that were encoded
-    rope: RopeForm  # the form in which keys are handed in; PRE means NONE for unrotated models
-    first_layer: int  # layers before it are not stored, but recomputed from token ids
     strata: tuple[Stratum, ...]  # what a complete writing holds, coarsest first
+
+    @property
+    def rope(self) -> RopeForm:
+        """The form in which keys are handed in; PRE means NONE for unrotated models."""
+        ...
+
+    @property
+    def first_layer(self) -> int:
+        """Layers before it are not stored, but recomputed from token ids."""
+        ...
 
     def settings(self) -> str:
         """Return the canonical text of all settings that change the bytes; part of the scope."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import zstandard
 
-from kvstrata.kernels import merge_bytes, split_bytes
+from kvstrata.kernels.byte_planes import merge_bytes, split_bytes
 from kvstrata.methods.codec import BlockShape, KVBlocks, Segments
 from kvstrata.methods.saliency_tag import encode_tags
 from kvstrata.protos.errors import CorruptFrameError
@@ -41,7 +41,7 @@ class ExactCodec:
 
     def encode(self, blocks: KVBlocks) -> list[Segments]:
         """Return one EXACT stratum per block. See ``BlockCodec.encode``."""
-        tags = encode_tags(blocks.saliency)
+        tags = encode_tags(blocks.saliency.mean(1))
         compressor = zstandard.ZstdCompressor(level=1)
         num_layers, _, num_blocks = blocks.keys.shape[:3]
         encoded: list[Segments] = []

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+from kvstrata.methods.calibrated import CalibratedCodec, calibrated_codec
 from kvstrata.methods.codec import BlockCodec
 from kvstrata.methods.exact import ExactCodec
 from kvstrata.methods.fallback import FallbackCodec
+from kvstrata.methods.profile import Profile
 from kvstrata.protos.errors import LimitError, UnknownPresetError
 from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.identity import CacheScope
@@ -49,38 +51,50 @@ class Method:
         )
 
 
-PRESETS: dict[str, Method] = {
-    "exact": Method(ExactCodec()),
-    # Until a model has a calibrated profile, balanced is the codec that needs none.
-    "balanced": Method(FallbackCodec()),
-}
+PRESETS = ("balanced", "exact", "near-lossless", "small")
+# Stored bits per element that the calibrated presets aim at, everything counted.
+PRESET_BITS = {"near-lossless": 2.83, "balanced": 2.22, "small": 1.64}
+MIN_BITS, MAX_BITS = 0.5, 8.0
+CODECS = (CalibratedCodec.name, ExactCodec.name, FallbackCodec.name)
 
 
-def from_preset(name: str) -> Method:
+def from_preset(name: str, profile: Profile | None = None) -> Method:
     """Return the method of a preset; the empty name is the default.
+
+    Args:
+        name: One of ``PRESETS``.
+        profile: Of the served model. Without one every preset but ``exact`` is the fallback codec.
 
     Raises:
         UnknownPresetError: No preset has this name.
     """
-    try:
-        return PRESETS[name or DEFAULT_PRESET]
-    except KeyError:
+    name = name or DEFAULT_PRESET
+    if name not in PRESETS:
         raise UnknownPresetError(
-            f"unknown preset {name[:64]!r}", f"use one of {', '.join(sorted(PRESETS))}"
-        ) from None
+            f"unknown preset {name[:64]!r}", f"use one of {', '.join(PRESETS)}"
+        )
+    if name == ExactCodec.name:
+        return Method(ExactCodec())
+    if profile is None:
+        return Method(FallbackCodec())
+    return Method(calibrated_codec(profile, profile.threshold_for_bits(PRESET_BITS[name])))
 
 
-def from_settings(settings: MethodSettings) -> Method:
+def from_settings(settings: MethodSettings, profile: Profile | None = None) -> Method:
     """Return the method of explicit settings.
 
     Raises:
-        UnknownPresetError: No codec has this name.
+        UnknownPresetError: No codec has this name, or the model has no profile for it.
         LimitError: A value outside its range, or a stratum that the codec does not have.
     """
     codec: BlockCodec
+    if settings.codec not in CODECS:
+        raise UnknownPresetError(
+            f"unknown codec {settings.codec[:64]!r}",
+            f"use {', '.join(map(repr, CODECS))}, or give a preset",
+        )
+    _refuse_foreign(settings)
     if settings.codec == ExactCodec.name:
-        if settings.HasField("sink_tokens"):
-            raise LimitError("codec 'exact' has no sink_tokens", "leave it out or use 'fallback'")
         codec = ExactCodec()
     elif settings.codec == FallbackCodec.name:
         try:
@@ -92,13 +106,53 @@ def from_settings(settings: MethodSettings) -> Method:
         except ValueError as error:
             raise LimitError(str(error), "use a value in that range") from error
     else:
-        raise UnknownPresetError(
-            f"unknown codec {settings.codec[:64]!r}",
-            f"use {ExactCodec.name!r} or {FallbackCodec.name!r}, or give a preset",
-        )
+        codec = _calibrated(settings, profile)
     finest = settings.read_stratum or None
     if finest is not None and finest not in codec.strata:
         raise LimitError(
             f"codec {codec.name!r} has no stratum {finest}", "leave read_stratum out to read all"
         )
     return Method(codec, finest)
+
+
+def _refuse_foreign(settings: MethodSettings) -> None:
+    """Raise if a field is set that the codec does not have."""
+    takers = {
+        "sink_tokens": FallbackCodec.name,
+        "bits": CalibratedCodec.name,
+        "max_kl": CalibratedCodec.name,
+        "key_form": CalibratedCodec.name,
+    }
+    for field, taker in takers.items():
+        is_set = bool(settings.key_form) if field == "key_form" else settings.HasField(field)
+        if is_set and settings.codec != taker:
+            raise LimitError(
+                f"codec {settings.codec!r} has no {field}", f"leave it out or use {taker!r}"
+            )
+
+
+def _calibrated(settings: MethodSettings, profile: Profile | None) -> CalibratedCodec:
+    if profile is None:
+        raise UnknownPresetError(
+            "the served model has no profile, which codec 'calibrated' needs",
+            "run `kvstrata calibrate`, or use codec 'fallback'",
+        )
+    has_bits, has_kl = settings.HasField("bits"), settings.HasField("max_kl")
+    if has_bits and has_kl:
+        raise LimitError("bits and max_kl are both given", "give one target")
+    if has_bits and not MIN_BITS <= settings.bits <= MAX_BITS:
+        raise LimitError(
+            f"bits must be {MIN_BITS} to {MAX_BITS}, not {settings.bits}",
+            "use a value in that range",
+        )
+    if has_kl and not 0 < settings.max_kl < 100:
+        raise LimitError(f"max_kl must be above 0, not {settings.max_kl}", "use one such as 0.01")
+    if has_kl:
+        threshold = profile.threshold_for_kl(settings.max_kl)
+    else:
+        bits = settings.bits if has_bits else PRESET_BITS[DEFAULT_PRESET]
+        threshold = profile.threshold_for_bits(bits)
+    try:
+        return calibrated_codec(profile, threshold, settings.key_form or "pre")
+    except ValueError as error:
+        raise LimitError(str(error)[:200], "leave key_form out for the default") from error

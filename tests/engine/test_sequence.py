@@ -10,7 +10,7 @@ import transformers
 from kvstrata.engine import Model
 from kvstrata.engine.sequence import Loaded, RunningSequence
 from kvstrata.methods.framing import SealedBlock
-from kvstrata.methods.presets import PRESETS, Method
+from kvstrata.methods.presets import Method, from_preset
 from kvstrata.methods.saliency_tag import decode_tags
 from kvstrata.protos.frame import Frame, encode_frame
 from kvstrata.protos.frame_pb2 import FrameHeader, Stratum
@@ -18,7 +18,8 @@ from kvstrata.protos.identity import BLOCK_TOKENS, block_hashes
 from tests.engine.families import VOCAB_SIZE
 
 BASE, MID, EXACT = Stratum.STRATUM_BASE, Stratum.STRATUM_MID, Stratum.STRATUM_EXACT
-BALANCED, LOSSLESS = PRESETS["balanced"], PRESETS["exact"]
+METHODS = {name: from_preset(name) for name in ("balanced", "exact")}
+BALANCED, LOSSLESS = METHODS["balanced"], METHODS["exact"]
 COARSE = Method(BALANCED.codec, finest=BASE)
 FAMILY_NAMES = ["llama", "qwen3", "opt"]
 PROMPT_LENGTH = 150  # two full blocks and a rest
@@ -101,7 +102,7 @@ def reframed(frame: Frame, change: Mapping[str, Any]) -> Frame:
 def test_a_loaded_cache_equals_the_settled_one(
     models: dict[str, Model], family: str, preset: str
 ) -> None:
-    model, method, prompt = models[family], PRESETS[preset], prompt_of()
+    model, method, prompt = models[family], METHODS[preset], prompt_of()
     cold, sealed = computed(model, method, prompt)
     warm = loaded(model, method, prompt, sealed)
     assert warm.cache.length == cold.cache.length == 2 * BLOCK_TOKENS
@@ -119,7 +120,7 @@ def test_a_loaded_cache_equals_the_settled_one(
 def test_blocks_load_alike_in_one_batch_and_one_by_one(
     models: dict[str, Model], family: str, preset: str
 ) -> None:
-    model, method, prompt = models[family], PRESETS[preset], prompt_of()
+    model, method, prompt = models[family], METHODS[preset], prompt_of()
     _, sealed = computed(model, method, prompt)
     together = loaded(model, method, prompt, sealed)
     singly = RunningSequence(model, method, prompt)
@@ -134,7 +135,7 @@ def test_blocks_load_alike_in_one_batch_and_one_by_one(
 def test_a_replay_goes_on_where_the_generation_was(
     models: dict[str, Model], family: str, preset: str
 ) -> None:
-    model, method, prompt = models[family], PRESETS[preset], prompt_of(120)
+    model, method, prompt = models[family], METHODS[preset], prompt_of(120)
     first, sealed = computed(model, method, prompt)
     begun, logits, filled = greedy(first, tail(first), 75)
     assert [b.identity.first_position for b in filled] == [64, 128]
@@ -167,7 +168,7 @@ def test_replaying_without_any_store_gives_the_same_blocks(
 def test_a_partly_stored_prompt_differs_from_a_cold_one_by_no_more_than_the_codec(
     models: dict[str, Model], family: str, preset: str
 ) -> None:
-    model, method, prompt = models[family], PRESETS[preset], prompt_of(200)
+    model, method, prompt = models[family], METHODS[preset], prompt_of(200)
     cold, sealed = computed(model, method, prompt)
     partly = loaded(model, method, prompt, sealed[:1])
     assert sum(partly.compute(192)) == 128
@@ -203,7 +204,7 @@ def change_encoding(blocks: list[Opened], index: int) -> None:
 
 
 def change_codec(blocks: list[Opened], index: int) -> None:
-    blocks[index] = {s: reframed(f, {"codec_version": 2}) for s, f in blocks[index].items()}
+    blocks[index] = {s: reframed(f, {"codec_version": 99}) for s, f in blocks[index].items()}
 
 
 def move(blocks: list[Opened], index: int) -> None:
@@ -243,7 +244,7 @@ def test_a_load_stops_before_a_block_that_must_not_be_used(
 def test_a_flipped_byte_in_a_segment_stops_the_load_there(
     models: dict[str, Model], preset: str, index: int
 ) -> None:
-    method, prompt = PRESETS[preset], prompt_of(200)
+    method, prompt = METHODS[preset], prompt_of(200)
     _, sealed = computed(models["llama"], method, prompt)
     blocks = opened(sealed, method.wanted)
     stratum = method.wanted[-1]
@@ -350,11 +351,11 @@ def test_prompt_blocks_carry_saliency_of_every_stored_layer(
     models: dict[str, Model], family: str, preset: str, stratum: Stratum, layers: list[int]
 ) -> None:
     model = models[family]
-    sequence, sealed = computed(model, PRESETS[preset], prompt_of())
+    sequence, sealed = computed(model, METHODS[preset], prompt_of())
     _, _, filled = greedy(sequence, tail(sequence), 60)
     assert len(sealed) == 2
     assert len(filled) == 1
-    tags_at = 3 * 2 * model.spec.num_kv_heads * 8 if preset == "balanced" else 0
+    tags_at = 2 * model.spec.num_kv_heads * 8 if preset == "balanced" else 0
     for block in sealed + filled:
         segments = Frame.open(block.frames[stratum]).segments()
         assert list(segments) == layers

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from kvstrata.kernels import merge_bytes, pack_planar, split_bytes, unpack_planar
+from kvstrata.kernels.planes import unpack_planar_reference
+from kvstrata.kernels.planes_triton import unpack_planar_triton
 
 DIMS = [8, 32, 64, 80, 96, 128, 256]
 BITS = [1, 2, 4]
@@ -173,3 +175,40 @@ def test_strided_values_split_in_their_logical_order() -> None:
     values = torch.arange(12.0).view(3, 4).T
     assert torch.equal(split_bytes(values), split_bytes(values.contiguous()))
     assert torch.equal(merge_bytes(split_bytes(values), torch.float32), values.flatten())
+
+
+FLOATS = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@each_width
+@pytest.mark.parametrize("dtype", [torch.uint8, *FLOATS], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 10), (3, 5, 33), (300, 128)], ids=str)
+def test_every_version_unpacks_to_the_same_numbers(
+    shape: tuple[int, ...], dtype: torch.dtype, bits: int
+) -> None:
+    generator = torch.Generator().manual_seed(shape[-1])
+    packed = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    expected = unpack_planar_reference(packed, bits).to(dtype)
+    read = unpack_planar(packed, bits, dtype)
+    assert read.dtype == dtype
+    assert torch.equal(read, expected)
+    out = torch.full((packed[..., 0].numel(), expected.shape[-1]), 99).to(dtype)
+    unpack_planar_triton(packed.view(-1, shape[-1]), bits, out)
+    assert torch.equal(out.view(expected.shape), expected)
+
+
+@each_width
+def test_no_bytes_unpack_to_no_codes(bits: int) -> None:
+    for shape in ((0, 16), (3, 0)):
+        packed = torch.zeros(shape, dtype=torch.uint8)
+        read = unpack_planar(packed, bits, torch.bfloat16)
+        assert read.shape == (shape[0], shape[1] * 8 // bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.bool], ids=str)
+def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
+    packed = torch.zeros(2, 16, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="dtype must be"):
+        unpack_planar(packed, 2, dtype)
+    with pytest.raises(ValueError, match="packed must be uint8"):
+        unpack_planar(packed.to(dtype), 2)

@@ -8,20 +8,23 @@ import torch
 
 from kvstrata.kernels.quantize import (
     BASE_BITS,
-    GAUSSIAN_BASE_LEVELS,
-    GAUSSIAN_LEVELS,
-    GAUSSIAN_THRESHOLDS,
+    BASE_LEVELS,
     KEY_BITS,
+    LEVELS,
+    LEVELS_PER_SIGMA,
     SCALE_STEPS_PER_OCTAVE,
+    THRESHOLDS,
     VALUE_BITS,
     decode_scales,
     dequantize_channels,
     dequantize_channels_base,
-    dequantize_gaussian,
     dequantize_int8,
+    gaussian_base_levels,
+    gaussian_levels,
     quantize_channels,
     quantize_gaussian,
     quantize_int8,
+    sum_squares,
 )
 
 HALF_ULP = 2.0**-11  # of fp16's normal numbers, relative
@@ -44,7 +47,13 @@ def _none_skipped(keys: torch.Tensor) -> torch.Tensor:
 
 def test_codes_have_these_widths() -> None:
     assert (KEY_BITS, VALUE_BITS, BASE_BITS, SCALE_STEPS_PER_OCTAVE) == (5, 4, 2, 16)
-    assert (len(GAUSSIAN_LEVELS), len(GAUSSIAN_BASE_LEVELS)) == (16, 4)
+    assert (len(LEVELS), len(BASE_LEVELS)) == (8, 2)
+
+
+def _read(codes: torch.Tensor, scale: torch.Tensor, *, fine: bool = True) -> torch.Tensor:
+    """Return the numbers that codes mean under their tokens' scales."""
+    levels = gaussian_levels(codes) if fine else gaussian_base_levels(codes >> 2)
+    return levels * (scale / LEVELS_PER_SIGMA)[..., None]
 
 
 def _clipping(low: torch.Tensor, high: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
@@ -206,21 +215,39 @@ def nested(plain: tuple[list[float], list[float]]) -> tuple[list[float], list[fl
     return thresholds[:-1], levels
 
 
-def test_the_tables_are_nested_lloyd_max(
+def _error(borders: list[float], levels: list[float], stretch: float = 1.0) -> float:
+    """Return the mean squared error of a unit Gaussian whose cells and levels are stretched."""
+    error = 1.0
+    for (low, high), level in zip(pairwise(borders), levels, strict=True):
+        a, b, read = stretch * low, stretch * high, stretch * level
+        error += read**2 * _mass(a, b) - 2 * read * (_density(a) - _density(b))
+    return error
+
+
+def _mirrored(ends: tuple[float, ...], levels: tuple[int, ...]) -> tuple[list[float], list[float]]:
+    """Return the borders and levels of both signs, in units of sigma, ascending."""
+    borders = [end / LEVELS_PER_SIGMA for end in ends]
+    read = [level / LEVELS_PER_SIGMA for level in levels]
+    both = [-math.inf, *(-x for x in reversed(borders)), 0.0, *borders, math.inf]
+    return both, [*(-x for x in reversed(read)), *read]
+
+
+def test_the_tables_are_nested_lloyd_max_but_for_a_thousandth_of_the_error(
     plain: tuple[list[float], list[float]], nested: tuple[list[float], list[float]]
 ) -> None:
-    assert pytest.approx(nested[0], abs=1e-5) == GAUSSIAN_THRESHOLDS
-    assert pytest.approx(nested[1], abs=1e-5) == GAUSSIAN_LEVELS
-    assert pytest.approx(plain[1], abs=1e-5) == GAUSSIAN_BASE_LEVELS
-    assert pytest.approx(plain[0], abs=1e-5) == GAUSSIAN_THRESHOLDS[3::4]
+    for (ends, levels), (thresholds, best) in (
+        ((THRESHOLDS, LEVELS), nested),
+        ((THRESHOLDS[3:4], BASE_LEVELS), plain),
+    ):
+        least = _error([-math.inf, *thresholds, math.inf], best)
+        assert least <= _error(*_mirrored(ends, levels)) <= least * 1.001
 
 
-def test_the_tables_are_symmetric_and_every_level_lies_in_its_cell() -> None:
-    assert list(GAUSSIAN_THRESHOLDS) == [-t for t in reversed(GAUSSIAN_THRESHOLDS)]
-    assert list(GAUSSIAN_LEVELS) == [-v for v in reversed(GAUSSIAN_LEVELS)]
-    borders = [-math.inf, *GAUSSIAN_THRESHOLDS, math.inf]
-    for low, level, high in zip(borders, GAUSSIAN_LEVELS, borders[1:], strict=False):
-        assert low < level < high
+def test_borders_lie_half_way_between_levels_and_any_head_fits_int16() -> None:
+    inner = [(a + b) / 2 for a, b in pairwise(LEVELS)]
+    inner[3] = (BASE_LEVELS[0] + BASE_LEVELS[1]) / 2  # the border of the plain 2-bit code
+    assert list(THRESHOLDS) == inner
+    assert 256 * max(LEVELS) < 2**15
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (5, 80), (2, 3, 64), (2, 150, 128)], ids=str)
@@ -239,37 +266,56 @@ def test_the_high_bits_are_the_plain_2_bit_code_and_all_bits_the_nearest_cell(
     scale = decode_scales(peak, scale_codes)
     assert scale.dtype == torch.float32
     _assert_nearest(scale, root_mean_square)
-    unit = values / scale[..., None]
-    assert torch.equal(codes >> 2, torch.bucketize(unit, torch.tensor(GAUSSIAN_THRESHOLDS[3::4])))
-    assert torch.equal(codes, torch.bucketize(unit, torch.tensor(GAUSSIAN_THRESHOLDS)))
-    read = dequantize_gaussian(codes, scale)
-    assert torch.equal(read, torch.tensor(GAUSSIAN_LEVELS)[codes.long()] * scale[..., None])
-    coarse = dequantize_gaussian(codes >> 2, scale, GAUSSIAN_BASE_LEVELS)
+    unit = values * (LEVELS_PER_SIGMA / scale)[..., None]
+    cells = torch.bucketize(unit.abs(), torch.tensor(THRESHOLDS))
+    assert torch.equal(codes, (cells | (unit < 0).long() << 3).to(torch.uint8))
+    coarse = torch.bucketize(unit.abs(), torch.tensor(THRESHOLDS[3:4]))
+    assert torch.equal(codes >> 2, (coarse | (unit < 0).long() << 1).to(torch.uint8))
     if values.numel() > 100:
-        assert (read - values).square().mean() < (coarse - values).square().mean() / 5
+        fine_error, base_error = (
+            (_read(codes, scale, fine=fine) - values).square().mean() for fine in (True, False)
+        )
+        assert fine_error < base_error / 5
 
 
-def test_a_gaussian_errs_as_theory_says(nested: tuple[list[float], list[float]]) -> None:
+def test_codes_mean_signed_levels() -> None:
+    every = torch.arange(16, dtype=torch.uint8)
+    assert gaussian_levels(every).tolist() == [*LEVELS, *(-level for level in LEVELS)]
+    assert gaussian_base_levels(every[:4]).tolist() == [19, 65, -19, -65]
+
+
+def test_zero_is_read_as_the_smallest_positive_level_whatever_its_sign() -> None:
+    values = torch.tensor([[3.0, -3.0, 0.0, -0.0]])
+    codes, _, _ = quantize_gaussian(values)
+    assert codes[0, 2:].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("dim", [1, 8, 64, 80, 96])
+def test_squares_are_summed_in_the_stated_order(dim: int) -> None:
+    values = _keys((3, dim), 100, 3)
+    exact = values.double().square().sum(-1)
+    torch.testing.assert_close(sum_squares(values).double(), exact, rtol=2**-20, atol=0)
+    size = dim & -dim
+    for row, told in zip(values.square().tolist(), sum_squares(values), strict=True):
+        total = torch.tensor(0.0)
+        for first in range(0, dim, size):
+            part = [torch.tensor(x) for x in row[first : first + size]]
+            while len(part) > 1:
+                half = len(part) // 2
+                part = [a + b for a, b in zip(part[:half], part[half:], strict=True)]
+            total = total + part[0]
+        assert torch.equal(total, told)
+
+
+def test_a_gaussian_errs_as_theory_says() -> None:
     values = _keys((2000, 128), 1, 0)
     codes, peak, scale_codes = quantize_gaussian(values)
-    borders = [-math.inf, *nested[0], math.inf]
-
-    def error_at(scale: float) -> float:
-        """Return the mean squared error of a unit Gaussian whose cells are stretched."""
-        error = 1.0
-        for low, high, level in zip(borders, borders[1:], nested[1], strict=False):
-            a, b, read = scale * low, scale * high, scale * level
-            error += read**2 * _mass(a, b) - 2 * read * (_density(a) - _density(b))
-        return error
-
-    # Unstretched, the levels are centroids: the error is what the levels lack of the variance.
-    cells = zip(borders, borders[1:], nested[1], strict=False)
-    best = 1 - sum(_mass(a, b) * level**2 for a, b, level in cells)
-    assert error_at(1) == pytest.approx(best, rel=1e-6)
     # Scales are rounded in their logarithm, evenly by up to 1/32 of an octave to either side.
-    expected = sum(error_at(2 ** (i / 50 / 32)) for i in range(-50, 51)) / 101
-    assert best < expected < best * 1.01  # hardly more: the cells move along
-    read = dequantize_gaussian(codes, decode_scales(peak, scale_codes))
+    borders, levels = _mirrored(THRESHOLDS, LEVELS)
+    stretched = [_error(borders, levels, 2 ** (i / 50 / 32)) for i in range(-50, 51)]
+    expected = sum(stretched) / 101
+    assert expected < _error(borders, levels) * 1.01  # hardly more: the cells move along
+    read = _read(codes, decode_scales(peak, scale_codes))
     error = (read - values).square().mean() / values.square().mean()
     assert error.item() == pytest.approx(expected, rel=0.05)
 
@@ -295,7 +341,7 @@ def test_scales_within_16_octaves_of_the_peak_err_by_half_a_step(largest: float)
     codes, peak, scale_codes = quantize_gaussian(_tokens(scales))
     _assert_nearest(decode_scales(peak, scale_codes), scales)
     assert (scale_codes.int().diff() >= 0).all()
-    assert (codes.int() - 7.5).abs().min() > 2  # of 1.0, the level is never near zero
+    assert ((codes & 7) >= 3).all()  # of 1.0, the level is never near zero
 
 
 def test_the_scale_codes_are_sixteenths_of_an_octave() -> None:
@@ -341,7 +387,7 @@ def test_tokens_far_below_the_peak_take_the_smallest_scale(far: float) -> None:
     scale = decode_scales(peak, scale_codes)
     least = peak.float() * 2 ** (-255 / 16)
     assert torch.allclose(scale[:, 5:9], least[:, None], rtol=1e-6, atol=0)
-    error = (dequantize_gaussian(codes, scale) - quiet)[:, 5:9].abs()
+    error = (_read(codes, scale) - quiet)[:, 5:9].abs()
     # No more than the widest cell that holds such values.
     assert (error <= 1.4 * least[:, None, None]).all()
     # The others read as if these were not there, unless the peak was among them.
@@ -373,7 +419,7 @@ def test_zeros_and_tiny_values_keep_a_scale_above_zero() -> None:
         assert peak == 2.0**-24
         assert (scale_codes == 0).all()
         assert (scale == 2.0**-24).all()
-        assert (dequantize_gaussian(codes, scale) - values).abs().max() <= 3 * 2.0**-24
+        assert (_read(codes, scale) - values).abs().max() <= 3 * 2.0**-24
 
 
 def test_a_block_of_zeros_beside_others_is_nearly_zero() -> None:
@@ -381,7 +427,7 @@ def test_a_block_of_zeros_beside_others_is_nearly_zero() -> None:
     values[0] = 0
     codes, peak, scale_codes = quantize_gaussian(values)
     assert peak[0] == 2.0**-24
-    read = dequantize_gaussian(codes, decode_scales(peak, scale_codes))
+    read = _read(codes, decode_scales(peak, scale_codes))
     assert read[0].abs().max() <= 2.0**-24
     assert read[1].square().mean().sqrt() == pytest.approx(100, rel=0.05)
 

@@ -30,7 +30,7 @@ def random_blocks(
     channel = torch.linspace(-2, 2, dim)
     keys = torch.randn(shape, generator=generator) * channel.exp2() + 4 * channel
     values = torch.randn(shape, generator=generator) * 0.7
-    saliency = torch.rand((num_layers, num_blocks, BLOCK_TOKENS), generator=generator)
+    saliency = torch.rand(shape[:4], generator=generator)
     return KVBlocks(keys.to(dtype), values.to(dtype), saliency, first_position)
 
 

@@ -77,7 +77,7 @@ def test_random_bits_and_constants_come_back(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(5)
     noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).view(dtype)
     for values in (noise, torch.zeros_like(noise), torch.full_like(noise, -0.0)):
-        blocks = KVBlocks(noise, values, torch.zeros(2, 1, BLOCK_TOKENS), 0)
+        blocks = KVBlocks(noise, values, torch.zeros(2, 1, 1, BLOCK_TOKENS), 0)
         _assert_same(blocks, round_trip(CODEC, blocks))
 
 
@@ -97,7 +97,7 @@ def test_the_same_blocks_give_the_same_bytes_alone_and_together() -> None:
         one = KVBlocks(
             blocks.keys[:, :, n : n + 1],
             blocks.values[:, :, n : n + 1],
-            blocks.saliency[:, n : n + 1],
+            blocks.saliency[:, :, n : n + 1],
             64 * n,
         )
         assert CODEC.encode(one) == [together[n]]
@@ -126,7 +126,7 @@ def test_every_segment_begins_with_the_saliency_of_its_tokens() -> None:
     for n, strata in enumerate(CODEC.encode(blocks)):
         for layer, segment in strata[EXACT].items():
             tags = torch.frombuffer(bytearray(segment[:BLOCK_TOKENS]), dtype=torch.uint8)
-            ratio = decode_tags(tags) / blocks.saliency[layer, n]
+            ratio = decode_tags(tags) / blocks.saliency[layer, :, n].mean(0)
             assert (ratio.log2().abs() <= 1 / 16 + 1e-4).all()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvstrata.kernels import hadamard
-from kvstrata.kernels.quantize import GAUSSIAN_LEVELS, GAUSSIAN_THRESHOLDS
+from kvstrata.kernels.quantize import LEVELS, LEVELS_PER_SIGMA, THRESHOLDS
 from kvstrata.methods import BlockShape, FallbackCodec, KVBlocks
 from kvstrata.methods.saliency_tag import decode_tags
 from kvstrata.protos import BLOCK_TOKENS, Frame, encode_frame
@@ -52,13 +52,12 @@ def _nested_error() -> float:
     error, width = 0.0, 1e-2
     stretches = [2 ** (i / 8 / 32) for i in range(-8, 9)]
     for stretch in stretches:
-        thresholds = [stretch * threshold for threshold in GAUSSIAN_THRESHOLDS]
-        levels = [stretch * level for level in GAUSSIAN_LEVELS]
-        borders = [-8.0, *thresholds, 8.0]
+        levels = [stretch * level / LEVELS_PER_SIGMA for level in LEVELS]
+        borders = [0.0, *(stretch * border / LEVELS_PER_SIGMA for border in THRESHOLDS), 8.0]
         for low, level, high in zip(borders, levels, borders[1:], strict=False):
             steps = max(1, round((high - low) / width))
             inside = [low + (high - low) * (i + 0.5) / steps for i in range(steps)]
-            error += sum((x - level) ** 2 * density(x) for x in inside) * (high - low) / steps
+            error += 2 * sum((x - level) ** 2 * density(x) for x in inside) * (high - low) / steps
     return error / len(stretches)
 
 
@@ -164,7 +163,7 @@ def test_sinks_do_not_widen_the_range_of_the_other_keys() -> None:
 
 def _fixed_bytes(heads: int, dim: int) -> int:
     parameters = 4 * heads * dim + 2 * heads + 64 * heads
-    return 48 * heads + 64 + parameters + 2 * heads * 64 * dim // 4
+    return 16 * heads + 64 + parameters + 2 * heads * 64 * dim // 4
 
 
 def _mid_bytes(heads: int, dim: int) -> int:
@@ -185,19 +184,13 @@ def test_only_the_first_block_of_a_sequence_has_escapes(sinks: int, first_positi
 
 
 @pytest.mark.parametrize("sinks", [0, 4, 64])
-def test_every_token_is_in_exactly_one_class(sinks: int) -> None:
+def test_the_masks_tell_the_sinks_of_every_head(sinks: int) -> None:
     heads = 3
     blocks = random_blocks(2, heads, 32, 2)
     for n, one in enumerate(_segments(FallbackCodec(sinks), blocks)):
         for segment in one[BASE].values():
-            masks = struct.unpack_from(f"<{6 * heads}Q", segment)
-            dropped, mid, escape = (masks[c * 2 * heads : (c + 1) * 2 * heads] for c in range(3))
-            everything = (1 << 64) - 1
-            for d, m, e in zip(dropped, mid, escape, strict=True):
-                assert d == 0
-                assert m & e == 0
-                assert m | e == everything
-                assert e == ((1 << sinks) - 1 if n == 0 else 0)
+            masks = struct.unpack_from(f"<{2 * heads}Q", segment)
+            assert set(masks) == {(1 << sinks) - 1 if n == 0 else 0}
 
 
 def test_a_base_segment_can_be_read_by_its_description() -> None:
@@ -205,7 +198,7 @@ def test_a_base_segment_can_be_read_by_its_description() -> None:
     blocks = random_blocks(1, heads, dim, 1, seed=3)
     segments = _segments(FallbackCodec(4), blocks)[0]
     base, mid = segments[BASE][0], segments[MID][0]
-    cursor = 48 * heads + 64
+    cursor = 16 * heads + 64
     minimum = struct.unpack_from(f"<{heads * dim}e", base, cursor)
     cursor += 2 * heads * dim
     step = struct.unpack_from(f"<{heads * dim}e", base, cursor)
@@ -215,26 +208,28 @@ def test_a_base_segment_can_be_read_by_its_description() -> None:
     scale_codes = struct.unpack_from(f"<{heads * 64}B", base, cursor)
     cursor += heads * 64
 
-    def code(planes: bytes, at: int, head: int, token: int, channel: int, bits: int = 2) -> int:
-        row = dim * bits // 8
-        slot, byte = divmod(channel, row)
-        return planes[at + (head * 64 + token) * row + byte] >> (bits * slot) & (2**bits - 1)
+    def code(planes: bytes, at: int, head: int, element: int, bits: int = 2) -> int:
+        row = 64 * dim * bits // 8
+        slot, byte = divmod(element, row)
+        return planes[at + head * row + byte] >> (bits * slot) & (2**bits - 1)
 
     half = heads * 64 * dim // 4
     assert len(mid) == half + half // 2 + half
     keys, values = round_trip(FallbackCodec(4), blocks)
     turned = values @ hadamard(dim)
     for head, token, channel in [(0, 4, 0), (0, 63, 15), (1, 17, 7), (1, 40, 8)]:
-        high = code(base, cursor, head, token, channel)
-        low = code(mid, 0, head, token, channel)
-        last = code(mid, half, head, token, channel, bits=1)
+        element = token * dim + channel
+        high, low = code(base, cursor, head, element), code(mid, 0, head, element)
+        last = code(mid, half, head, element, bits=1)
         at = head * dim + channel
         expected = minimum[at] + step[at] * (8 * high + 2 * low + last)
         assert keys[0, head, 0, token, channel].item() == pytest.approx(expected, rel=1e-5)
-        high = code(base, cursor + half, head, token, channel)
-        low = code(mid, half + half // 2, head, token, channel)
+        element = (token // 16 * dim + channel) * 16 + token % 16
+        high = code(base, cursor + half, head, element)
+        low = code(mid, half + half // 2, head, element)
         scale = peak[head] * 2 ** (-scale_codes[head * 64 + token] / 16)
-        expected = GAUSSIAN_LEVELS[4 * high + low] * scale
+        size = LEVELS[4 * (high & 1) + low] / LEVELS_PER_SIGMA * scale
+        expected = -size if high & 2 else size
         assert turned[0, head, 0, token, channel].item() == pytest.approx(expected, rel=1e-4)
     # The tail: bf16 scales of keys then values, then their codes; heads, then tokens ascending.
     cursor += 2 * half
@@ -258,7 +253,7 @@ def test_axes_of_one_are_written_and_read_like_others(layers: int, heads: int, c
     some = KVBlocks(
         blocks.keys[:layers, :heads, :count],
         blocks.values[:layers, :heads, :count],
-        blocks.saliency[:layers, :count],
+        blocks.saliency[:layers, :heads, :count],
         0,
     )
     for strata, expected in ((None, whole), ([BASE], whole_base)):
@@ -301,11 +296,11 @@ def test_values_whose_peak_exceeds_fp16_are_refused() -> None:
 
 def test_saliency_is_stored_with_base() -> None:
     blocks = random_blocks(2, 3, 32, 2)
-    blocks.saliency[0, 0, :4] = torch.tensor([0.0, float("nan"), 1.0, 1e-9])
+    blocks.saliency[0, :, 0, :4] = torch.tensor([0.0, float("nan"), 1.0, 1e-9])
     for n, one in enumerate(_segments(FallbackCodec(), blocks)):
         for layer, segment in one[BASE].items():
-            tags = torch.tensor(list(segment[48 * 3 : 48 * 3 + 64]), dtype=torch.uint8)
-            read, put = decode_tags(tags), blocks.saliency[layer, n]
+            tags = torch.tensor(list(segment[16 * 3 : 16 * 3 + 64]), dtype=torch.uint8)
+            read, put = decode_tags(tags), blocks.saliency[layer, :, n].mean(0)
             known = put > 0
             assert ((read[known] / put[known]).log2().abs() <= 1 / 8).all()
             assert (read[~known] == 0).all()
@@ -336,7 +331,7 @@ def test_the_same_blocks_give_the_same_bytes_alone_and_together() -> None:
         one = KVBlocks(
             blocks.keys[:, :, n : n + 1],
             blocks.values[:, :, n : n + 1],
-            blocks.saliency[:, n : n + 1],
+            blocks.saliency[:, :, n : n + 1],
             64 * n,
         )
         assert _segments(FallbackCodec(), one) == [together[n]]
@@ -363,7 +358,7 @@ def test_strided_input_gives_the_bytes_of_contiguous_input() -> None:
 
 def test_zero_blocks_read_as_nearly_zero() -> None:
     zeros = torch.zeros(1, 1, 1, BLOCK_TOKENS, 32)
-    blocks = KVBlocks(zeros, zeros, torch.zeros(1, 1, BLOCK_TOKENS), 64)
+    blocks = KVBlocks(zeros, zeros, torch.zeros(1, 1, 1, BLOCK_TOKENS), 64)
     for read in round_trip(FallbackCodec(), blocks):
         assert read.abs().max() < 1e-5
 

@@ -73,7 +73,7 @@ def test_a_sealed_block_says_who_it_is() -> None:
         assert (header.scope, header.block_hash) == (identity.scope, identity.block_hash)
         assert header.parent_hash == identity.parent_hash == identity.scope
         assert tuple(header.token_ids) == identity.token_ids
-        assert (header.codec, header.codec_version) == ("fallback", 1)
+        assert (header.codec, header.codec_version) == ("fallback", CODEC.version)
         assert (header.kv_dtype, header.rope) == ("bfloat16", RopeForm.ROPE_FORM_PRE)
         assert (header.num_layers, header.num_kv_heads, header.head_dim) == (2, 1, 32)
         assert header.first_position == 0
@@ -89,12 +89,12 @@ def test_one_writing_has_one_encoding_id_which_is_that_of_its_bytes_and_settings
         stratum: list(frame.segments().values()) for stratum, frame in frames.items()
     }
     told = frames[BASE].header.encoding_id
-    assert told == encoding_id("fallback/1/sink_tokens=4", written)
+    assert told == encoding_id(f"fallback/{CODEC.version}/sink_tokens=4", written)
     assert _opened()[BASE].header.encoding_id == told
     assert _opened(seed=1)[BASE].header.encoding_id != told
     assert _opened(FallbackCodec(5))[BASE].header.encoding_id != told
     # Nothing but the values differs here, and only in what MID holds.
-    assert encoding_id("fallback/1/sink_tokens=3", written) != told
+    assert encoding_id(f"fallback/{CODEC.version}/sink_tokens=3", written) != told
 
 
 def test_complete_frames_are_used_as_they_are() -> None:
@@ -152,7 +152,7 @@ def test_equal_hashes_of_other_tokens_are_not_trusted(change: str) -> None:
 def test_another_codec_or_version_is_told() -> None:
     assert _reason(_opened(), codec=ExactCodec()) == "other_codec"
     assert _reason(_opened(ExactCodec()), codec=CODEC) == "other_codec"
-    frames = {s: _changed(frame, codec_version=2) for s, frame in _opened().items()}
+    frames = {s: _changed(frame, codec_version=CODEC.version + 1) for s, frame in _opened().items()}
     assert _reason(frames) == "other_codec"
 
 

@@ -3,11 +3,20 @@
 import pytest
 
 from kvstrata.methods import ExactCodec, FallbackCodec, Method
-from kvstrata.methods.presets import DEFAULT_PRESET, PRESETS, from_preset, from_settings
+from kvstrata.methods.calibrated import CalibratedCodec
+from kvstrata.methods.presets import (
+    DEFAULT_PRESET,
+    PRESET_BITS,
+    PRESETS,
+    from_preset,
+    from_settings,
+)
+from kvstrata.methods.profile import Profile
 from kvstrata.protos.errors import LimitError, UnknownPresetError
 from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.identity import CacheScope
 from kvstrata.protos.inference_pb2 import MethodSettings
+from tests.methods.profiles import make_profile
 
 BASE, MID, FINE, EXACT = (
     Stratum.STRATUM_BASE,
@@ -15,31 +24,74 @@ BASE, MID, FINE, EXACT = (
     Stratum.STRATUM_FINE,
     Stratum.STRATUM_EXACT,
 )
+NAN = float("nan")
 
 
-def test_presets_are_these() -> None:
-    assert isinstance(from_preset("exact").codec, ExactCodec)
-    assert from_preset("balanced").codec == FallbackCodec(4)
-    assert from_preset("") is from_preset(DEFAULT_PRESET)
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return make_profile()
+
+
+def _calibrated(settings: MethodSettings, profile: Profile) -> CalibratedCodec:
+    codec = from_settings(settings, profile).codec
+    assert isinstance(codec, CalibratedCodec)
+    assert codec.profile is profile
+    return codec
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_without_a_profile_every_lossy_preset_is_the_fallback_codec(name: str) -> None:
+    codec = from_preset(name).codec
+    if name == "exact":
+        assert isinstance(codec, ExactCodec)
+    else:
+        assert codec == FallbackCodec(4)
+    assert from_preset(name).reads_all
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_with_a_profile_every_lossy_preset_is_calibrated(name: str, profile: Profile) -> None:
+    codec = from_preset(name, profile).codec
+    if name == "exact":
+        assert isinstance(codec, ExactCodec)
+        return
+    assert isinstance(codec, CalibratedCodec)
+    assert (codec.profile, codec.form) == (profile, "pre")
+    assert codec.threshold == profile.threshold_for_bits(PRESET_BITS[name])
+    again = from_preset(name, profile).codec
+    assert again.settings() == codec.settings()
+
+
+def test_presets_are_these_and_finer_ones_have_smaller_thresholds(profile: Profile) -> None:
+    assert set(PRESETS) == {"exact", *PRESET_BITS}
+    assert sorted(PRESETS) == list(PRESETS)
     assert DEFAULT_PRESET in PRESETS
-    assert all(method.reads_all for method in PRESETS.values())
+    order = ("near-lossless", "balanced", "small")
+    thresholds = [profile.threshold_for_bits(PRESET_BITS[name]) for name in order]
+    assert thresholds == sorted(set(thresholds))
+
+
+def test_the_empty_name_is_the_default(profile: Profile) -> None:
+    assert from_preset("") == from_preset(DEFAULT_PRESET)
+    default = from_preset(DEFAULT_PRESET, profile)
+    assert _scope(from_preset("", profile)) == _scope(default)
 
 
 @pytest.mark.parametrize("name", ["Exact", "fallback", " exact", "x" * 10_000, "\N{SNOWMAN}"])
 def test_an_unknown_preset_is_told_with_the_known_ones(name: str) -> None:
     with pytest.raises(UnknownPresetError) as refusal:
         from_preset(name)
-    assert refusal.value.remedy == "use one of balanced, exact"
+    assert refusal.value.remedy == "use one of balanced, exact, near-lossless, small"
     assert len(refusal.value.message) < 120
-    assert refusal.value.__suppress_context__
+    assert refusal.value.__suppress_context__ or refusal.value.__context__ is None
 
 
 @pytest.mark.parametrize("name", ["", "balanced", "x" * 10_000])
 def test_an_unknown_codec_is_told_with_the_known_ones(name: str) -> None:
     with pytest.raises(UnknownPresetError, match="unknown codec") as refusal:
         from_settings(MethodSettings(codec=name))
-    assert "'exact'" in refusal.value.remedy
-    assert "'fallback'" in refusal.value.remedy
+    for codec in ("calibrated", "exact", "fallback"):
+        assert repr(codec) in refusal.value.remedy
     assert len(refusal.value.message) < 120
 
 
@@ -49,11 +101,13 @@ def test_sink_tokens_are_taken_as_given_also_zero(sinks: int) -> None:
     assert from_settings(settings).codec == FallbackCodec(sinks)
 
 
-def test_unset_fields_take_the_codecs_defaults() -> None:
+def test_unset_fields_take_the_codecs_defaults(profile: Profile) -> None:
     method = from_settings(MethodSettings(codec="fallback"))
     assert method == from_preset("balanced")
     assert method.finest is None
     assert isinstance(from_settings(MethodSettings(codec="exact")).codec, ExactCodec)
+    given = from_settings(MethodSettings(codec="calibrated"), profile)
+    assert _scope(given) == _scope(from_preset(DEFAULT_PRESET, profile))
 
 
 @pytest.mark.parametrize("sinks", [65, 2**32 - 1])
@@ -62,19 +116,92 @@ def test_too_many_sinks_are_refused_with_the_range(sinks: int) -> None:
         from_settings(MethodSettings(codec="fallback", sink_tokens=sinks))
 
 
-@pytest.mark.parametrize("sinks", [0, 4])
-def test_the_exact_codec_has_no_sinks(sinks: int) -> None:
-    with pytest.raises(LimitError, match="no sink_tokens"):
-        from_settings(MethodSettings(codec="exact", sink_tokens=sinks))
+@pytest.mark.parametrize("codec", ["exact", "fallback", "calibrated"])
+@pytest.mark.parametrize(
+    ("field", "value", "taker"),
+    [
+        ("sink_tokens", 0, "fallback"),
+        ("sink_tokens", 4, "fallback"),
+        ("bits", 0.0, "calibrated"),
+        ("bits", 2.0, "calibrated"),
+        ("max_kl", 0.0, "calibrated"),
+        ("key_form", "frame", "calibrated"),
+    ],
+)
+def test_a_field_of_another_codec_is_refused(
+    codec: str, field: str, value: object, taker: str, profile: Profile
+) -> None:
+    if codec == taker:
+        return
+    settings = MethodSettings(codec=codec, **{field: value})  # type: ignore[arg-type]
+    with pytest.raises(LimitError, match=f"no {field}") as refusal:
+        from_settings(settings, profile)
+    assert repr(taker) in refusal.value.remedy
+
+
+def test_calibrated_settings_without_a_profile_say_what_to_do() -> None:
+    with pytest.raises(UnknownPresetError, match="no profile") as refusal:
+        from_settings(MethodSettings(codec="calibrated"))
+    assert "kvstrata calibrate" in refusal.value.remedy
+
+
+def test_bits_divergence_and_form_are_taken_as_given(profile: Profile) -> None:
+    bits = _calibrated(MethodSettings(codec="calibrated", bits=3.0), profile)
+    assert bits.threshold == profile.threshold_for_bits(3.0)
+    divergence = _calibrated(MethodSettings(codec="calibrated", max_kl=0.01), profile)
+    assert divergence.threshold == profile.threshold_for_kl(0.01)
+    frame = _calibrated(MethodSettings(codec="calibrated", key_form="frame"), profile)
+    assert frame.form == "frame"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": 0.4}, "0.5 to 8"),
+        ({"bits": 8.1}, "0.5 to 8"),
+        ({"bits": NAN}, "0.5 to 8"),
+        ({"max_kl": 0.0}, "max_kl"),
+        ({"max_kl": -1.0}, "max_kl"),
+        ({"max_kl": NAN}, "max_kl"),
+        ({"max_kl": float("inf")}, "max_kl"),
+        ({"bits": 2.0, "max_kl": 0.1}, "both"),
+        ({"key_form": "post"}, "no form 'post'"),
+        ({"key_form": "x" * 10_000}, "no form"),
+    ],
+)
+def test_calibrated_values_out_of_range_are_refused(
+    fields: dict[str, float], message: str, profile: Profile
+) -> None:
+    settings = MethodSettings(codec="calibrated", **fields)  # type: ignore[arg-type]
+    with pytest.raises(LimitError, match=message) as refusal:
+        from_settings(settings, profile)
+    assert refusal.value.remedy
+    assert len(refusal.value.message) <= 200
+
+
+def test_a_form_that_the_profile_lacks_is_refused() -> None:
+    settings = MethodSettings(codec="calibrated", key_form="frame")
+    with pytest.raises(LimitError, match="use one of pre"):
+        from_settings(settings, make_profile(forms=("pre",)))
 
 
 @pytest.mark.parametrize(
     ("codec", "stratum"),
-    [("fallback", FINE), ("fallback", EXACT), ("exact", BASE), ("exact", MID), ("fallback", 77)],
+    [
+        ("fallback", FINE),
+        ("fallback", EXACT),
+        ("exact", BASE),
+        ("exact", MID),
+        ("calibrated", FINE),
+        ("calibrated", EXACT),
+        ("fallback", 77),
+    ],
 )
-def test_a_stratum_that_the_codec_does_not_have_is_refused(codec: str, stratum: Stratum) -> None:
+def test_a_stratum_that_the_codec_does_not_have_is_refused(
+    codec: str, stratum: Stratum, profile: Profile
+) -> None:
     with pytest.raises(LimitError, match="has no stratum"):
-        from_settings(MethodSettings(codec=codec, read_stratum=stratum))
+        from_settings(MethodSettings(codec=codec, read_stratum=stratum), profile)
 
 
 @pytest.mark.parametrize(
@@ -83,24 +210,30 @@ def test_a_stratum_that_the_codec_does_not_have_is_refused(codec: str, stratum: 
         ("fallback", None, (BASE, MID)),
         ("fallback", MID, (BASE, MID)),
         ("fallback", BASE, (BASE,)),
+        ("calibrated", None, (BASE, MID)),
+        ("calibrated", BASE, (BASE,)),
         ("exact", None, (EXACT,)),
         ("exact", EXACT, (EXACT,)),
     ],
 )
 def test_the_strata_to_fetch_end_at_the_finest(
-    codec: str, finest: Stratum | None, wanted: tuple[Stratum, ...]
+    codec: str, finest: Stratum | None, wanted: tuple[Stratum, ...], profile: Profile
 ) -> None:
     settings = MethodSettings(codec=codec)
     if finest is not None:
         settings.read_stratum = finest
-    method = from_settings(settings)
+    method = from_settings(settings, profile)
     assert method.wanted == wanted
     assert method.reads_all == (wanted == method.codec.strata)
 
 
-def _digest(method: Method, **others: str | bytes) -> bytes:
+def _scope(method: Method, **others: str | bytes) -> CacheScope:
     arguments: dict[str, str | bytes] = {"model": b"m" * 16, "kv_dtype": "bfloat16", **others}
-    return method.scope(**arguments).digest()  # type: ignore[arg-type]
+    return method.scope(**arguments)  # type: ignore[arg-type]
+
+
+def _digest(method: Method, **others: str | bytes) -> bytes:
+    return _scope(method, **others).digest()
 
 
 def test_a_scope_names_everything_that_changes_the_stored_bytes() -> None:
@@ -108,12 +241,23 @@ def test_a_scope_names_everything_that_changes_the_stored_bytes() -> None:
         model=b"m" * 16, kv_dtype="float16", salt=b"tenant", adapter="tuned"
     )
     assert scope == CacheScope(
-        b"m" * 16, "float16", "fallback/1", "sink_tokens=7", "tuned", b"tenant"
+        b"m" * 16,
+        "float16",
+        f"fallback/{FallbackCodec.version}",
+        "sink_tokens=7",
+        "tuned",
+        b"tenant",
     )
 
 
-def test_methods_with_other_bytes_have_other_scopes() -> None:
+def test_methods_with_other_bytes_have_other_scopes(profile: Profile) -> None:
     methods = [Method(FallbackCodec(n)) for n in (0, 4, 5)] + [Method(ExactCodec())]
+    methods += [
+        Method(CalibratedCodec(profile, 0.1)),
+        Method(CalibratedCodec(profile, 0.1001)),
+        Method(CalibratedCodec(profile, 0.1, "frame")),
+        Method(CalibratedCodec(make_profile(seed=1), 0.1)),
+    ]
     digests = {_digest(method) for method in methods}
     digests |= {
         _digest(methods[0], model=b"n" * 16),
@@ -121,7 +265,7 @@ def test_methods_with_other_bytes_have_other_scopes() -> None:
         _digest(methods[0], salt=b"tenant"),
         _digest(methods[0], adapter="tuned"),
     }
-    assert len(digests) == 8
+    assert len(digests) == 12
 
 
 def test_how_finely_a_block_is_read_does_not_change_its_name() -> None:

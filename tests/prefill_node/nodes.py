@@ -16,14 +16,14 @@ from kvstrata.decode_node import DecodeNode
 from kvstrata.engine import Model, SamplingParams
 from kvstrata.engine.sequence import RunningSequence
 from kvstrata.kvstore_service.client import StoreClient
-from kvstrata.methods.presets import PRESETS, Method
+from kvstrata.methods.presets import Method, from_preset
 from kvstrata.prefill_node import PrefillNode, Task, WorkerConfig
 from kvstrata.protos.identity import BLOCK_TOKENS, BlockHash, ScopeDigest, block_hashes
 from kvstrata.protos.inference_pb2 import CacheReport, FinishReason, GenerateReply
 from tests.engine.conftest import build_tokenizer
 from tests.engine.families import build_reference
 
-BALANCED, EXACT = PRESETS["balanced"], PRESETS["exact"]
+BALANCED, EXACT = from_preset("balanced"), from_preset("exact")
 MAX_POSITIONS = 512
 VOCAB_SIZE = 259
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

@@ -130,7 +130,7 @@ async def test_values_beyond_the_codec_are_told(
     def refuse(*_: object) -> None:
         raise ValueError("values are not finite")
 
-    monkeypatch.setattr("kvstrata.methods.fallback.quantize_gaussian", refuse)
+    monkeypatch.setattr("kvstrata.methods.fallback.encode_blocks", refuse)
     async with LocalStore() as store, running(config, store.address) as nodes:
         report = await prefilled(nodes.prefill, task_of(prompt_of(200)))
         assert reasons_of(report) == {"unencodable": 192}

@@ -13,7 +13,8 @@ from google.protobuf.json_format import MessageToDict
 
 from kvstrata.kernels import hadamard
 from kvstrata.kernels.quantize import (
-    GAUSSIAN_THRESHOLDS,
+    LEVELS_PER_SIGMA,
+    THRESHOLDS,
     decode_scales,
     quantize_channels,
     quantize_gaussian,
@@ -50,7 +51,7 @@ def _block(stratum: Stratum) -> KVBlocks:
         keys, values = (_noise() % 31 - 15).bfloat16()
         keys = keys * torch.tensor([1, 2, 4, 8] * (DIM // 4)).bfloat16() + 16
     ages = torch.arange(LAYERS * BLOCK_TOKENS).view(LAYERS, 1, BLOCK_TOKENS) % 33
-    return KVBlocks(keys, values, torch.exp2(-ages.float()), 0)
+    return KVBlocks(keys, values, torch.exp2(-ages.float())[:, None].expand(-1, HEADS, -1, -1), 0)
 
 
 def _encode(stratum: Stratum) -> bytes:
@@ -140,8 +141,8 @@ def test_no_rounding_of_the_golden_block_is_close() -> None:
     octaves = (peak.double()[..., None] / values.square().mean(-1).sqrt()).log2()
     assert ((16 * octaves).remainder(1) - 0.5).abs().min() > 1e-4
     unit = values / decode_scales(peak, scale_codes).double()[..., None]
-    borders = torch.tensor(GAUSSIAN_THRESHOLDS, dtype=torch.float64)
-    distance = (unit[..., None] - borders).abs()
+    borders = torch.tensor(THRESHOLDS, dtype=torch.float64) / LEVELS_PER_SIGMA
+    distance = (unit.abs()[..., None] - borders).abs()
     assert distance[distance > 0].min() > 1e-5  # zero is exact: sums of integers
     sinks = torch.cat(
         [block.keys[..., :4, :].double() @ hadamard(DIM).double(), values[..., :4, :]]

@@ -1,0 +1,246 @@
+"""Claim: at the same size no other codec keeps the model's predictions and facts as well as ours.
+
+A prompt is run once, uncompressed. Each scheme stores its KV and reads it back; on what it reads
+the text's continuation is teacher-forced, and facts planted in the prompt are asked for. Sizes of
+ours are the bytes of the stored frames, headers and all; of peers, codes and parameters. KL and
+log P are against the uncompressed cache, in nats. Peers are eager torch with one byte a code, so
+only `quanto` and `hqq` have meaningful times among them; `make bench-kernels` is about speed.
+The model is float32 on a CPU, so `exact` stores 32-bit numbers and has a ratio below 1.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out, for the rooms' sake
+
+import records
+from codec_caches import cache_peers
+from codec_measures import ALL, Sample, beaten_by, measure, refer, rows
+from codec_peers import paper_peers
+from codec_plot import draw
+from codec_schemes import PeerScheme, Prefilled, Scheme, choose, our_schemes
+from codec_texts import Context, Text, TextTooShortError, read_files, read_texts
+
+from kvstrata.engine.model import Model
+from kvstrata.methods.profile import Profile
+from kvstrata.protos.identity import BLOCK_TOKENS
+
+CONTEXT, CONTINUATION, SEGMENTS = 1536, 256, 2
+# Longer contexts, as far as the time allows; with those of 1536 tokens they hold 200 facts.
+LONG = {
+    4096: ("technical", "source", "genesis", "alice", "play", "faq"),
+    7872: ("technical", "source", "genesis"),
+}
+QUICK_TEXTS = ("technical", "source")
+QUICK_PEERS = ("fp8", "kivi-4", "kivi-2", "turboquant-like-3")
+PACKAGES = ("transformers", "optimum-quanto", "hqq", "numba")
+COLUMNS = {
+    "scheme": "scheme",
+    "text": "text",
+    "context": "context",
+    "bits": "bits",
+    "ratio": "ratio",
+    "kl": "KL",
+    "kl_se": "+-",
+    "perplexity": "perplexity",
+    "top1": "top-1",
+    "recall": "recall",
+    "facts_right": "right",
+    "facts": "facts",
+    "encode_s": "encode s",
+    "decode_s": "decode s",
+}
+DIGITS = {"kl": 5, "kl_se": 5, "recall": 3, "top1": 3}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="folder, GGUF file or hub id (default: SmolLM2-135M)")
+    parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE")
+    parser.add_argument("--context", type=int, action="append", default=[], metavar="TOKENS")
+    parser.add_argument("--continuation", type=int, default=CONTINUATION, metavar="TOKENS")
+    parser.add_argument("--segments", type=int, help=f"contexts per text (default {SEGMENTS})")
+    parser.add_argument("--schemes", default="", metavar="A,B", help="default: all")
+    parser.add_argument("--texts", default="", metavar="A,B", help="names of default texts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="two texts, few peers")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per row")
+    parser.add_argument("--no-save", action="store_true", help="leave results/ as it is")
+    options = parser.parse_args()
+    if any(n % BLOCK_TOKENS or n < BLOCK_TOKENS for n in options.context):
+        parser.error(f"--context must be a positive multiple of {BLOCK_TOKENS}")
+    if options.continuation < 2 or (options.segments or 1) < 1:
+        parser.error("--continuation must be at least 2, --segments at least 1")
+    return options
+
+
+def plan(
+    model: Model, texts: Sequence[Text], options: argparse.Namespace
+) -> tuple[list[Context], list[str]]:
+    """Return the contexts to measure, and a sentence for each that its text is too short for."""
+    segments = options.segments or (1 if options.quick else SEGMENTS)
+    wanted = [
+        (text, length, segment)
+        for length in options.context or [CONTEXT]
+        for text in texts
+        for segment in range(segments)
+    ]
+    if not (options.context or options.quick or options.text):
+        wanted += [(t, n, 0) for n, names in LONG.items() for t in texts if t.name in names]
+    contexts, short = [], []
+    for number, (text, length, segment) in enumerate(wanted):
+        try:
+            if length + options.continuation + 1 > model.spec.max_positions:
+                raise TextTooShortError(
+                    f"{length} + {options.continuation} tokens exceed the model's "
+                    f"{model.spec.max_positions} positions"
+                )
+            seed = 1000 * options.seed + number
+            contexts.append(
+                text.context(
+                    model.tokenizer, length, options.continuation, segment=segment, seed=seed
+                )
+            )
+        except TextTooShortError as error:
+            short.append(str(error))
+    return contexts, short
+
+
+def schemes_here(
+    options: argparse.Namespace, profile: Profile | None
+) -> tuple[list[Scheme], dict[str, str]]:
+    """Return what to measure, and why each of the others cannot be."""
+    peers = paper_peers(options.seed)
+    caches, missing = cache_peers()
+    peers |= caches
+    every: list[Scheme] = [*our_schemes(profile), *(PeerScheme(*item) for item in peers.items())]
+    names = [name for name in options.schemes.split(",") if name]
+    if options.quick and not names:
+        every = [s for s in every if not s.peer or s.name in QUICK_PEERS]
+        missing = {}
+    return choose(every, names), {} if names else missing
+
+
+def run(
+    model: Model, contexts: Sequence[Context], schemes: Sequence[Scheme], seed: int, *, quiet: bool
+) -> Iterator[list[Sample]]:
+    """Yield the samples of one context after the other."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=quiet,
+    )
+    with progress:
+        # Work is counted in tokens: a long context takes longer in every step.
+        bar = progress.add_task("", total=sum(len(c.prompt) for c in contexts) * (len(schemes) + 3))
+        for context in contexts:
+            place = f"{context.text} {len(context.prompt)}"
+            progress.update(bar, description=f"{place} prefill")
+            prompt = Prefilled.of(model, context.prompt, seed)
+            reference = refer(prompt, context)
+            progress.advance(bar, 3 * len(context.prompt))
+            samples = []
+            for scheme in schemes:
+                progress.update(bar, description=f"{place} {scheme.name}")
+                samples.append(measure(scheme, prompt, context, reference))
+                progress.advance(bar, len(context.prompt))
+            yield samples
+
+
+def show(found: Sequence[dict[str, Any]], title: str) -> None:
+    table = Table(title=title)
+    for key, name in COLUMNS.items():
+        table.add_column(name, justify="left" if key in ("scheme", "text") else "right")
+    for row in sorted(found, key=lambda r: (r["context"], r["text"], r["bits"])):
+        style = None if row["peer"] else "bold"
+        table.add_row(*(_cell(key, row) for key in COLUMNS), style=style)
+    Console(width=150).print(table)
+
+
+def _cell(key: str, row: dict[str, Any]) -> str:
+    value = row[key]
+    if value is None:
+        return "-"
+    if key == "facts_right":
+        return f"{value}/{row['facts_right_reference']}"
+    if key == "context" and not value:
+        return ALL
+    if isinstance(value, float):
+        return f"{value:.{DIGITS.get(key, 2)}f}"
+    return str(value)
+
+
+def report(found: list[dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        for row in found:
+            print(json.dumps(row))
+        return
+    show([row for row in found if row["text"] != ALL], "each text")
+    show([row for row in found if row["text"] == ALL], "all texts of a length, and all lengths")
+    for sentence in beaten_by([row for row in found if row["text"] == ALL]):
+        print(sentence)
+
+
+def main() -> int:
+    options = parse()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    note = Console(stderr=True)
+    model = Model.load(options.model)
+    texts = read_files(options.text) if options.text else read_texts(model.tokenizer)
+    names = [n for n in options.texts.split(",") if n] or (QUICK_TEXTS if options.quick else ())
+    if names and not options.text:
+        texts = [text for text in texts if text.name in names]
+    try:
+        schemes, missing = schemes_here(options, model.profile)
+    except ValueError as error:
+        note.print(f"error: {error}")
+        return 2
+    for name, reason in missing.items():
+        note.print(f"left out: {name}, {reason}")
+    contexts, short = plan(model, texts, options)
+    for sentence in short:
+        note.print(f"left out: {sentence}")
+    if not contexts:
+        note.print("error: nothing to measure")
+        return 2
+    samples: list[Sample] = []
+    found: list[dict[str, Any]] = []
+    for measured in run(model, contexts, schemes, options.seed, quiet=options.json):
+        samples += measured
+        found = rows(samples)
+        if not options.no_save:
+            records.save(
+                "codec",
+                found,
+                **records.machine(*PACKAGES),
+                model=model.name,
+                dtype=str(model.spec.dtype),
+                profile=model.profile.profile_id if model.profile else None,
+                seed=options.seed,
+                continuation=options.continuation,
+                contexts_done=f"{len(samples) // len(schemes)} of {len(contexts)}",
+                left_out=[*missing, *short],
+            )
+            draw([row for row in found if row["context"] == 0], records.FOLDER / "codec.png")
+    report(found, as_json=options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

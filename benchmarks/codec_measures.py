@@ -1,0 +1,221 @@
+"""What a stored cache costs: divergence along a continuation, and recall of planted facts.
+
+One ``Sample`` is one scheme on one context; ``rows`` sums samples up for the tables.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from codec_branches import forward_branches
+from codec_schemes import Prefilled, Scheme
+from codec_texts import Context
+
+from kvstrata.engine.cache import SequenceCache
+from kvstrata.engine.model import Model
+
+ALL = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Log P of an answer, in nats, and whether greedy decoding would give all of it."""
+
+    log_p: float
+    right: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the uncompressed cache predicts.
+
+    Attributes:
+        log_probs: float32, (n, vocab), after each token of the continuation but the last.
+        answers: In the order of the context's questions.
+    """
+
+    log_probs: torch.Tensor
+    answers: list[Answer]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One scheme on one context.
+
+    Attributes:
+        scheme: Its name.
+        peer: Whether it is not ours.
+        text: Name of the text.
+        num_prompt: Tokens compressed.
+        num_elements: Numbers in their K and V.
+        num_bits: Stored for them.
+        kl: KL(uncompressed || compressed) per token of the continuation, nats.
+        nll: -log P of each token of the continuation, nats.
+        agreed: Per token, whether the likeliest next token is the same.
+        answers: On the compressed cache.
+        reference_answers: On the uncompressed one.
+        encode_s: Seconds to encode the prompt.
+        decode_s: Seconds to read it back.
+    """
+
+    scheme: str
+    peer: bool
+    text: str
+    num_prompt: int
+    num_elements: int
+    num_bits: int
+    kl: list[float]
+    nll: list[float]
+    agreed: list[bool]
+    answers: list[Answer]
+    reference_answers: list[Answer]
+    encode_s: float
+    decode_s: float
+
+
+def refer(prompt: Prefilled, context: Context) -> Reference:
+    """Return what the uncompressed cache predicts; leaves the cache as it is."""
+    return Reference(*_predict(prompt.model, prompt.cache, context))
+
+
+def measure(scheme: Scheme, prompt: Prefilled, context: Context, reference: Reference) -> Sample:
+    """Store the prompt's KV by ``scheme`` and measure what it reads back."""
+    stored = scheme.store(prompt)
+    log_probs, answers = _predict(prompt.model, stored.cache, context)
+    wanted = torch.tensor(context.rest[1:], device=log_probs.device)
+    kl = (reference.log_probs.exp() * (reference.log_probs - log_probs)).sum(-1)
+    return Sample(
+        scheme=scheme.name,
+        peer=scheme.peer,
+        text=context.text,
+        num_prompt=len(context.prompt),
+        num_elements=prompt.num_elements,
+        num_bits=stored.num_bits,
+        kl=kl.tolist(),
+        nll=(-log_probs.gather(-1, wanted[:, None])).flatten().tolist(),
+        agreed=(log_probs.argmax(-1) == reference.log_probs.argmax(-1)).tolist(),
+        answers=answers,
+        reference_answers=reference.answers,
+        encode_s=stored.encode_s,
+        decode_s=stored.decode_s,
+    )
+
+
+def _predict(
+    model: Model, cache: SequenceCache, context: Context
+) -> tuple[torch.Tensor, list[Answer]]:
+    """Return the log-probabilities along the continuation and the answers, teacher-forced."""
+    encode = model.tokenizer.encode
+    wanted = [encode(q.answer, add_special_tokens=False) for q in context.questions]
+    asked = [
+        [*encode(question.cue, add_special_tokens=False), *answer[:-1]]
+        for question, answer in zip(context.questions, wanted, strict=True)
+    ]
+    logits = forward_branches(model, cache, [context.rest[:-1], *asked])
+    answers = [
+        _answer(rows[-len(answer) :].log_softmax(-1), answer)
+        for rows, answer in zip(logits[1:], wanted, strict=True)
+    ]
+    return logits[0].log_softmax(-1), answers
+
+
+def _answer(log_probs: torch.Tensor, answer: list[int]) -> Answer:
+    wanted = torch.tensor(answer, device=log_probs.device)
+    log_p = log_probs.gather(-1, wanted[:, None]).sum().item()
+    return Answer(log_p, bool((log_probs.argmax(-1) == wanted).all()))
+
+
+@dataclass(slots=True)
+class _Group:
+    samples: list[Sample] = field(default_factory=list)
+
+    def row(self, text: str, num_prompt: int) -> dict[str, Any]:
+        """Return the figures of all samples together; null where nothing was measured."""
+        samples = self.samples
+        kl, agreed = _join(s.kl for s in samples), _join(s.agreed for s in samples)
+        after, before = (
+            _join(s.answers for s in samples),
+            _join(s.reference_answers for s in samples),
+        )
+        changes = [a.log_p - b.log_p for a, b in zip(after, before, strict=True)]
+        bits = sum(s.num_bits for s in samples) / sum(s.num_elements for s in samples)
+        return {
+            "bench": "codec",
+            "scheme": samples[0].scheme,
+            "peer": samples[0].peer,
+            "bits": round(bits, 4),
+            "ratio": round(16 / bits, 3),
+            "kl": _mean(kl, 6),
+            "kl_se": _standard_error(kl),
+            "perplexity": round(math.exp(_mean(_join(s.nll for s in samples), 9)), 4),
+            "top1": _mean(agreed, 4),
+            "recall": _mean(changes, 4) if changes else None,
+            "recall_se": _standard_error(changes) if changes else None,
+            "encode_s": _mean([s.encode_s for s in samples], 4),
+            "decode_s": _mean([s.decode_s for s in samples], 4),
+            "text": text,
+            "context": num_prompt,
+            "facts": len(changes),
+            "facts_right": sum(a.right for a in after),
+            "facts_right_reference": sum(a.right for a in before),
+        }
+
+
+def rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Return one row per scheme, text and context, then per scheme and context, then per scheme.
+
+    The rows over all texts have the text "all", those over all contexts the context 0.
+    """
+    groups: dict[tuple[int, str, str, int], _Group] = {}
+    for sample in samples:
+        for level, text, num_prompt in (
+            (0, sample.text, sample.num_prompt),
+            (1, ALL, sample.num_prompt),
+            (2, ALL, 0),
+        ):
+            key = (level, sample.scheme, text, num_prompt)
+            groups.setdefault(key, _Group()).samples.append(sample)
+    ordered = sorted(groups.items(), key=lambda item: item[0][0])
+    return [group.row(text, num_prompt) for (_, _, text, num_prompt), group in ordered]
+
+
+def beaten_by(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a sentence for each peer, no larger than ours, with a lower KL or a better recall.
+
+    Compares rows of equal text and context.
+    """
+    sentences = []
+    for ours in found:
+        for theirs in found:
+            place = (ours["text"], ours["context"])
+            if ours["peer"] or not theirs["peer"] or place != (theirs["text"], theirs["context"]):
+                continue
+            if theirs["bits"] > ours["bits"]:
+                continue
+            for key, sign in (("kl", -1), ("recall", 1)):
+                if theirs[key] is not None and sign * (theirs[key] - ours[key]) > 0:
+                    sentences.append(
+                        f"{theirs['scheme']} beats {ours['scheme']} on {place[0]} at {place[1]}: "
+                        f"{key} {theirs[key]} at {theirs['bits']} bits against "
+                        f"{ours[key]} at {ours['bits']}"
+                    )
+    return sentences
+
+
+def _join(parts: Iterable[list[Any]]) -> list[Any]:
+    return [item for part in parts for item in part]
+
+
+def _mean(values: Sequence[float], digits: int) -> float:
+    return round(sum(values) / len(values), digits)
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of the mean, taking the values as independent."""
+    if len(values) < 2:
+        return 0.0
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return round(math.sqrt(variance / len(values)), 6)

@@ -1,0 +1,40 @@
+"""Where a benchmark's results go: one JSON file beside the plots, with machine and versions."""
+
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """Return what the figures depend on; a package that is absent gets None."""
+    versions: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "torch": torch.__version__,
+        **versions,
+    }
+
+
+def save(name: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
+    """Write ``results/<name>.json``: ``facts``, then one line per row. Returns the path."""
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / f"{name}.json"
+    head = json.dumps(facts, indent=1)[:-2] + "," if facts else "{"
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    path.write_text(f'{head}\n "rows": [\n{lines}\n ]\n}}\n')
+    return path

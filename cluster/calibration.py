@@ -1,0 +1,215 @@
+"""Making a profile: statistics of the cache on real text, transforms, and what they cost.
+
+Resumable: after each segment everything known is written beside the profile, and a later run with
+the same model, texts and seed goes on from there.
+
+Not covered: choosing texts. Use several kinds and languages, source code and dialogue as well as
+prose; what is not in them is stored worse than it could be.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kvstrata.cluster.quality import compress, kl_divergence, prefilled, teacher_forced
+from kvstrata.engine.cache_statistics import CacheStatistics, Segment
+from kvstrata.engine.model import Model
+from kvstrata.methods.bit_allocation import VALUE_WEIGHT, allocate
+from kvstrata.methods.calibrated import CalibratedCodec
+from kvstrata.methods.presets import Method
+from kvstrata.methods.profile import SUFFIX, Profile
+from kvstrata.protos.errors import InvalidRequestError
+from kvstrata.protos.identity import BLOCK_TOKENS
+
+FIRST_STORED_LAYER = 1  # K and V of layer 0 depend on token ids alone and are computed again
+RATE_WIDTHS = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 2.6, 3.4)  # base widths to measure rates at
+RECORDS_PER_SEGMENT = 10
+_CHARACTERS_PER_TOKEN = 8  # more than any text needs: what is too much is cut off
+_TEMPLATES = ("The password of {} was {}.", "{}: {}", '"{}" = {};', "Note that {} has number {}.")
+_NAMES = (
+    "Brandt", "the cellar", "bob", "ticket 7", "node-7", "Zoe", "pump 3", "the archive", "unit K4",
+    "row 12", "alpha", "Mrs. Okafor", "the red box", "x_max", "server", "Lindgren",
+)  # fmt: skip
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationPlan:
+    """How much text to look at.
+
+    Attributes:
+        num_segments: Segments in all; every fourth has records planted that its end asks for.
+        context: Tokens of a segment whose cache is studied.
+        continuation: Tokens that follow, along which gradients are taken.
+        num_samples: Continuations sampled per segment.
+        num_rate_segments: Segments on which sizes and KL are measured.
+        seed: Of everything drawn.
+    """
+
+    num_segments: int = 16
+    context: int = 1024
+    continuation: int = 256
+    num_samples: int = 1
+    num_rate_segments: int = 3
+    seed: int = 0
+
+
+def cut_segments(
+    tokenizer: object, texts: Sequence[str], plan: CalibrationPlan, count: int, *, seed: int
+) -> list[Segment]:
+    """Return ``count`` segments, taken from the texts in turn at places drawn by ``seed``.
+
+    Raises:
+        InvalidRequestError: No text is long enough for one segment.
+    """
+    draw = random.Random(f"{plan.seed}/{seed}")
+    length = plan.context + plan.continuation
+    segments: list[Segment] = []
+    usable = [text for text in texts if len(_encode(tokenizer, text, length)) >= length]
+    if not usable:
+        raise InvalidRequestError(
+            f"no text is {length} tokens long", "give longer texts, or a smaller --context"
+        )
+    for number in range(count):
+        text = usable[number % len(usable)]
+        ids: list[int] = []
+        while len(ids) < length:
+            last = max(0, len(text) - length * 2)
+            start = draw.randrange(last + 1)
+            ids = _encode(tokenizer, text[start:], length)
+            text = text if len(ids) >= length else usable[number % len(usable)] * 2
+        segment = Segment(tuple(ids[: plan.context]), tuple(ids[plan.context : length]))
+        if number % 4 == 3:
+            segment = _with_records(tokenizer, segment, draw)
+        segments.append(segment)
+    return segments
+
+
+def gather(
+    model: Model, segments: Sequence[Segment], plan: CalibrationPlan, state: Path, tell: Progress
+) -> CacheStatistics:
+    """Return the statistics of all segments; ``state`` keeps what is done so far."""
+    statistics = CacheStatistics(model, FIRST_STORED_LAYER)
+    identity = _identity(model, segments, plan)
+    _resume(statistics, state, identity)
+    for number in range(statistics.num_segments, len(segments)):
+        tell("gradients", number, len(segments))
+        generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + number)
+        statistics.add(segments[number], generator, plan.num_samples)
+        temporary = state.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            arrays = statistics.arrays()
+            np.savez(file, identity=np.array(identity), **arrays)  # type: ignore[arg-type]
+        temporary.replace(state)
+    tell("gradients", len(segments), len(segments))
+    return statistics
+
+
+def measure_rates(
+    model: Model, profile: Profile, segments: Sequence[Segment], tell: Progress
+) -> np.ndarray:
+    """Return (threshold, stored bits per element, mean KL) rows, ascending in the threshold."""
+    thresholds = [threshold_of_width(profile, width) for width in RATE_WIDTHS]
+    total = np.zeros((len(thresholds), 2))
+    spec = model.spec
+    for number, segment in enumerate(segments):
+        ids = [*segment.context, *segment.continuation[:1]]
+        plain = prefilled(model, Method(CalibratedCodec(profile, thresholds[0])), ids)
+        held = plain.num_blocks_held * BLOCK_TOKENS
+        plain.cache.truncate(held)
+        keys, values = (part.clone() for part in plain.cache.read(0, held))
+        rest = segment.continuation
+        before = teacher_forced(plain, segment.context, rest)
+        elements = held * spec.num_layers * spec.num_kv_heads * spec.head_dim * 2
+        for row, threshold in enumerate(thresholds):
+            tell("rates", number * len(thresholds) + row, len(segments) * len(thresholds))
+            plain.method = Method(CalibratedCodec(profile, threshold))
+            plain.cache.write(0, keys, values)
+            size = compress(plain)
+            after = teacher_forced(plain, segment.context, rest)
+            total[row] += 8 * size / elements, kl_divergence(before, after)
+    tell("rates", 1, 1)
+    rows = np.column_stack([thresholds, np.maximum(total / len(segments), 1e-12)])
+    return rows[np.argsort(rows[:, 0])]
+
+
+def threshold_of_width(profile: Profile, width: float) -> float:
+    """Return the threshold at which base planes have ``width`` bits per element on average."""
+    low, high = 1e-30, 1e30
+    for _ in range(120):
+        middle = (low * high) ** 0.5
+        keys = allocate(profile.keys["pre"], middle)
+        values = allocate(profile.values, middle, weight=VALUE_WEIGHT)
+        wide = (keys.mean_width + values.mean_width) / 2 > width
+        low, high = (middle, high) if wide else (low, middle)
+    return float(f"{middle:.2e}")
+
+
+def calibrate(
+    model: Model, texts: Sequence[str], plan: CalibrationPlan, folder: Path, tell: Progress
+) -> Path:
+    """Make the profile of ``model``; returns the file's path in ``folder``.
+
+    Raises:
+        InvalidRequestError: The texts are too short.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = model.model_id.hex()
+    segments = cut_segments(model.tokenizer, texts, plan, plan.num_segments, seed=0)
+    statistics = gather(model, segments, plan, folder / f"{stem}.state.npz", tell)
+    keys, values = statistics.fit()
+    profile = Profile(
+        model_id=model.model_id,
+        keys=keys,
+        values=values,
+        first_layer=FIRST_STORED_LAYER,
+        rates=np.ones((1, 3)),
+        note=f"{model.name}; {plan}",
+    )
+    rate_segments = cut_segments(model.tokenizer, texts, plan, plan.num_rate_segments, seed=1)
+    profile = replace(profile, rates=measure_rates(model, profile, rate_segments, tell))
+    path = folder / f"{stem}{SUFFIX}"
+    profile.save(path)
+    return path
+
+
+def _encode(tokenizer: object, text: str, length: int) -> list[int]:
+    encode = tokenizer.encode  # type: ignore[attr-defined]
+    ids: list[int] = encode(text[: length * _CHARACTERS_PER_TOKEN], add_special_tokens=False)
+    return ids[:length]
+
+
+def _with_records(tokenizer: object, segment: Segment, draw: random.Random) -> Segment:
+    """Return the segment with records planted in its context, and asked for after it."""
+    names = draw.sample(_NAMES, RECORDS_PER_SEGMENT)
+    records = [draw.choice(_TEMPLATES).format(n, draw.randrange(10**4, 10**6)) for n in names]
+    context = list(segment.context)
+    step = len(context) // (len(records) + 1)
+    encode = tokenizer.encode  # type: ignore[attr-defined]
+    for number, record in reversed(list(enumerate(records, start=1))):
+        context[number * step : number * step] = encode(f"\n{record}\n", add_special_tokens=False)
+    draw.shuffle(records)
+    asked = encode("\n\n" + "\n".join(records), add_special_tokens=False)
+    return Segment(
+        tuple(context[: len(segment.context)]), tuple(asked[: len(segment.continuation)])
+    )
+
+
+def _identity(model: Model, segments: Sequence[Segment], plan: CalibrationPlan) -> str:
+    text = f"{model.fingerprint.hex()}/{plan}/{segments}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _resume(statistics: CacheStatistics, state: Path, identity: str) -> None:
+    """Take what an earlier run found, if it was the same run."""
+    if not state.is_file():
+        return
+    with np.load(state, allow_pickle=False) as file:
+        if str(file["identity"]) == identity:
+            statistics.restore({name: file[name] for name in file.files})

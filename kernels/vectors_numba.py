@@ -1,0 +1,354 @@
+"""Vectors of 16 lanes for Numba kernels, as LLVM vectors: no loop depends on the auto-vectoriser.
+
+``Floats`` is 16 x float32, ``Ints`` 16 x int32, ``Lanes`` 16 x bool. An AVX-512 machine keeps each
+in one register; LLVM splits them elsewhere. Arrays must be one-dimensional and contiguous. Nothing
+is bounds-checked, so callers check sizes first. Every operation is the one that IEEE 754 names, in
+the order written: no fast-math, and ``multiply_add`` rounds once everywhere.
+
+Arrays of bf16 are uint16, of fp16 int16 (see ``floats_numba``).
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="no-untyped-def,misc"
+
+from typing import Any
+
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel import models
+from numba.extending import intrinsic as _intrinsic
+from numba.extending import register_model
+
+intrinsic: Any = _intrinsic  # its stub describes the function before it is decorated
+
+LANES = 16
+
+
+class VectorType(types.Type):
+    """The Numba type of 16 values of one LLVM type."""
+
+    def __init__(self, name, element):
+        self.vector = ir.VectorType(element, LANES)
+        super().__init__(name=name)
+
+
+@register_model(VectorType)
+class VectorModel(models.PrimitiveModel):
+    """Keeps a vector in a register."""
+
+    def __init__(self, manager, fe_type):
+        super().__init__(manager, fe_type, fe_type.vector)
+
+
+_I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+_F32, _F16 = ir.FloatType(), ir.HalfType()
+floats = VectorType("Floats", _F32)
+ints = VectorType("Ints", _I32)
+lanes = VectorType("Lanes", _I1)
+
+
+def _many(element):
+    return ir.VectorType(element, LANES)
+
+
+def _constant(element, value):
+    return ir.Constant(_many(element), [value] * LANES)
+
+
+def _splat(builder, value):
+    vector = ir.Constant(_many(value.type), ir.Undefined)
+    first = builder.insert_element(vector, value, _I32(0))
+    return builder.shuffle_vector(first, vector, ir.Constant(_many(_I32), [0] * LANES))
+
+
+def _pointer(context, builder, array_type, array, index, element):
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), _many(element).as_pointer())
+
+
+def _load(context, builder, signature, args, element):
+    pointer = _pointer(context, builder, signature.args[0], args[0], args[1], element)
+    loaded = builder.load(pointer)
+    loaded.align = 1
+    return loaded
+
+
+def _store(context, builder, signature, args, value):
+    pointer = _pointer(context, builder, signature.args[0], args[0], args[1], value.type.element)
+    builder.store(value, pointer, align=1)
+    return context.get_dummy_value()
+
+
+def _call(builder, name, result, arguments):
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
+def _vector_function(result, operands, build):
+    """Return an intrinsic of values of fixed types."""
+
+    def generate(context, builder, signature, args):
+        return build(builder, *args)
+
+    if len(operands) == 1:
+
+        @intrinsic
+        def function(typingctx, a):
+            return result(*operands), generate
+    elif len(operands) == 2:
+
+        @intrinsic
+        def function(typingctx, a, b):
+            return result(*operands), generate
+    else:
+
+        @intrinsic
+        def function(typingctx, a, b, c):
+            return result(*operands), generate
+
+    return function
+
+
+def _steps_from_zero(builder, x):
+    """Return what reaches k where x >= k, and where -x > k: below zero the next smaller number."""
+    bits = builder.bitcast(x, _many(_I32))
+    size = builder.and_(bits, _constant(_I32, 0x7FFFFFFF))
+    less = builder.ashr(bits, _constant(_I32, 31))
+    return builder.bitcast(builder.add(size, less), _many(_F32))
+
+
+_F, _I, _L = floats, ints, lanes
+add = _vector_function(_F, (_F, _F), lambda b, x, y: b.fadd(x, y))
+subtract = _vector_function(_F, (_F, _F), lambda b, x, y: b.fsub(x, y))
+multiply = _vector_function(_F, (_F, _F), lambda b, x, y: b.fmul(x, y))
+multiply_add = _vector_function(
+    _F, (_F, _F, _F), lambda b, x, y, z: _call(b, "llvm.fma.v16f32", _many(_F32), [x, y, z])
+)
+floor = _vector_function(_F, (_F,), lambda b, x: _call(b, "llvm.floor.v16f32", _many(_F32), [x]))
+absolute = _vector_function(_F, (_F,), lambda b, x: _call(b, "llvm.fabs.v16f32", _many(_F32), [x]))
+larger = _vector_function(_F, (_F, _F), lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
+smaller = _vector_function(_F, (_F, _F), lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y))
+reaches = _vector_function(_L, (_F, _F), lambda b, x, y: b.fcmp_ordered(">=", x, y))
+choose = _vector_function(_F, (_L, _F, _F), lambda b, m, x, y: b.select(m, x, y))
+choose_ints = _vector_function(_I, (_L, _I, _I), lambda b, m, x, y: b.select(m, x, y))
+count_up = _vector_function(
+    _I, (_I, _L), lambda b, x, m: b.select(m, b.add(x, _constant(_I32, 1)), x)
+)
+steps_from_zero = _vector_function(_F, (_F,), lambda b, x: _steps_from_zero(b, x))
+add_ints = _vector_function(_I, (_I, _I), lambda b, x, y: b.add(x, y))
+both = _vector_function(_I, (_I, _I), lambda b, x, y: b.and_(x, y))
+flip = _vector_function(_I, (_I, _I), lambda b, x, y: b.xor(x, y))
+shift_left = _vector_function(_I, (_I, types.int32), lambda b, x, n: b.shl(x, _splat(b, n)))
+shift_right = _vector_function(_I, (_I, types.int32), lambda b, x, n: b.lshr(x, _splat(b, n)))
+as_floats = _vector_function(_F, (_I,), lambda b, x: b.bitcast(x, _many(_F32)))
+to_ints = _vector_function(_I, (_F,), lambda b, x: b.fptosi(x, _many(_I32)))
+splat = _vector_function(_F, (types.float32,), lambda b, x: _splat(b, x))
+splat_int = _vector_function(_I, (types.int32,), lambda b, x: _splat(b, x))
+has_bits = _vector_function(
+    _L, (_I, _I), lambda b, x, y: b.icmp_signed("!=", b.and_(x, y), _constant(_I32, 0))
+)
+word_of = _vector_function(types.uint64, (_L,), lambda b, m: b.zext(b.bitcast(m, _I16), _I64))
+ones_of = _vector_function(
+    _I, (types.uint16,), lambda b, bits: b.zext(b.bitcast(bits, _many(_I1)), _many(_I32))
+)
+total = _vector_function(
+    types.float32,
+    (_F,),
+    lambda b, x: _call(b, "llvm.vector.reduce.fadd.v16f32", _F32, [_F32(0.0), x]),
+)
+
+
+@intrinsic
+def load(typingctx, array, index):
+    """Return 16 numbers from ``array[index]`` on as ``Floats``: float32, uint16 or int16."""
+    kind = array.dtype
+
+    def generate(context, builder, signature, args):
+        if kind == types.float32:
+            return _load(context, builder, signature, args, _F32)
+        if kind == types.uint16:
+            wide = builder.zext(_load(context, builder, signature, args, _I16), _many(_I32))
+            return builder.bitcast(builder.shl(wide, _constant(_I32, 16)), _many(_F32))
+        return builder.fpext(_load(context, builder, signature, args, _F16), _many(_F32))
+
+    return floats(array, types.intp), generate
+
+
+@intrinsic
+def splat_at(typingctx, array, index):
+    """Return one float32 of an array 16 times."""
+
+    def generate(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return _splat(builder, builder.load(builder.gep(data, [args[1]])))
+
+    return floats(array, types.intp), generate
+
+
+@intrinsic
+def load_ints(typingctx, array, index):
+    """Return 16 integers of an int32 or uint8 array as ``Ints``."""
+    kind = array.dtype
+
+    def generate(context, builder, signature, args):
+        if kind == types.uint8:
+            return builder.zext(_load(context, builder, signature, args, _I8), _many(_I32))
+        return _load(context, builder, signature, args, _I32)
+
+    return ints(array, types.intp), generate
+
+
+@intrinsic
+def load_halves(typingctx, array, index, high):
+    """Return the low or (``high`` != 0) high 32 bits of 16 words of an int64 array."""
+
+    def generate(context, builder, signature, args):
+        words = _load(context, builder, signature, args, _I64)
+        shift = builder.zext(builder.mul(args[2], _I32(32)), _I64)
+        return builder.trunc(builder.lshr(words, _splat(builder, shift)), _many(_I32))
+
+    return ints(array, types.intp, types.int32), generate
+
+
+@intrinsic
+def store_ints(typingctx, array, index, vector):
+    """Write 16 int32 from ``array[index]`` on."""
+
+    def generate(context, builder, signature, args):
+        return _store(context, builder, signature, args, args[2])
+
+    return types.void(array, types.intp, ints), generate
+
+
+@intrinsic
+def store(typingctx, array, index, vector):
+    """Write 16 numbers from ``array[index]`` on, rounded to its format, half to even."""
+    kind = array.dtype
+
+    def generate(context, builder, signature, args):
+        value = args[2]
+        if kind == types.uint16:
+            value = _narrow_bfloat(builder, value)
+        elif kind == types.int16:
+            value = builder.bitcast(builder.fptrunc(value, _many(_F16)), _many(_I16))
+        return _store(context, builder, signature, args, value)
+
+    return types.void(array, types.intp, floats), generate
+
+
+class _BFloat(ir.Type):
+    """The LLVM type that llvmlite does not name."""
+
+    def _to_string(self):
+        return "bfloat"
+
+
+_CPU_FEATURES = get_host_cpu_features()
+_HAS_BFLOAT = _CPU_FEATURES.get("avx512bf16", False) and _CPU_FEATURES.get("avx512vl", False)
+
+
+def _narrow_bfloat(builder, value):
+    if _HAS_BFLOAT:  # one instruction; elsewhere LLVM would call a function that is not there
+        return builder.bitcast(builder.fptrunc(value, _many(_BFloat())), _many(_I16))
+    bits = builder.bitcast(value, _many(_I32))
+    high = builder.lshr(bits, _constant(_I32, 16))
+    odd = builder.and_(high, _constant(_I32, 1))
+    rounded = builder.add(bits, builder.add(odd, _constant(_I32, 0x7FFF)))
+    quiet = builder.or_(high, _constant(_I32, 0x40))
+    chosen = builder.select(
+        builder.fcmp_unordered("uno", value, value),
+        quiet,
+        builder.lshr(rounded, _constant(_I32, 16)),
+    )
+    return builder.trunc(chosen, _many(_I16))
+
+
+@intrinsic
+def gather(typingctx, table, indices):
+    """Return ``table[indices]`` of a float32 array as ``Floats``."""
+
+    def generate(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return _gather(builder, data, args[1], _F32, "f32", 4)
+
+    return floats(table, ints), generate
+
+
+@intrinsic
+def pick(typingctx, table, start, indices):
+    """Return ``table[start + indices % 16]`` of a float32 array: a gather from one register."""
+
+    def generate(context, builder, signature, args):
+        if _CPU_FEATURES.get("avx512f", False):
+            near = _load(context, builder, signature, args, _F32)
+            return _call(builder, "llvm.x86.avx512.permvar.sf.512", _many(_F32), [near, args[2]])
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        low = builder.and_(args[2], _constant(_I32, LANES - 1))
+        return _gather(builder, builder.gep(data, [args[1]]), low, _F32, "f32", 4)
+
+    return floats(table, types.intp, ints), generate
+
+
+@intrinsic
+def gather_bytes(typingctx, table, indices):
+    """Return ``table[indices]`` of a uint8 array, which needs three bytes more at its end."""
+
+    def generate(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        found = _gather(builder, data, args[1], _I32, "i32", 1)
+        return builder.and_(found, _constant(_I32, 0xFF))
+
+    return ints(table, ints), generate
+
+
+def _gather(builder, data, indices, element, suffix, size):
+    if _CPU_FEATURES.get("avx512f", False):  # with 32-bit offsets one instruction, else two
+        name = {"f32": "dps", "i32": "dpi"}[suffix]
+        data = builder.bitcast(data, _I8.as_pointer())
+        arguments = [_constant(element, 0), data, indices, _constant(_I1, 1), _I32(size)]
+        return _call(builder, f"llvm.x86.avx512.mask.gather.{name}.512", _many(element), arguments)
+    wide = _many(_I64)
+    offsets = builder.mul(builder.zext(indices, wide), _constant(_I64, size))
+    start = _splat(builder, builder.ptrtoint(data, _I64))
+    pointers = builder.inttoptr(builder.add(start, offsets), _many(element.as_pointer()))
+    everywhere = _constant(_I1, 1)
+    default = ir.Constant(_many(element), ir.Undefined)
+    kind = ir.FunctionType(_many(element), [pointers.type, _I32, everywhere.type, default.type])
+    name = f"llvm.masked.gather.v16{suffix}.v16p0"
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, [pointers, _I32(size), everywhere, default])
+
+
+@intrinsic
+def transpose_tile(typingctx, source, start, row, target, at, step):
+    """Write 16 x 16 numbers transposed, as float32: rows ``row`` apart to rows ``step`` apart."""
+    load_signature, load_one = load._defn(typingctx, source, start)
+
+    def generate(context, builder, signature, args):
+        starts = [builder.add(args[1], builder.mul(args[2], _I64(r))) for r in range(LANES)]
+        rows = [load_one(context, builder, load_signature, [args[0], i]) for i in starts]
+        for c, column in enumerate(_transposed(builder, rows)):
+            index = builder.add(args[4], builder.mul(args[5], _I64(c)))
+            pointer = _pointer(context, builder, signature.args[3], args[3], index, _F32)
+            builder.store(column, pointer, align=1)
+        return context.get_dummy_value()
+
+    index = types.intp
+    return types.void(source, index, index, target, index, index), generate
+
+
+def _transposed(builder, rows):
+    """Return the columns of 16 vectors, by four rounds of swapping blocks between pairs."""
+    for size in (8, 4, 2, 1):
+        first = [i if not i & size else LANES + i - size for i in range(LANES)]
+        second = [i + size if not i & size else LANES + i for i in range(LANES)]
+        swapped = list(rows)
+        for r in range(LANES):
+            if not r & size:
+                a, b = rows[r], rows[r + size]
+                swapped[r] = builder.shuffle_vector(a, b, ir.Constant(_many(_I32), first))
+                swapped[r + size] = builder.shuffle_vector(a, b, ir.Constant(_many(_I32), second))
+        rows = swapped
+    return rows

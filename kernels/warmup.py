@@ -1,0 +1,200 @@
+"""One small call of every compiled op, so that no request waits for a compiler.
+
+Numba compiles a kernel at its first call with new types, which takes up to seconds, and keeps the
+machine code on disk for this kind of CPU; later processes load it in milliseconds. The types depend
+on the dtype of the KV, not on shapes, so tiny tensors do. Not covered: Triton, which compiles at
+first use for the GPU that is there.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvstrata.kernels.attend_blocks import (
+    NUM_FIELDS,
+    BlockPages,
+    SideTables,
+    Turns,
+    attend_blocks,
+)
+from kvstrata.kernels.backend import backend_of
+from kvstrata.kernels.block_planes import (
+    FLOATS,
+    PlaneLayout,
+    decode_block_planes,
+    encode_block_planes,
+)
+from kvstrata.kernels.byte_planes import merge_bytes, split_bytes
+from kvstrata.kernels.colsum import column_sums
+from kvstrata.kernels.component_basis import ComponentBasis, encode_tokens, expand, product_dtype
+from kvstrata.kernels.escape_rows import pack_escape_rows
+from kvstrata.kernels.gather import gather_by_mask, scatter_by_mask
+from kvstrata.kernels.mid_rows import pack_mid_rows
+from kvstrata.kernels.nested_block import decode_blocks, encode_blocks
+from kvstrata.kernels.nested_layout import NestedLayout
+from kvstrata.kernels.paper_quantizers import (
+    dequantize_channelwise,
+    dequantize_groupwise,
+    quantize_channelwise,
+    quantize_groupwise,
+)
+from kvstrata.kernels.planes import unpack_planar
+from kvstrata.kernels.rope import rotate
+from kvstrata.kernels.token_masks import TOKENS, token_classes
+from kvstrata.kernels.value_bias import encode_value_bias
+
+# Two of each: with one, arrays of another memory order would have the same types.
+_HEADS, _BLOCKS = 2, 2
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """What a warm-up did.
+
+    Attributes:
+        seconds: Of each op, all its dtypes together; empty where no op is compiled.
+        num_compiled: Kernels that were compiled, and are on disk now.
+        num_loaded: Kernels that came from disk.
+    """
+
+    seconds: dict[str, float]
+    num_compiled: int
+    num_loaded: int
+
+
+def warm_up(head_dims: Sequence[int] = (64,), dtypes: Sequence[torch.dtype] = FLOATS) -> WarmUp:
+    """Call every op of the CPU once per dtype and head_dim; does nothing without Numba.
+
+    Blocks for seconds where nothing is on disk. Safe to call again, and in several processes.
+
+    Args:
+        head_dims: Of the served models; multiples of 16.
+        dtypes: Of their KV: bf16, fp16, fp32.
+    """
+    if backend_of(torch.empty(0)) != "numba":
+        return WarmUp({}, 0, 0)
+    loaded, compiled = cache_counts()
+    seconds = {}
+    for name, call in _OPS.items():
+        start = time.perf_counter()
+        for head_dim in head_dims:
+            for dtype in dtypes:
+                call(head_dim, dtype)
+        seconds[name] = time.perf_counter() - start
+    now_loaded, now_compiled = cache_counts()
+    return WarmUp(seconds, now_compiled - compiled, now_loaded - loaded)
+
+
+def cache_counts() -> tuple[int, int]:
+    """Return how many kernels this process has loaded from disk, and how many it has compiled."""
+    loaded = compiled = 0
+    for name, module in list(sys.modules.items()):
+        if name.startswith("kvstrata.kernels.") and name.endswith("_numba"):
+            for kernel in vars(module).values():
+                if getattr(kernel, "__module__", "") == name and hasattr(kernel, "stats"):
+                    loaded += sum(kernel.stats.cache_hits.values())
+                    compiled += sum(kernel.stats.cache_misses.values())
+    return loaded, compiled
+
+
+def _layout(dim: int) -> PlaneLayout:
+    widths = torch.zeros(_HEADS, dim, dtype=torch.uint8)
+    widths[:, :8] = 2
+    return PlaneLayout(widths, torch.full((_HEADS,), 16))
+
+
+def _tokens(dim: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.ones(_HEADS, _BLOCKS, TOKENS, dim, dtype=dtype)
+
+
+def _calibrated(dim: int, dtype: torch.dtype) -> None:
+    x, layout = _tokens(dim, dtype), _layout(dim)
+    deviation, eye = torch.ones(_HEADS, dim), torch.eye(dim).repeat(_HEADS, 1, 1)
+    basis = ComponentBasis(layout, torch.zeros(_HEADS, dim), eye, eye, deviation)
+    masks = torch.ones(_HEADS, _BLOCKS, dtype=torch.int64)
+    classes = token_classes(masks, 2 * masks)
+    y, words, _ = encode_tokens(x, basis, deviation)
+    weights = torch.ones(_HEADS, _BLOCKS, TOKENS)
+    rest: dict[str, Any] = {
+        "mid": pack_mid_rows(y, classes.mid, layout),
+        "escapes": pack_escape_rows(x, classes.escape),
+    }
+    bias = encode_value_bias(
+        y, words, layout, weights=weights, base=classes.base, deviation=deviation
+    )
+    expand(words, basis, classes, bias=bias, dtype=dtype, **rest)
+    table = torch.ones(_BLOCKS * TOKENS, dim)
+    expand(words, basis, classes, rotation=(table, table), dtype=dtype, **rest)
+    words, _ = encode_block_planes(x, layout, deviation)
+    decode_block_planes(words, layout, dtype=product_dtype(dtype))
+
+
+def _fallback(dim: int, dtype: torch.dtype) -> None:
+    x = _tokens(dim, dtype)[None].repeat(2, 1, 1, 1, 1)
+    base, mid = (records.numpy() for records in encode_blocks(x, x))
+    layout = NestedLayout.of(_HEADS, dim)
+    for fine in (list(mid), None):
+        decode_blocks(list(base), fine, layout, dtype)
+
+
+def _attend(dim: int, dtype: torch.dtype) -> None:
+    table, eye = torch.ones(_HEADS, dim), torch.eye(dim).repeat(_HEADS, 1, 1)
+    side = SideTables(table, table, eye, _layout(dim))
+    arena = torch.zeros(16 * _HEADS * dim, dtype=torch.uint8)
+    offsets = torch.zeros(_BLOCKS, NUM_FIELDS, dtype=torch.int64)
+    pages = BlockPages(arena, offsets, torch.full((_BLOCKS,), TOKENS), side, side)
+    turns = Turns(torch.ones(_BLOCKS, dim), torch.zeros(_BLOCKS, dim))
+    for group in range(1, 5):  # how many heads share a sum is part of a kernel's name
+        attend_blocks(torch.ones(_HEADS * group, dim, dtype=dtype), pages, turns, 1.0)
+
+
+def _exact(dim: int, dtype: torch.dtype) -> None:
+    merge_bytes(split_bytes(_tokens(dim, dtype)), dtype)
+
+
+def _rope(dim: int, dtype: torch.dtype) -> None:
+    table = torch.ones(TOKENS, dim)
+    x = _tokens(dim, dtype)
+    for positions in (None, torch.arange(TOKENS)):
+        for inverse in (False, True):
+            rotate(x, table, table, positions=positions, inverse=inverse)
+
+
+def _column_sums(dim: int, dtype: torch.dtype) -> None:
+    x = _tokens(dim, dtype)
+    column_sums(x, x, torch.arange(TOKENS), 1.0)
+
+
+def _unpack(dim: int, dtype: torch.dtype) -> None:
+    packed = torch.zeros(_BLOCKS, dim, dtype=torch.uint8)
+    for wanted in (dtype, torch.uint8):
+        unpack_planar(packed, 2, wanted)
+
+
+def _gather(dim: int, dtype: torch.dtype) -> None:
+    masks = torch.ones(_HEADS, _BLOCKS, dtype=torch.int64)
+    scatter_by_mask(gather_by_mask(_tokens(dim, dtype), masks)[0], masks)
+
+
+def _paper_quantizers(dim: int, dtype: torch.dtype) -> None:
+    x = _tokens(dim, dtype)[0]
+    dequantize_channelwise(quantize_channelwise(x, 4), dtype)
+    for scale in (None, torch.ones(_BLOCKS, dim)):
+        dequantize_groupwise(quantize_groupwise(x, 4, dim, scale), dtype=dtype)
+
+
+_OPS: dict[str, Callable[[int, torch.dtype], None]] = {
+    "attend": _attend,
+    "calibrated": _calibrated,
+    "colsum": _column_sums,
+    "exact": _exact,
+    "fallback": _fallback,
+    "gather": _gather,
+    "paper-quantizers": _paper_quantizers,
+    "rope": _rope,
+    "unpack": _unpack,
+}

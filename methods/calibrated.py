@@ -1,0 +1,238 @@
+"""The calibrated codec: one static transform per KV head, bits where they matter.
+
+Per layer, head and side: components of the profile's transform, each with its own number of bit
+planes (``bit_allocation``); a few tokens get two planes more (mid), a few become int8 escapes; the
+base tokens of a block share a bias of V. No scale per token or group is left. It is what
+``near-lossless``, ``balanced`` and ``small`` mean for a model with a profile.
+
+Segment of one layer, H heads, D head_dim, E escaped tokens of all heads together:
+
+    BASE  uint64  masks      (escape, mid) x (K, V) x H; both bits: dropped, neither: base
+          uint64  planes     of K, then of V: ``kernels.block_planes``, one word per component
+          uint8   tags       64
+          uint8   bias       H x D/2, then scales H
+          bf16    escape scales (E), then int8 escape codes (E x D); K first, heads ascending,
+                  tokens ascending
+    MID   uint8   rows       of K, then of V: ``kernels.mid_rows``
+
+Planes are dense: an escape's bits are there and mean nothing.
+
+Source:
+    ZipCache, arXiv:2405.14256, for saliency as the measure of who gets bits; KIVI and others
+    quantise groups with parameters of their own, of which none is left here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+import torch
+
+from kvstrata.kernels.block_planes import PlaneLayout
+from kvstrata.kernels.component_basis import ComponentBasis, encode_tokens, expand
+from kvstrata.kernels.escape_rows import pack_escape_rows
+from kvstrata.kernels.mid_rows import pack_mid_rows
+from kvstrata.kernels.token_masks import to_mask, token_classes
+from kvstrata.kernels.value_bias import encode_value_bias
+from kvstrata.methods.bit_allocation import VALUE_WEIGHT, allocate
+from kvstrata.methods.calibrated_segments import SegmentLayout, StoredSide
+from kvstrata.methods.codec import BlockShape, KVBlocks, Segments
+from kvstrata.methods.profile import PROFILES, Profile, SideTables
+from kvstrata.methods.saliency_tag import encode_tags
+from kvstrata.protos.errors import CorruptFrameError
+from kvstrata.protos.frame import Buffer, Frame
+from kvstrata.protos.frame_pb2 import RopeForm, Stratum
+from kvstrata.protos.identity import BLOCK_TOKENS
+
+BASE, MID = Stratum.STRATUM_BASE, Stratum.STRATUM_MID
+STRATA: tuple[Stratum, ...] = (BASE, MID)
+SINK_TOKENS = 4
+_ROPE = {"pre": RopeForm.ROPE_FORM_PRE, "frame": RopeForm.ROPE_FORM_FRAME}
+
+
+@dataclass(frozen=True, eq=False)
+class CalibratedCodec:
+    """Base planes, mid planes, escapes and a bias of V, by a model's profile.
+
+    Attributes:
+        profile: Of the model whose blocks these are.
+        threshold: Price of a bit; a larger one makes blocks smaller and worse.
+        form: ``"pre"``: keys before RoPE. ``"frame"``: keys turned by their offset in the block,
+            which ``kernels.attend_blocks`` reads without expanding them.
+    """
+
+    profile: Profile = field(repr=False)
+    threshold: float
+    form: str = "pre"
+
+    name = "calibrated"
+    version = 1
+    lossless = False
+    strata = STRATA
+
+    def __post_init__(self) -> None:
+        if self.form not in self.profile.keys:
+            known = ", ".join(sorted(self.profile.keys))
+            raise ValueError(f"the profile has no form {self.form!r}; use one of {known}")
+        if not self.threshold > 0:
+            raise ValueError(f"threshold must be positive, got {self.threshold}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Travel between processes without the tables: the other side has the profile, too."""
+        return _restore, (self.profile.profile_id, self.threshold, self.form)
+
+    @property
+    def rope(self) -> RopeForm:
+        """Return the form in which keys are handed in."""
+        return _ROPE[self.form]
+
+    @property
+    def first_layer(self) -> int:
+        """Return the first layer that is stored."""
+        return self.profile.first_layer
+
+    def settings(self) -> str:
+        """Return the profile, the threshold and the form."""
+        return f"profile={self.profile.profile_id},threshold={self.threshold!r},form={self.form}"
+
+    @cached_property
+    def _sides(self) -> tuple["_Side", "_Side"]:
+        return (
+            _Side(self.profile.keys[self.form], self.threshold, weight=1.0),
+            _Side(self.profile.values, self.threshold, weight=VALUE_WEIGHT),
+        )
+
+    @cached_property
+    def _layout(self) -> SegmentLayout:
+        return SegmentLayout(self.profile.shape[0], *(side.basis.layout for side in self._sides))
+
+    def encode(self, blocks: KVBlocks) -> list[Segments]:
+        """Return BASE and MID of every block. See ``BlockCodec.encode``."""
+        num_layers, heads, num_blocks, _, dim = blocks.keys.shape
+        if (num_layers, heads, dim) != self.profile.shape:
+            raise ValueError(
+                f"blocks have (layers, heads, dim) {(num_layers, heads, dim)}, "
+                f"the profile {self.profile.shape}"
+            )
+        if not num_blocks:
+            return []
+        position = blocks.first_position + torch.arange(num_blocks * BLOCK_TOKENS)
+        sinks = (position < SINK_TOKENS).view(num_blocks, BLOCK_TOKENS)
+        weights = _token_weights(blocks.saliency, sinks).flatten(0, 1)
+        keys, values = self._sides
+        base, mid = self._layout.write(
+            keys.encode(blocks.keys.flatten(0, 1), weights, sinks, with_bias=False),
+            values.encode(blocks.values.flatten(0, 1), weights, sinks, with_bias=True),
+            encode_tags(blocks.saliency.mean(1)),
+        )
+        return [
+            {BASE: dict(enumerate(base[n])), MID: dict(enumerate(mid[n]))}
+            for n in range(num_blocks)
+        ]
+
+    def decode(
+        self, frames: Sequence[Mapping[Stratum, Frame]], shape: BlockShape
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the given strata tell. See ``BlockCodec.decode``."""
+        num_layers, heads, dim = self.profile.shape
+        if (shape.num_kv_heads, shape.head_dim) != (heads, dim):
+            raise CorruptFrameError("the blocks are of a model of another shape")
+        try:
+            stored = self._layout.read(
+                [self._segments(strata[BASE]) for strata in frames],
+                [self._segments(strata[MID]) for strata in frames] if MID in frames[0] else None,
+            )
+            keys, values = (
+                side.decode(part, shape.dtype).unflatten(0, (num_layers, heads))
+                for side, part in zip(self._sides, stored, strict=True)
+            )
+        except ValueError as error:
+            raise CorruptFrameError(str(error)) from error
+        return keys, values
+
+    def _segments(self, frame: Frame) -> list[Buffer]:
+        segments = frame.segments()
+        last = self.first_layer + self.profile.shape[0]
+        if sorted(segments) != list(range(self.first_layer, last)):
+            raise CorruptFrameError("a stratum holds other layers than the profile")
+        return [segments[layer] for layer in range(self.first_layer, last)]
+
+
+class _Side:
+    """K or V of all layers: the transform, the bits and the prices."""
+
+    def __init__(self, tables: SideTables, threshold: float, *, weight: float) -> None:
+        bits = allocate(tables, threshold, weight=weight)
+        inverse = tables.basis.flatten(0, 1).float()
+        self.variance = tables.variance.flatten(0, 1)
+        self.basis = ComponentBasis(
+            layout=PlaneLayout(bits.widths.flatten(0, 1), bits.mid_counts.flatten()),
+            mean=tables.mean.flatten(0, 1),
+            forward=torch.linalg.inv(inverse.double()).float(),
+            inverse=inverse,
+            deviation=self.variance.sqrt(),
+        )
+        self.mid_price = bits.mid_price.view(-1, 1, 1)
+        self.escape_price = bits.escape_price.view(-1, 1, 1)
+
+    def encode(
+        self, x: torch.Tensor, weights: torch.Tensor, sinks: torch.Tensor, *, with_bias: bool
+    ) -> StoredSide:
+        """Return what is stored of ``x``, (L * H, N, T, D); ``sinks`` are always escapes."""
+        y, words, error = encode_tokens(x, self.basis, self.variance)
+        score = error * weights
+        escaped = (score > self.escape_price) | sinks
+        escape, mid = to_mask(escaped), to_mask((score > self.mid_price) & ~escaped)
+        bias = None
+        if with_bias:
+            bias = encode_value_bias(
+                y,
+                words,
+                self.basis.layout,
+                weights=weights,
+                base=token_classes(mid, escape).base,
+                deviation=self.basis.deviation,
+            )
+        return StoredSide(
+            escape=escape,
+            mid=mid,
+            words=words,
+            escapes=pack_escape_rows(x, escape),
+            mid_rows=pack_mid_rows(y, mid, self.basis.layout),
+            bias=bias,
+        )
+
+    def decode(self, stored: StoredSide, dtype: torch.dtype) -> torch.Tensor:
+        """Return the vectors, (L * H, N, T, D)."""
+        return expand(
+            stored.words,
+            self.basis,
+            token_classes(stored.mid, stored.escape),
+            mid=stored.mid_rows,
+            bias=stored.bias,
+            escapes=stored.escapes,
+            dtype=dtype,
+        )
+
+
+@lru_cache(16)
+def calibrated_codec(profile: Profile, threshold: float, form: str = "pre") -> CalibratedCodec:
+    """Return the codec, the same object for the same arguments: its tables take a while to make."""
+    return CalibratedCodec(profile, threshold, form)
+
+
+def _restore(profile_id: str, threshold: float, form: str) -> CalibratedCodec:
+    return calibrated_codec(PROFILES.by_id(profile_id), threshold, form)
+
+
+def _token_weights(saliency: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """Return how much each token matters, float32 (L, H, N, T), 1 on average without sinks.
+
+    Args:
+        saliency: float32 (L, H, N, T); 0 where unknown, which counts as average.
+        sinks: bool (N, T).
+    """
+    known = (saliency > 0) & ~sinks
+    mean = (saliency * known).sum((-2, -1)) / known.sum((-2, -1)).clamp_min(1)
+    weights = saliency / mean.clamp_min(1e-30)[..., None, None]
+    return torch.where(known, weights, 1.0)

@@ -1,0 +1,251 @@
+"""The static tables of one model that the calibrated codec needs: a profile, one file.
+
+A profile is made once by ``kvstrata calibrate`` and named by the hash of its numbers, which goes
+into the cache scope: blocks of another profile are never read with it. Profiles are looked for
+among those that come with the package, then in the cache folder.
+
+Legend: L stored layers, H KV heads, D head_dim.
+
+Source:
+    Water-filling over a Fisher-weighted transform: docs in ``profile_fit.py``.
+"""
+
+import hashlib
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+PROFILE_VERSION = 1
+PROFILE_ID_BYTES = 16
+MAX_PROFILE_BYTES = 1 << 30
+SHIPPED = Path(__file__).parent / "profiles"
+SUFFIX = ".profile.npz"
+KEY_FORMS = ("pre", "frame")
+
+
+class ProfileError(ValueError):
+    """A file that is no profile, or one that does not fit the model."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SideTables:
+    """The transform of K or of V.
+
+    ``x = y @ basis + mean`` per layer and head, where the components y have unit variance.
+
+    Attributes:
+        mean: float32 (L, H, D).
+        basis: float16 (L, H, D, D); row c is what one unit of component c adds to x.
+        variance: float32 (L, H, D), descending: what leaving a component out costs, in nats per
+            token of context and 256 tokens of continuation; one scale for the whole model.
+    """
+
+    mean: torch.Tensor
+    basis: torch.Tensor
+    variance: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """Everything static that the calibrated codec knows of a model.
+
+    Attributes:
+        model_id: Of the weights and config, dtype left out.
+        keys: By form: ``"pre"`` for keys before RoPE, ``"frame"`` for keys rotated by their offset
+            in the block; only ``"pre"`` for models that do not rotate keys.
+        values: The transform of V.
+        first_layer: Layers before it are not stored.
+        rates: float64 (R, 3), ascending in the first column: threshold, bits per element (all
+            stored bytes counted), mean KL divergence in nats, as measured on calibration text.
+        note: For people: the model's name and what it was calibrated on.
+    """
+
+    model_id: bytes
+    keys: Mapping[str, SideTables]
+    values: SideTables
+    first_layer: int
+    rates: np.ndarray
+    note: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return (L, H, D)."""
+        layers, heads, dim = self.values.mean.shape
+        return layers, heads, dim
+
+    @cached_property
+    def profile_id(self) -> str:
+        """Return the hash of all numbers, in hex; the note does not count."""
+        digest = hashlib.sha256(f"profile/{PROFILE_VERSION}".encode())
+        for name, array in sorted(self.arrays().items()):
+            digest.update(f"{name}:{array.dtype.str}:{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[: 2 * PROFILE_ID_BYTES]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return all numbers by name, as they are stored."""
+        arrays: dict[str, np.ndarray] = {
+            "version": np.array(PROFILE_VERSION, np.int64),
+            "model_id": np.frombuffer(self.model_id, np.uint8),
+            "first_layer": np.array(self.first_layer, np.int64),
+            "rates": self.rates,
+        }
+        sides = {f"key_{form}": tables for form, tables in self.keys.items()}
+        for side, tables in {**sides, "value": self.values}.items():
+            arrays[f"{side}_mean"] = tables.mean.numpy()
+            arrays[f"{side}_basis"] = tables.basis.numpy()
+            arrays[f"{side}_variance"] = tables.variance.numpy()
+        return arrays
+
+    def save(self, path: Path) -> None:
+        """Write the profile to ``path``, whole or not at all."""
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as file:
+            np.savez(file, note=np.array(self.note), **self.arrays())  # type: ignore[arg-type]
+        temporary.replace(path)
+
+    def threshold_for_bits(self, bits: float) -> float:
+        """Return the threshold whose stored size is nearest to ``bits`` per element.
+
+        Interpolated in the logarithm and rounded to three digits, so that it is the same number
+        everywhere. Beyond the measured range the end of it is returned.
+        """
+        return self._interpolated(1, bits)
+
+    def threshold_for_kl(self, max_kl: float) -> float:
+        """Return the threshold whose mean KL on calibration text was ``max_kl``; see above."""
+        return self._interpolated(2, max_kl)
+
+    def _interpolated(self, column: int, target: float) -> float:
+        known = np.log(np.maximum(self.rates[:, column], 1e-12))
+        thresholds = np.log(self.rates[:, 0])
+        order = np.argsort(known, kind="stable")
+        value = np.interp(np.log(target), known[order], thresholds[order])
+        return float(f"{np.exp(value):.2e}")
+
+
+def load_profile(path: Path) -> Profile:
+    """Return the profile in a file.
+
+    Raises:
+        ProfileError: Not a profile, damaged, of another version, or with values that are no
+            numbers; the message names the file.
+    """
+    try:
+        with path.open("rb") as file:  # numpy leaves a damaged file open
+            return _from_arrays(_read_arrays(file))
+    except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
+        raise ProfileError(f"{path} is not a usable profile: {error}") from error
+
+
+def _read_arrays(file: BinaryIO) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(file) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > MAX_PROFILE_BYTES:
+            raise ProfileError("it is larger than any profile")
+    file.seek(0)
+    with np.load(file, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def _from_arrays(arrays: dict[str, np.ndarray]) -> Profile:
+    if int(arrays["version"]) != PROFILE_VERSION:
+        raise ProfileError(f"version {int(arrays['version'])}, this is {PROFILE_VERSION}")
+    layers, heads, dim = arrays["value_mean"].shape
+    keys = {
+        form: _side(arrays, f"key_{form}", (layers, heads, dim))
+        for form in KEY_FORMS
+        if f"key_{form}_mean" in arrays
+    }
+    rates = arrays["rates"].astype(np.float64)
+    if "pre" not in keys:
+        raise ProfileError("tables of keys are missing")
+    if rates.ndim != 2 or rates.shape[1] != 3 or not rates.size:
+        raise ProfileError(f"rates have shape {rates.shape}")
+    if not (np.isfinite(rates) & (rates > 0)).all():
+        raise ProfileError("rates must be finite and positive")
+    return Profile(
+        model_id=arrays["model_id"].tobytes(),
+        keys=keys,
+        values=_side(arrays, "value", (layers, heads, dim)),
+        first_layer=int(arrays["first_layer"]),
+        rates=rates,
+        note=str(arrays["note"]),
+    )
+
+
+def _side(arrays: dict[str, np.ndarray], side: str, shape: tuple[int, int, int]) -> SideTables:
+    wanted = {
+        "mean": (np.float32, shape),
+        "basis": (np.float16, (*shape, shape[-1])),
+        "variance": (np.float32, shape),
+    }
+    tensors = {}
+    for name, (dtype, size) in wanted.items():
+        array = arrays[f"{side}_{name}"]
+        if array.dtype != dtype or array.shape != size or not np.isfinite(array).all():
+            raise ProfileError(f"{side}_{name} must be finite {np.dtype(dtype)} {size}")
+        tensors[name] = torch.from_numpy(array)
+    variance = tensors["variance"]
+    if not (variance > 0).all() or (variance[..., 1:] > variance[..., :-1]).any():
+        raise ProfileError(f"{side}_variance must be positive and descending")
+    return SideTables(**tensors)
+
+
+class ProfileStore:
+    """The profiles that this process can use: shipped ones, and those in further folders."""
+
+    def __init__(self, folders: Iterable[Path] = ()) -> None:
+        self._folders = [SHIPPED, *folders]
+        self._loaded: dict[str, Profile] = {}
+
+    def add_folder(self, folder: Path) -> None:
+        """Look into ``folder`` too."""
+        if folder not in self._folders:
+            self._folders.append(folder)
+
+    def add(self, profile: Profile) -> None:
+        """Make a profile known that is in no folder; it is preferred from now on."""
+        self._loaded.pop(profile.profile_id, None)
+        self._loaded[profile.profile_id] = profile
+
+    def of_model(self, model_id: bytes) -> Profile | None:
+        """Return the newest known profile of a model, or None. Files are read once."""
+        for profile in reversed(self._loaded.values()):
+            if profile.model_id == model_id:
+                return profile
+        for folder in reversed(self._folders):
+            path = folder / f"{model_id.hex()}{SUFFIX}"
+            if path.is_file():
+                profile = load_profile(path)
+                if profile.model_id != model_id:
+                    raise ProfileError(f"{path} holds the profile of another model")
+                self.add(profile)
+                return profile
+        return None
+
+    def by_id(self, profile_id: str) -> Profile:
+        """Return the profile of this hash.
+
+        Raises:
+            ProfileError: None of the known folders has it.
+        """
+        if profile_id not in self._loaded:
+            for folder in reversed(self._folders):
+                for path in sorted(folder.glob(f"*{SUFFIX}")):
+                    profile = load_profile(path)
+                    if profile.profile_id not in self._loaded:  # known, but not preferred
+                        self._loaded = {profile.profile_id: profile} | self._loaded
+        if profile_id not in self._loaded:
+            raise ProfileError(
+                f"no profile {profile_id} here: copy the calibrated file to this machine's folder"
+            )
+        return self._loaded[profile_id]
+
+
+PROFILES = ProfileStore()

@@ -1,0 +1,139 @@
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from codec_branches import forward_branches
+from codec_measures import ALL, Answer, Sample, beaten_by, measure, refer, rows
+from codec_peers import paper_peers
+from codec_plot import draw
+from codec_schemes import OurScheme, PeerScheme, Prefilled, Scheme, choose, our_schemes
+from codec_texts import Context, Text
+
+from kvstrata.engine import Model
+from kvstrata.methods.presets import from_preset
+from tests.engine.conftest import build_tokenizer
+from tests.engine.families import build_reference
+
+TEXT = "\n\n".join(f"Paragraph {i} of a text." for i in range(200))
+KEYS = {
+    "bench", "scheme", "peer", "bits", "ratio", "kl", "kl_se", "perplexity", "top1", "recall",
+    "encode_s", "decode_s", "text", "context", "facts", "facts_right", "facts_right_reference",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A tiny model with room for facts at one token a byte."""
+    folder = tmp_path_factory.mktemp("codec-model")
+    config = transformers.LlamaConfig(
+        vocab_size=259, hidden_size=64, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=2048,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    build_reference(config).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return Model.load(str(folder))
+
+
+@pytest.fixture(scope="module")
+def context(model: Model) -> Context:
+    text = Text("t", TEXT, planted=True)
+    return text.context(model.tokenizer, 1024, 32, segment=0, seed=0)
+
+
+@pytest.fixture(scope="module")
+def prompt(model: Model, context: Context) -> Iterator[Prefilled]:
+    prompt = Prefilled.of(model, context.prompt, 0)
+    before = [x.clone() for x in prompt.cache.read(0, len(prompt.ids))]
+    yield prompt
+    assert prompt.cache.length == len(prompt.ids)
+    assert all(map(torch.equal, before, prompt.cache.read(0, len(prompt.ids))))
+
+
+def test_branches_predict_what_each_predicts_alone(prompt: Prefilled) -> None:
+    branches = [[5, 6, 7, 8], [9], [10, 11]]
+    together = forward_branches(prompt.model, prompt.cache, branches)
+    for branch, logits in zip(branches, together, strict=True):
+        alone = prompt.model.forward_all(prompt.cache, branch)
+        prompt.cache.truncate(len(prompt.ids))
+        torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-3)
+
+
+def test_the_probed_queries_are_those_of_the_chosen_rows(model: Model) -> None:
+    ids = [5 + i % 200 for i in range(128)]
+    prompt = Prefilled.of(model, ids, 1)
+    rows_of_layer_0 = prompt.cache.queries[0]
+    whole = model.new_cache(128, probe_tokens=128)
+    whole.expect_probes(0, 128)
+    model.forward(whole, ids)
+    torch.testing.assert_close(rows_of_layer_0, whole.probes()[0][0, :, prompt.cache.positions])
+
+
+def test_a_lossless_scheme_changes_nothing(prompt: Prefilled, context: Context) -> None:
+    reference = refer(prompt, context)
+    sample = measure(OurScheme("exact", from_preset("exact")), prompt, context, reference)
+    assert sample.answers == reference.answers
+    assert len(sample.answers) == 8
+    assert sample.kl == [0.0] * 32
+    assert all(sample.agreed)
+    assert sample.num_bits > 0
+
+
+def every_scheme() -> list[Scheme]:
+    peers = [PeerScheme(*item) for item in paper_peers(0).items()]
+    return [*our_schemes(None), *peers]
+
+
+def test_every_scheme_gives_a_row_with_all_keys(
+    prompt: Prefilled, context: Context, tmp_path: Path
+) -> None:
+    reference = refer(prompt, context)
+    schemes = every_scheme()
+    samples = [measure(scheme, prompt, context, reference) for scheme in schemes]
+    found = rows(samples)
+    assert [row["scheme"] for row in found[: len(schemes)]] == [s.name for s in schemes]
+    assert {(row["text"], row["context"]) for row in found} == {("t", 1024), (ALL, 1024), (ALL, 0)}
+    for row in found:
+        assert set(row) >= KEYS
+        assert row["kl"] >= 0
+        assert row["bits"] * row["ratio"] == pytest.approx(16, rel=1e-3)
+    draw([row for row in found if row["context"] == 0], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def sample(scheme: str, *, peer: bool, bits: int, kl: float, log_p: float) -> Sample:
+    return Sample(
+        scheme=scheme, peer=peer, text="t", num_prompt=64, num_elements=100, num_bits=100 * bits,
+        kl=[kl, kl], nll=[0.0, 0.0], agreed=[True, False], answers=[Answer(log_p, right=False)],
+        reference_answers=[Answer(-1.0, right=True)], encode_s=1.0, decode_s=2.0,
+    )  # fmt: skip
+
+
+def test_rows_sum_samples_up() -> None:
+    first = sample("a", peer=False, bits=2, kl=0.1, log_p=-1.5)
+    second = sample("a", peer=False, bits=4, kl=0.3, log_p=-2.0)
+    row: dict[str, Any] = rows([first, second])[0]
+    assert (row["bits"], row["kl"], row["recall"], row["top1"]) == (3, 0.2, -0.75, 0.5)
+    assert row["kl_se"] == pytest.approx(0.2 / 3**0.5 / 2, abs=1e-6)
+    assert (row["facts"], row["facts_right"], row["facts_right_reference"]) == (2, 0, 2)
+    assert row["perplexity"] == 1.0
+
+
+def test_a_peer_beats_ours_only_at_no_larger_size() -> None:
+    ours = sample("ours", peer=False, bits=3, kl=0.2, log_p=-1.5)
+    larger = sample("larger", peer=True, bits=4, kl=0.1, log_p=-1.0)
+    better = sample("better", peer=True, bits=3, kl=0.1, log_p=-2.0)
+    found = rows([ours, larger, better])[:3]
+    (sentence,) = beaten_by(found)
+    assert sentence.startswith("better beats ours on t at 64: kl 0.1")
+
+
+def test_schemes_are_chosen_by_name_and_an_unknown_one_is_named() -> None:
+    schemes = every_scheme()
+    assert [s.name for s in choose(schemes, ["fp8", "exact"])] == ["fp8", "exact"]
+    assert choose(schemes, []) == schemes
+    with pytest.raises(ValueError, match="no scheme nothing; there are exact, balanced"):
+        choose(schemes, ["nothing"])

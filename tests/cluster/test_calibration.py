@@ -1,0 +1,214 @@
+"""Making a profile: seeded, resumable, and told as JSON and as a picture."""
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from kvstrata.cluster import calibration
+from kvstrata.cluster.calibrate import calibrate as command
+from kvstrata.cluster.calibration import (
+    RATE_WIDTHS,
+    CalibrationPlan,
+    calibrate,
+    cut_segments,
+    threshold_of_width,
+)
+from kvstrata.cluster.calibration_plot import plot_widths
+from kvstrata.engine import Model
+from kvstrata.engine.cache_statistics import CacheStatistics
+from kvstrata.methods.bit_allocation import VALUE_WEIGHT, allocate
+from kvstrata.methods.calibrated import CalibratedCodec
+from kvstrata.methods.profile import SUFFIX, load_profile
+from kvstrata.protos.errors import ConfigurationError, InvalidRequestError
+from tests.methods.profiles import blocks_of, make_profile
+
+SENTENCE = "the cache holds keys and values of every block once, and reads them at any precision"
+TEXTS = [" ".join(random.Random(seed).choices(SENTENCE.split(), k=400)) for seed in range(3)]
+PLAN = CalibrationPlan(num_segments=3, context=128, continuation=24, num_rate_segments=1)
+
+
+@pytest.fixture(autouse=True)
+def fewer_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "RATE_WIDTHS", (0.6, 1.6, 3.4))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Log:
+    """The progress callback: remembers what it was told, and fails where it is told to."""
+
+    def __init__(self, fails_at: tuple[str, int] | None = None) -> None:
+        self.told: list[tuple[str, int, int]] = []
+        self.fails_at = fails_at
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.told.append((stage, done, total))
+        if (stage, done) == self.fails_at:
+            raise InterruptedError
+
+    def stage(self, name: str) -> list[int]:
+        return [done for stage, done, _ in self.told if stage == name]
+
+
+def test_a_calibrated_model_has_a_usable_profile(model: Model, tmp_path: Path) -> None:
+    log = Log()
+    path = calibrate(model, TEXTS, PLAN, tmp_path / "new", log)
+    assert path == tmp_path / "new" / f"{model.model_id.hex()}{SUFFIX}"
+    profile = load_profile(path)
+    assert (profile.model_id, profile.first_layer) == (model.model_id, 1)
+    spec = model.spec
+    assert profile.shape == (spec.num_layers - 1, spec.num_kv_heads, spec.head_dim)
+    assert set(profile.keys) == {"pre", "frame"}
+    assert model.name in profile.note
+    assert profile.rates.shape == (3, 3)
+    thresholds, bits, divergences = profile.rates.T
+    assert (np.diff(thresholds) > 0).all()
+    assert (np.diff(bits) < 0).all()
+    assert 1 < bits[-1] < bits[0] < 16
+    assert divergences[-1] > divergences[0] > 0
+    assert log.stage("gradients") == [0, 1, 2, 3]
+    assert log.told[-1][1] == log.told[-1][2]
+    codec = CalibratedCodec(profile, profile.threshold_for_bits(2.0))
+    assert codec.encode(blocks_of(profile, 1))
+
+
+def test_an_interrupted_calibration_goes_on_and_gives_the_same_profile(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added: list[int] = []
+    add = CacheStatistics.add
+
+    def counted(self: CacheStatistics, *arguments: object) -> None:
+        added.append(self.num_segments)
+        add(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CacheStatistics, "add", counted)
+    whole = load_profile(calibrate(model, TEXTS, PLAN, tmp_path / "whole", Log()))
+    assert added == [0, 1, 2]
+    folder = tmp_path / "parts"
+    for fails_at, done in ((("gradients", 1), [0]), (("gradients", 2), [1]), (("rates", 1), [2])):
+        added.clear()
+        with pytest.raises(InterruptedError):
+            calibrate(model, TEXTS, PLAN, folder, Log(fails_at))
+        assert added == done
+        assert not list(folder.glob(f"*{SUFFIX}"))
+    added.clear()
+    log = Log()
+    resumed = load_profile(calibrate(model, TEXTS, PLAN, folder, log))
+    assert added == []
+    assert log.stage("gradients") == [3]
+    assert resumed.profile_id == whole.profile_id
+
+
+def test_another_plan_starts_anew(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(InterruptedError):
+        calibrate(model, TEXTS, PLAN, tmp_path, Log(("gradients", 2)))
+    log = Log(("gradients", 3))
+    with pytest.raises(InterruptedError):
+        calibrate(model, TEXTS, replace(PLAN, seed=1), tmp_path, log)
+    assert log.stage("gradients") == [0, 1, 2, 3]
+
+
+def test_segments_are_drawn_by_the_seed_and_from_all_texts(model: Model) -> None:
+    plan = replace(PLAN, num_segments=8)
+    segments = cut_segments(model.tokenizer, TEXTS, plan, 8, seed=0)
+    assert cut_segments(model.tokenizer, TEXTS, plan, 8, seed=0) == segments
+    assert cut_segments(model.tokenizer, TEXTS, plan, 8, seed=1) != segments
+    assert cut_segments(model.tokenizer, TEXTS, replace(plan, seed=1), 8, seed=0) != segments
+    assert len(segments) == 8
+    for number, segment in enumerate(segments):
+        assert len(segment.context) == 128
+        assert 0 < len(segment.continuation) <= 24
+        if number % 4 != 3:  # the others have records planted
+            text = model.tokenizer.decode(segment.context + segment.continuation)
+            assert text in TEXTS[number % 3]
+
+
+def test_planted_records_are_asked_for_at_the_end(model: Model) -> None:
+    plan = replace(PLAN, context=600, continuation=400)
+    segment = cut_segments(model.tokenizer, TEXTS, plan, 4, seed=0)[3]
+    asked = model.tokenizer.decode(segment.continuation).strip().splitlines()
+    context = model.tokenizer.decode(segment.context)
+    assert len(asked) == 10
+    assert sum(record in context for record in asked[:-1]) >= 6  # the last may be cut
+
+
+def test_texts_that_are_too_short_are_refused_or_left_out(model: Model, tmp_path: Path) -> None:
+    for texts in ([], ["", "short"], [TEXTS[0][:151]]):
+        with pytest.raises(InvalidRequestError, match="152 tokens long") as refusal:
+            calibrate(model, texts, PLAN, tmp_path, Log())
+        assert "--context" in refusal.value.remedy
+    exact = TEXTS[0][:152]
+    for segment in cut_segments(model.tokenizer, ["short", exact], PLAN, 3, seed=0):
+        assert len(segment.context + segment.continuation) == 152
+
+
+@pytest.mark.parametrize("width", RATE_WIDTHS)
+def test_the_threshold_of_a_width_gives_that_width(width: float) -> None:
+    profile = make_profile(2, 2, 64)
+    threshold = threshold_of_width(profile, width)
+    keys = allocate(profile.keys["pre"], threshold)
+    values = allocate(profile.values, threshold, weight=VALUE_WEIGHT)
+    assert (keys.mean_width + values.mean_width) / 2 == pytest.approx(width, abs=0.03)
+    assert float(f"{threshold:.2e}") == threshold
+
+
+@pytest.fixture
+def app() -> typer.Typer:
+    app = typer.Typer()
+    app.command()(command)
+    return app
+
+
+def test_the_command_prints_json_and_draws(
+    app: typer.Typer, model: Model, model_folder: Path, tmp_path: Path
+) -> None:
+    files = []
+    for number, text in enumerate(TEXTS):
+        files += ["--text", str(tmp_path / f"{number}.txt")]
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    sizes = ["--segments", "2", "--context", "128", "--continuation", "32", "--rate-segments", "1"]
+    out = tmp_path / "out"
+    done = CliRunner().invoke(
+        app, [*files, *sizes, "--model", str(model_folder), "--out", str(out)]
+    )
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    profile = load_profile(Path(told["profile"]))
+    assert Path(told["profile"]).parent == out
+    assert told["profile_id"] == profile.profile_id
+    assert Path(told["plot"]).read_bytes().startswith(b"\x89PNG")
+    assert [list(rate) for rate in told["rates"]] == [["threshold", "bits", "kl"]] * 3
+    for rate, row in zip(told["rates"], profile.rates.tolist(), strict=True):
+        assert list(rate.values()) == pytest.approx(row, abs=1e-4)
+
+
+@pytest.mark.parametrize("contents", [None, b"\xff\xfe\x00"])
+def test_files_that_are_no_text_are_told_by_name(
+    app: typer.Typer, contents: bytes | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.txt"
+    if contents is not None:
+        path.write_bytes(contents)
+    done = CliRunner().invoke(app, ["--text", str(path)])
+    assert isinstance(done.exception, ConfigurationError)
+    assert str(path)[:100] in str(done.exception)
+
+
+def test_a_picture_is_drawn_of_a_single_layer_and_head(tmp_path: Path) -> None:
+    picture = plot_widths(make_profile(1, 1, 16), tmp_path / "a.png")
+    assert picture.stat().st_size > 5000

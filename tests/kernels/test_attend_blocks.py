@@ -1,0 +1,360 @@
+import importlib.util
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from kvstrata.kernels.attend_blocks import (
+    ABSENT,
+    BIAS_CODES,
+    BIAS_STEPS,
+    CODES,
+    MASKS,
+    MID,
+    NUM_FIELDS,
+    SCALES,
+    SIDE_FIELDS,
+    WORDS,
+    Attention,
+    BlockPages,
+    SideTables,
+    Turns,
+    attend_blocks,
+    attend_blocks_reference,
+    attend_window,
+    merge_attention,
+)
+from kvstrata.kernels.block_planes import PlaneLayout
+from kvstrata.kernels.sign_codes import COEFFICIENTS, FINE_LEVELS
+
+# The package has a function of this name.
+module = importlib.import_module("kvstrata.kernels.attend_blocks")
+BACKENDS = ("reference", "numba", "triton")
+# heads, group, dim, blocks, tokens of the last block, shares (escape, mid, dropped), has MID
+CASES = {
+    "one_head_one_token": (1, 1, 32, 1, 1, (0.0, 0.0, 0.0), True),
+    "group3_dim64": (3, 3, 64, 5, 64, (0.02, 0.2, 0.0), True),
+    "group4_dim128_tail": (2, 4, 128, 3, 37, (0.05, 0.3, 0.1), True),
+    "group8_dim80": (2, 8, 80, 2, 63, (0.1, 0.3, 0.1), True),
+    "group5_dim96_base_read": (1, 5, 96, 3, 64, (0.1, 0.3, 0.2), False),
+    "group1_dim256": (1, 1, 256, 2, 17, (0.1, 0.5, 0.1), True),
+    "all_escapes": (2, 2, 32, 2, 64, (1.0, 0.0, 0.0), True),
+    "all_mid": (2, 1, 64, 2, 64, (0.0, 1.0, 0.0), True),
+    "planes_only": (2, 1, 64, 2, 64, (0.0, 0.0, 0.0), True),
+}
+INTERPRETED = ("one_head_one_token", "small_interpreted")
+SMALL = (2, 3, 32, 2, 40, (0.1, 0.3, 0.1), True)
+
+
+def make_tables(heads: int, dim: int, gen: np.random.Generator) -> SideTables:
+    widths = np.sort(gen.integers(0, 7, (heads, dim)), 1)[:, ::-1]
+    widths[:, dim // 2 :] = np.minimum(widths[:, dim // 2 :], 0)
+    if heads > 1:
+        widths[0] = 0  # a head without a plane
+    counts = torch.from_numpy(gen.integers(0, dim // 8 + 1, heads) * 8)
+    layout = PlaneLayout(torch.from_numpy(widths.astype(np.uint8)), counts)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(gen.standard_normal(shape).astype(np.float32))
+
+    inverse = normal(heads, dim, dim) / dim**0.5
+    return SideTables(normal(heads, dim), normal(heads, dim).abs() + 0.1, inverse, layout)
+
+
+def make_pages(case: tuple, seed: int = 0, order: bool = False) -> BlockPages:  # type: ignore[type-arg]
+    """Random bits: every string of bits is a block."""
+    heads, _, dim, blocks, last, shares, has_mid = case
+    gen = np.random.default_rng(seed)
+    tables = [make_tables(heads, dim, gen) for _ in "kv"]
+    offsets = np.full((blocks, NUM_FIELDS), ABSENT, np.int64)
+    arena = bytearray(24)
+
+    def put(data: np.ndarray) -> int:
+        arena.extend(bytes(-len(arena) % 8))
+        at = len(arena)
+        arena.extend(np.ascontiguousarray(data).tobytes())
+        return at
+
+    for block in range(blocks):
+        for side, table in enumerate(tables):
+            kind = gen.choice(4, (heads, 64), p=[1 - sum(shares), *shares])
+            masks = np.stack([np.isin(kind, (1, 3)), np.isin(kind, (2, 3))])
+            rows = int((kind == 1).sum())
+            mid_bytes = int(((kind == 2).sum(1) * table.layout.mid_row_bytes.numpy()).sum())
+            at = offsets[block, side * SIDE_FIELDS :]
+            at[WORDS] = put(gen.integers(0, 256, 8 * table.layout.num_words, np.uint8))
+            at[MASKS] = put(np.packbits(masks, -1, bitorder="little"))
+            if has_mid:
+                at[MID] = put(gen.integers(0, 256, mid_bytes, np.uint8))
+            scales = torch.from_numpy(gen.random(rows) * 0.03 + 0.001).bfloat16()
+            at[SCALES] = put(scales.view(torch.int16).numpy())
+            at[CODES] = put(gen.integers(-127, 128, (rows, dim), np.int8))
+        steps = gen.integers(100, 170, heads, np.uint8) * (gen.random(heads) > 0.3)
+        offsets[block, BIAS_STEPS] = put(steps.astype(np.uint8))
+        offsets[block, BIAS_CODES] = put(gen.integers(0, 256, heads * dim // 2, np.uint8))
+    num_tokens = torch.full((blocks,), 64)
+    num_tokens[-1] = last
+    held = torch.frombuffer(arena, dtype=torch.uint8).clone()
+    return BlockPages(held, torch.from_numpy(offsets), num_tokens, *tables)
+
+
+def hadamard64(dim: int) -> np.ndarray:
+    size = dim & -dim
+    signs = [[(-1.0) ** bin(i & j).count("1") for j in range(size)] for i in range(size)]
+    return np.kron(np.eye(dim // size), np.array(signs) / math.sqrt(size))
+
+
+def decode_head(pages: BlockPages, block: int, side: int, head: int) -> tuple[np.ndarray, ...]:
+    """Read one head token by token, in float64, from the layout's definition alone."""
+    table = (pages.keys, pages.values)[side]
+    arena, at = pages.arena.numpy(), pages.offsets[block].numpy()[side * SIDE_FIELDS :]
+    layout = table.layout
+    heads, dim = layout.num_heads, layout.dim
+    widths = layout.widths.tolist()
+
+    def bit(start: int, index: int) -> int:
+        return int(arena[start + index // 8]) >> (index % 8) & 1
+
+    kinds = [
+        [
+            bit(int(at[MASKS]), h * 64 + t) + 2 * bit(int(at[MASKS]) + 8 * heads, h * 64 + t)
+            for t in range(64)
+        ]
+        for h in range(heads)
+    ]
+    mean, scale, inverse = (
+        x[head].double().numpy() for x in (table.mean, table.scale, table.inverse)
+    )
+    escape_row = sum(kind == 1 for row in kinds[:head] for kind in row)
+    m = int(layout.mid_counts[head])
+    mid_at = int(at[MID]) + sum(
+        int(layout.mid_counts[h]) // 4 * kinds[h].count(2) for h in range(head)
+    )
+    word = sum(sum(row) for row in widths[:head])
+    places = {}
+    for plane in range(6):
+        for c in range(dim):
+            if widths[head][c] > plane:
+                places[c, plane] = int(at[WORDS]) + 8 * word
+                word += 1
+    bias_at = pages.offsets[block].numpy()
+    step = int(arena[bias_at[BIAS_STEPS] + head])
+    packed = arena[bias_at[BIAS_CODES] + head * dim // 2 :][: dim // 2].astype(int)
+    bias = (np.concatenate([packed & 15, packed >> 4]) - 8.0) * (
+        2.0 ** ((step - 192) / 16) if step else 0
+    )
+    rows = np.zeros((64, dim))
+    for t, kind in enumerate(kinds[head]):
+        if kind == 1:
+            start = int(at[CODES]) + dim * escape_row
+            bits = arena[int(at[SCALES]) + 2 * escape_row :][:2].copy()
+            factor = float(torch.from_numpy(bits).view(torch.bfloat16)[0])
+            rows[t] = arena[start : start + dim].view(np.int8) * factor @ hadamard64(dim)
+            escape_row += 1
+            continue
+        y = np.zeros(dim)
+        for c, width in enumerate(widths[head]):
+            signs = [bit(places[c, plane], t) for plane in range(width)]
+            y[c] = sum(k * (2 * s - 1) for k, s in zip(COEFFICIENTS[width], signs, strict=True))
+            if kind == 2 and at[MID] != ABSENT and c < m:
+                quarter = 2 * bit(mid_at, c) + bit(mid_at + m // 8, c)
+                code = sum(s << (width - 1 - plane) for plane, s in enumerate(signs))
+                y[c] = FINE_LEVELS[width][4 * code + quarter]
+        rows[t] = (y * scale + (bias if side == 1 and kind == 0 else 0)) @ inverse + mean
+        if kind == 2:
+            mid_at += m // 4 if at[MID] != ABSENT else 0
+    return rows, np.array(kinds[head])
+
+
+def rotate64(rows: np.ndarray, position: float, rotary_dim: int) -> np.ndarray:
+    half = rotary_dim // 2
+    angles = position * 10000.0 ** (-np.arange(half) / half)
+    low, high = rows[..., :half], rows[..., half:rotary_dim]
+    turned = [
+        low * np.cos(angles) - high * np.sin(angles),
+        high * np.cos(angles) + low * np.sin(angles),
+    ]
+    return np.concatenate([*turned, rows[..., rotary_dim:]], -1)
+
+
+def expected(
+    queries: torch.Tensor, pages: BlockPages, starts: list[int], rotary_dim: int, scaling: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Expand, turn keys to their positions, softmax in float64."""
+    heads = pages.keys.layout.num_heads
+    group = queries.shape[0] // heads
+    outs, lses = [], []
+    for head in range(heads):
+        keys, values = [], []
+        for block, start in enumerate(starts):
+            (k, k_kind), (v, v_kind) = (decode_head(pages, block, side, head) for side in (0, 1))
+            read = (k_kind != 3) & (v_kind != 3) & (np.arange(64) < int(pages.num_tokens[block]))
+            keys.append(rotate64(k, start, rotary_dim)[read])
+            values.append(v[read])
+        k, v = np.concatenate(keys), np.concatenate(values)
+        for query in queries[head * group : head * group + group].double().numpy():
+            scores = k @ query * scaling
+            lse = np.logaddexp.reduce(scores) if scores.size else -np.inf
+            outs.append(np.exp(scores - lse) @ v if scores.size else np.zeros(v.shape[1]))
+            lses.append(lse)
+    return np.stack(outs), np.array(lses)
+
+
+def make_turns(starts: list[int], rotary_dim: int) -> Turns:
+    half = rotary_dim // 2
+    angles = torch.tensor(starts).double()[:, None] * 10000.0 ** (
+        -torch.arange(half).double() / half
+    )
+    angles = torch.cat([angles, angles], 1)
+    return Turns(angles.cos().float(), angles.sin().float())
+
+
+def run(
+    backend: str, queries: torch.Tensor, pages: BlockPages, turns: Turns, scaling: float
+) -> Attention:
+    if backend == "reference":
+        return attend_blocks_reference(queries, pages, turns, scaling)
+    if backend == "triton":
+        pytest.importorskip("triton")
+        from kvstrata.kernels.attend_blocks_triton import attend_blocks_triton
+
+        return attend_blocks_triton(queries, pages, turns, scaling)
+    pytest.importorskip("numba")
+    from kvstrata.kernels.attend_blocks_numba import attend_blocks_numba
+
+    return attend_blocks_numba(queries, pages, turns, scaling)
+
+
+def check(got: Attention, want: tuple[np.ndarray, np.ndarray], terms: int) -> None:
+    """Allow float32 rounding of each of ``terms`` terms, relative to the largest output."""
+    bound = 2.0**-24 * terms * max(1.0, np.abs(want[0]).max())
+    assert got[0].dtype == got[1].dtype == torch.float32
+    np.testing.assert_allclose(got[0].numpy(), want[0], rtol=0, atol=bound)
+    np.testing.assert_allclose(got[1].numpy(), want[1], rtol=1e-6, atol=bound)
+
+
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [(b, n) for b in BACKENDS[:2] for n in CASES] + [("triton", n) for n in INTERPRETED],
+)
+def test_equals_softmax_over_expanded_blocks(backend: str, name: str) -> None:
+    case = CASES.get(name, SMALL)
+    heads, group, dim, blocks = case[:4]
+    pages = make_pages(case)
+    queries = torch.randn(heads * group, dim)
+    starts = [64 * (7 * block % 5) for block in range(blocks)]
+    got = run(backend, queries, pages, make_turns(starts, dim), 0.3)
+    check(got, expected(queries, pages, starts, dim, 0.3), 8 * dim)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reads_half_precision_and_strided_queries(backend: str, dtype: torch.dtype) -> None:
+    pages = make_pages(SMALL)
+    queries = torch.randn(32, 6).to(dtype).mT
+    got = run(backend, queries, pages, make_turns([0, 64], 16), 0.2)
+    check(got, expected(queries.float(), pages, [0, 64], 16, 0.2), 8 * 32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_moved_blocks_equal_keys_turned_to_the_new_position(backend: str) -> None:
+    pages = make_pages(CASES["group3_dim64"])
+    queries = torch.randn(9, 64)
+    for starts in ([0, 64, 128, 192, 256], [4096, 0, 1, 77, 640]):
+        got = run(backend, queries, pages, make_turns(starts, 64), 0.2)
+        # cos and sin are float32: their error times the largest score is added to the rounding.
+        check(got, expected(queries, pages, starts, 64, 0.2), 16 * 64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_token_output_is_zero_and_lse_minus_infinity(backend: str) -> None:
+    pages = make_pages((2, 2, 32, 1, 5, (0.0, 0.0, 1.0), True))
+    out, lse = run(backend, torch.randn(4, 32), pages, make_turns([0], 32), 1.0)
+    assert (out == 0).all()
+    assert (lse == float("-inf")).all()
+
+
+def test_no_blocks_give_zero() -> None:
+    pages = make_pages(SMALL)
+    none = BlockPages(
+        pages.arena, pages.offsets[:0], pages.num_tokens[:0], pages.keys, pages.values
+    )
+    out, lse = attend_blocks(torch.randn(6, 32), none, make_turns([], 32), 1.0)
+    assert (out == 0).all()
+    assert (lse == float("-inf")).all()
+
+
+def test_parts_merge_to_the_whole_on_any_number_of_threads() -> None:
+    pages = make_pages((3, 3, 64, 40, 9, (0.05, 0.2, 0.1), True))
+    queries, turns = torch.randn(9, 64) * 4, make_turns(list(range(0, 2560, 64)), 64)
+    whole = attend_blocks(queries, pages, turns, 0.3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        check(attend_blocks(queries, pages, turns, 0.3), tuple(x.numpy() for x in whole), 512)  # type: ignore[arg-type]
+    finally:
+        torch.set_num_threads(threads)
+    parts = [(torch.zeros(9, 64), torch.full((9,), float("-inf")))]
+    for a, b in itertools.pairwise((0, 1, 17, 40)):
+        some = BlockPages(
+            pages.arena, pages.offsets[a:b], pages.num_tokens[a:b], pages.keys, pages.values
+        )
+        parts.append(attend_blocks(queries, some, Turns(turns.cos[a:b], turns.sin[a:b]), 0.3))
+    check(merge_attention(parts), tuple(x.numpy() for x in whole), 512)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 77])
+def test_window_is_softmax_attention(num_tokens: int) -> None:
+    queries, keys, values = torch.randn(6, 32), *torch.randn(2, 2, num_tokens, 32)
+    out, lse = attend_window(queries, keys, values, 0.3)
+    scores = (queries.view(2, 3, 32) @ keys.mT * 0.3).double()
+    assert torch.allclose(lse.double(), scores.logsumexp(-1).flatten(), atol=1e-5)
+    want = (scores.softmax(-1) @ values.double()).view(6, 32)
+    assert torch.allclose(out.double(), want, atol=1e-5)
+
+
+def test_merging_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="no parts"):
+        merge_attention([])
+
+
+@pytest.mark.parametrize(
+    "column", [*range(SIDE_FIELDS), SIDE_FIELDS + CODES, BIAS_STEPS, BIAS_CODES]
+)
+def test_a_part_outside_the_arena_is_refused(column: int) -> None:
+    pages = make_pages(CASES["group4_dim128_tail"])
+    for at in (-8, pages.arena.numel() // 8 * 8, 2**62):
+        offsets = pages.offsets.clone()
+        offsets[1, column] = at
+        with pytest.raises(ValueError, match="do not fit the arena"):
+            BlockPages(pages.arena, offsets, pages.num_tokens, pages.keys, pages.values)
+
+
+def test_bad_input_is_refused() -> None:
+    pages, turns = make_pages(SMALL), make_turns([0, 64], 32)
+    arena, offsets, counts, keys, values = (
+        getattr(pages, name) for name in ("arena", "offsets", "num_tokens", "keys", "values")
+    )
+    with pytest.raises(ValueError, match="multiple of 8"):
+        BlockPages(arena, offsets + 1, counts, keys, values)
+    with pytest.raises(ValueError, match="1 to 64"):
+        BlockPages(arena, offsets, counts + 64, keys, values)
+    with pytest.raises(ValueError, match="uint8"):
+        BlockPages(arena.float(), offsets, counts, keys, values)
+    with pytest.raises(ValueError, match="queries must be"):
+        attend_blocks(torch.randn(5, 32), pages, turns, 1.0)
+    with pytest.raises(ValueError, match="bf16"):
+        attend_blocks(torch.randn(6, 32).double(), pages, turns, 1.0)
+    with pytest.raises(ValueError, match="cos and sin"):
+        attend_blocks(torch.randn(6, 32), pages, make_turns([0], 32), 1.0)
+    with pytest.raises(ValueError, match="scale must be"):
+        SideTables(keys.mean, keys.scale[:, 1:], keys.inverse, keys.layout)
+
+
+def test_numba_is_what_runs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("numba") is None:
+        pytest.skip("numba is not installed")
+    monkeypatch.setattr(module, "attend_blocks_reference", None)
+    attend_blocks(torch.randn(6, 32), make_pages(SMALL), make_turns([0, 64], 32), 1.0)

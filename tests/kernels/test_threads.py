@@ -1,0 +1,72 @@
+"""Ranges over threads: each item once, errors raised, no more threads than torch's."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kvstrata.kernels.backend import backend_of
+from kvstrata.kernels.threads import for_ranges
+
+
+@pytest.fixture(params=[1, 2, 5])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("total", [0, 1, 2, 7, 1000])
+@pytest.mark.parametrize("grain", [0, 1, 3, 5000])
+def test_every_item_is_handled_once_by_few_threads(num_threads, total, grain):
+    handled: list[int] = []
+    threads: set[int] = set()
+
+    def work(start: int, stop: int) -> None:
+        assert start < stop
+        handled.extend(range(start, stop))
+        threads.add(threading.get_ident())
+
+    for_ranges(work, total, grain)
+    assert sorted(handled) == list(range(total))
+    assert len(threads) <= num_threads
+
+
+@pytest.mark.parametrize("bad", [0, 99])
+def test_an_error_is_raised_after_all_have_ended(num_threads, bad):
+    ended = []
+
+    def work(start: int, stop: int) -> None:
+        if start <= bad < stop:
+            raise ValueError("broken item")
+        ended.append(start)
+
+    with pytest.raises(ValueError, match="broken item"):
+        for_ranges(work, 100)
+    assert len(ended) == num_threads - 1
+
+
+def test_callers_on_several_threads_do_not_disturb_each_other():
+    sums = [0] * 8
+
+    def call(index: int) -> None:
+        parts: list[int] = []
+        for _ in range(50):
+            for_ranges(lambda a, b: parts.append(sum(range(a, b))), 100)
+        sums[index] = sum(parts)
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert sums == [50 * 4950] * 8
+
+
+def test_the_version_follows_the_device():
+    assert backend_of(torch.zeros(1)) == "numba"
+    assert backend_of(torch.zeros(1, device="meta")) == "reference"
+    with pytest.raises(ValueError, match=r"one device, not on \['cpu', 'meta'\]"):
+        backend_of(torch.zeros(1), torch.zeros(1, device="meta"))
