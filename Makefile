@@ -41,7 +41,8 @@ demo: install ## start everything on this machine and show a cache hit; writes .
 	$(BIN)/kvstrata demo
 
 test: lint types ## everything: lint, types, the whole test suite
-	$(RUN_CLEAN) $(BIN)/pytest --basetemp="$$TMPDIR/pytest" --durations=10
+	$(RUN_CLEAN) $(BIN)/pytest -m "not e2e" -n 2 --dist loadfile --basetemp="$$TMPDIR/pytest" --durations=10
+	$(RUN_CLEAN) $(BIN)/pytest -m e2e --basetemp="$$TMPDIR/pytest" --durations=5
 
 e2e: install ## only the tests that start real processes
 	$(RUN_CLEAN) $(BIN)/pytest -m e2e --basetemp="$$TMPDIR/pytest" --durations=10

@@ -5,7 +5,7 @@ out, medians of at least 7 rounds. In a round every implementation runs once: ou
 reference, memcpy, and quanto and hqq with 4 bits. `of_memcpy` and `of_limit` are medians of the
 rounds' ratios. The limit is memcpy; for `encode`, `decode` and `colsum` the slower of memcpy and
 the op's product by torch.bmm in bf16; for `attend`, SDPA over bf16 as the engine calls it, so
-there `of_limit` is the speed-up. The reference, and hqq when it encodes, get fewer layers.
+there `of_limit` is the speed-up. The reference, and hqq when it encodes, get a part of the layers.
 """
 
 import argparse

@@ -19,7 +19,7 @@ def calibrate(
     ],
     model: Annotated[str | None, typer.Option(help="Folder, .gguf file or hub id.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the profile.")] = None,
-    segments: Annotated[int, typer.Option(min=1, help="Stretches of text to look at.")] = 16,
+    segments: Annotated[int, typer.Option(min=1, help="Stretches of text to look at.")] = 24,
     context: Annotated[int, typer.Option(min=128, help="Tokens of one stretch.")] = 1024,
     continuation: Annotated[int, typer.Option(min=32, help="Tokens that follow it.")] = 256,
     samples: Annotated[int, typer.Option(min=1, help="Sampled continuations a stretch.")] = 1,

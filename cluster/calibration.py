@@ -29,6 +29,9 @@ from kvstrata.protos.identity import BLOCK_TOKENS
 FIRST_STORED_LAYER = 1  # K and V of layer 0 depend on token ids alone and are computed again
 RATE_WIDTHS = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 2.6, 3.4)  # base widths to measure rates at
 RECORDS_PER_SEGMENT = 10
+# Prose hardly ever reads a fact again, so what reading one needs would be stored worst. At the same
+# size, weight 16 halved and halved again what planted facts lose; weights 4 to 64 are much alike.
+RECORD_WEIGHT = 16.0
 _CHARACTERS_PER_TOKEN = 8  # more than any text needs: what is too much is cut off
 _TEMPLATES = ("The password of {} was {}.", "{}: {}", '"{}" = {};', "Note that {} has number {}.")
 _NAMES = (
@@ -44,7 +47,7 @@ class CalibrationPlan:
     """How much text to look at.
 
     Attributes:
-        num_segments: Segments in all; every fourth has records planted that its end asks for.
+        num_segments: Segments in all; every second has records planted that its end asks for.
         context: Tokens of a segment whose cache is studied.
         continuation: Tokens that follow, along which gradients are taken.
         num_samples: Continuations sampled per segment.
@@ -52,7 +55,7 @@ class CalibrationPlan:
         seed: Of everything drawn.
     """
 
-    num_segments: int = 16
+    num_segments: int = 24
     context: int = 1024
     continuation: int = 256
     num_samples: int = 1
@@ -61,9 +64,18 @@ class CalibrationPlan:
 
 
 def cut_segments(
-    tokenizer: object, texts: Sequence[str], plan: CalibrationPlan, count: int, *, seed: int
+    tokenizer: object,
+    texts: Sequence[str],
+    plan: CalibrationPlan,
+    count: int,
+    *,
+    seed: int,
+    with_records: bool = True,
 ) -> list[Segment]:
     """Return ``count`` segments, taken from the texts in turn at places drawn by ``seed``.
+
+    Every second one has records, such as ``node-7: 48213``, planted in its context and asked for
+    in its continuation.
 
     Raises:
         InvalidRequestError: No text is long enough for one segment.
@@ -85,7 +97,7 @@ def cut_segments(
             ids = _encode(tokenizer, text[start:], length)
             text = text if len(ids) >= length else usable[number % len(usable)] * 2
         segment = Segment(tuple(ids[: plan.context]), tuple(ids[plan.context : length]))
-        if number % 4 == 3:
+        if with_records and (number + number // len(usable)) % 2:
             segment = _with_records(tokenizer, segment, draw)
         segments.append(segment)
     return segments
@@ -172,7 +184,9 @@ def calibrate(
         rates=np.ones((1, 3)),
         note=f"{model.name}; {plan}",
     )
-    rate_segments = cut_segments(model.tokenizer, texts, plan, plan.num_rate_segments, seed=1)
+    rate_segments = cut_segments(
+        model.tokenizer, texts, plan, plan.num_rate_segments, seed=1, with_records=False
+    )
     profile = replace(profile, rates=measure_rates(model, profile, rate_segments, tell))
     path = folder / f"{stem}{SUFFIX}"
     profile.save(path)
@@ -197,7 +211,9 @@ def _with_records(tokenizer: object, segment: Segment, draw: random.Random) -> S
     draw.shuffle(records)
     asked = encode("\n\n" + "\n".join(records), add_special_tokens=False)
     return Segment(
-        tuple(context[: len(segment.context)]), tuple(asked[: len(segment.continuation)])
+        tuple(context[: len(segment.context)]),
+        tuple(asked[: len(segment.continuation)]),
+        weight=RECORD_WEIGHT,
     )
 
 

@@ -56,7 +56,7 @@ def run_gateway(config: GatewayConfig) -> None:
 
 def _deploy(config: GatewayConfig) -> RayWorkers:
     return deploy(
-        WorkerConfig(config.store_address, config.model, config.dtype),
+        WorkerConfig(config.store_address, config.model, config.dtype, warm_up=True),
         Replicas(config.prefill_workers, config.decode_workers),
     )
 

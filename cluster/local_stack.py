@@ -135,7 +135,7 @@ async def _start_workers(config: StackConfig, runtime: Path, store_address: str)
     def deploy() -> workers.RayWorkers:
         num_cpus = max(os.cpu_count() or 1, config.prefill_workers + config.decode_workers + 1)
         workers.connect(None, runtime_dir=str(runtime / "ray"), num_cpus=num_cpus)
-        worker_config = WorkerConfig(store_address, config.model, config.dtype)
+        worker_config = WorkerConfig(store_address, config.model, config.dtype, warm_up=True)
         return workers.deploy(worker_config, replicas)
 
     try:

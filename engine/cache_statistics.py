@@ -22,10 +22,17 @@ PREFILL_CHUNK = 1024
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One calibration text: the context whose cache is studied, and what follows it."""
+    """One calibration text: the context whose cache is studied, and what follows it.
+
+    Attributes:
+        context: Token ids.
+        continuation: Token ids.
+        weight: Of its gradients in the metric, against those of other segments.
+    """
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
+    weight: float = 1.0
 
 
 class CacheStatistics:
@@ -56,6 +63,9 @@ class CacheStatistics:
         keys, values = cache.read(0, cache.length)
         key_gradients, value_gradients = self._gradients(
             keys, values, segment.continuation, generator, num_samples
+        )
+        key_gradients, value_gradients = (
+            part * segment.weight**0.5 for part in (key_gradients, value_gradients)
         )
         kept = slice(SKIPPED_TOKENS, None)
         counted = (torch.arange(len(segment.context)) >= SKIPPED_TOKENS).repeat(num_samples)

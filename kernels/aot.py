@@ -23,6 +23,7 @@ class AotCase:
             ``"*u8"``, ``"i64"``, ``"fp32"``. Pointers are taken to be 16-byte aligned.
         constexprs: Value of each ``tl.constexpr`` argument.
         num_warps: Warps per program; a warp is 32 threads on NVIDIA, 64 on AMD.
+        num_warps_amd: Warps on AMD where they differ.
         max_registers: Most registers per thread (vector registers on AMD, accumulators included).
         max_shared_bytes: Most shared memory (LDS on AMD) per program, in bytes.
         wide_loads: Whether the code must load 16 bytes per thread and instruction somewhere. False
@@ -37,6 +38,7 @@ class AotCase:
     signature: Mapping[str, str]
     constexprs: Mapping[str, object] = field(default_factory=dict)
     num_warps: int = 4
+    num_warps_amd: int | None = None
     max_registers: int = 128
     max_shared_bytes: int = 48 * 1024
     wide_loads: bool = True

@@ -1,13 +1,14 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Decode attention over compressed blocks on GPU: one program per KV head and range of blocks.
+"""Decode attention over compressed blocks on GPU: scores of all tokens, then their values.
 
-A program decodes a quarter of a block of one head in registers, in transform coordinates, and
-multiplies
-by all query heads of the group at once; ranges are put together afterwards (split K, as in
-FlashDecoding). Nothing expanded goes to memory.
+A program decodes 16 tokens of one head in registers, in transform coordinates, and multiplies by
+all query heads of the group at once. Scores go through memory, 4 bytes each, because one kernel
+that decodes both keys and values spills registers on gfx942; ranges of
+blocks are put together afterwards (split K, as in FlashDecoding). Nothing expanded goes to memory.
 """
 
 import importlib
+from typing import Any
 
 import torch
 import triton
@@ -24,8 +25,11 @@ SCALES, CODES = tl.constexpr(layout.SCALES), tl.constexpr(layout.CODES)
 SIDE, FIELDS = tl.constexpr(layout.SIDE_FIELDS), tl.constexpr(layout.NUM_FIELDS)
 STEPS, BIASES = tl.constexpr(layout.BIAS_STEPS), tl.constexpr(layout.BIAS_CODES)
 PLANES = tl.constexpr(MAX_WIDTH)
+COEFFICIENTS_AT = tl.constexpr(256)  # in the tables, after the steps
+FINE_AT = tl.constexpr(256 + (MAX_WIDTH + 1) * MAX_WIDTH)
 TILE = tl.constexpr(16)  # tokens decoded at once
 _MIN_ROWS = 16  # of a matrix product
+_WARPS, _VALUE_WARPS_NVIDIA = 4, 8  # with 4 the sum over values spills on sm_80, with 8 on gfx942
 _PROGRAMS = 512  # about four for each multiprocessor of a large GPU
 
 
@@ -47,9 +51,7 @@ def _has(mask, tokens):
 
 
 @triton.jit
-def _components(
-    arena, words_at, mid_at, mids, tokens, c, widths, counts, mid_count, coefficients, fine
-):
+def _components(arena, words_at, mid_at, mids, tokens, c, widths, counts, mid_count, tables):
     """Return components (TILE, BLOCK_D) of a tile of tokens, refined where they are mid."""
     words = (arena + words_at).to(tl.pointer_type(tl.uint64))
     y = tl.zeros((tokens.shape[0], c.shape[0]), tl.float32)
@@ -61,7 +63,9 @@ def _components(
         inside = c < count
         word = tl.load(words + at + c, mask=inside, other=0)
         bits = ((word[None, :] >> shift) & 1).to(tl.int32)
-        coefficient = tl.load(coefficients + widths * PLANES + plane, mask=inside, other=0.0)
+        coefficient = tl.load(
+            tables + COEFFICIENTS_AT + widths * PLANES + plane, mask=inside, other=0.0
+        )
         y += (2 * bits - 1).to(tl.float32) * coefficient[None, :]
         codes = tl.where(inside[None, :], 2 * codes + bits, codes)
         at += count
@@ -73,7 +77,9 @@ def _components(
     bit = (c % 8)[None, :]
     quarters = 2 * ((high >> bit) & 1) + ((low >> bit) & 1)
     starts = 4 * ((1 << widths) - 1)
-    levels = tl.load(fine + starts[None, :] + 4 * codes + quarters, mask=refined, other=0.0)
+    levels = tl.load(
+        tables + FINE_AT + starts[None, :] + 4 * codes + quarters, mask=refined, other=0.0
+    )
     return tl.where(refined, levels, y)
 
 
@@ -94,21 +100,20 @@ def _escapes(arena, scales_at, codes_at, mask, tokens, c, DIM: tl.constexpr):
 
 
 @triton.jit
-def attend_blocks_kernel(
+def score_blocks_kernel(
     arena, offsets, num_tokens, row_starts, projected, turned, constants,
-    key_widths, key_counts, key_mids, key_words,
-    value_widths, value_counts, value_mids, value_words, value_scale,
-    coefficients, fine, steps, out_sums, out_escaped, out_stats,
-    num_blocks, num_heads, group, columns, blocks_per_program,
+    key_widths, key_counts, tables, out_scores,
+    num_blocks, num_heads, group, columns,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Attend with one KV head's queries to a range of blocks.
+    """Write the scores of one KV head's queries for the tokens of one block, -inf for the hidden.
 
-    Roofline: reads what is stored, 2.08 bits per element of K and V at `balanced`, so 32k tokens of
-    8 heads of 128 are 17.4 MB a layer: 5.2 us at 3.35 TB/s, against 40 us for bf16. About 12
-    integer operations per element decode it (67 M elements: 0.8 G operations, 13 us at the
-    67 T operations/s of an H100's CUDA cores), so decoding bounds it, not memory; the products
-    take 4 ROWS operations per element, in tensor cores (TF32).
+    Roofline: reads what is stored of K, about 1.3 bits per element at `balanced` (mid rows and
+    escapes included), the queries once per block (8 G D bytes) and writes 256 G bytes of scores:
+    32k tokens of 8 heads of 128 with G = 4 are 4096 programs, 5.5 + 16.8 + 4.2 MB a layer: 7.9 us
+    at 3.35 TB/s, against 20 us for bf16 keys. About 12 integer operations per element decode it
+    (34 M elements: 0.4 G operations, 6 us at the 67 T operations/s of an H100's CUDA cores); the
+    products take 4 ROWS operations per element, in tensor cores (TF32).
 
     Args:
         arena: uint8; with the next three as ``BlockPages`` has them.
@@ -119,24 +124,87 @@ def attend_blocks_kernel(
         turned: float32 (H, N, G, D), the same in Hadamard coordinates.
         constants: float32 (H, N, G), their products with the mean key.
         key_widths: int32 (H, D).
-        key_counts: int64 (H, PLANES).
-        key_mids: int64 (H,).
-        key_words: int64 (H + 1,), first word of each head.
-        value_widths: int32 (H, D).
-        value_counts: int64 (H, PLANES).
-        value_mids: int64 (H,).
-        value_words: int64 (H + 1,).
-        value_scale: float32 (H, D).
-        coefficients: float32 (PLANES + 1, PLANES).
-        fine: float32, the levels of all widths.
-        steps: float32 (256,), steps of the biases.
-        out_sums: float32 (programs, H, G, D), in transform coordinates, times scale, with biases.
-        out_escaped: float32 (programs, H, G, D), in Hadamard coordinates.
-        out_stats: float32 (programs, H, G, 3): largest score, sum of weights, of planed weights.
+        key_counts: int64 (H, PLANES + 2): words of each plane, refined components, first word.
+        tables: float32, steps of biases, coefficients (PLANES + 1, PLANES), fine levels.
+        out_scores: float32 (H, N, G, 64).
         num_blocks: N.
         num_heads: H.
         group: G.
         columns: Of ``projected``.
+        DIM: D.
+        BLOCK_D: D up to a power of two.
+        ROWS: G up to a power of two, at least 16.
+    """
+    block, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c, g = tl.arange(0, BLOCK_D), tl.arange(0, ROWS)
+    in_dim, in_group = c < DIM, g < group
+    wide = head.to(tl.int64)
+    widths = tl.load(key_widths + wide * DIM + c, mask=in_dim, other=0)
+    counts = key_counts + head * (PLANES + 2)
+    mid_count = tl.load(counts + PLANES)
+    at, rows_at = offsets + block * FIELDS, row_starts + block * 4 * (num_heads + 1) + head
+    masks = (arena + tl.load(at + MASKS)).to(tl.pointer_type(tl.uint64)) + head
+    escape, mid = tl.load(masks), tl.load(masks + num_heads)
+    masks = (arena + tl.load(at + SIDE + MASKS)).to(tl.pointer_type(tl.uint64)) + head
+    dropped = (escape & mid) | (tl.load(masks) & tl.load(masks + num_heads))
+    count, mid_at = tl.load(num_tokens + block), tl.load(at + MID)
+    # Without MID rows, mid tokens have their base values.
+    mids = (mid & ~escape) * (mid_at >= 0).to(tl.uint64)
+    mid_row = mid_at + tl.load(rows_at + num_heads + 1)
+    escape_row = tl.load(rows_at)
+    words = tl.load(at + WORDS) + 8 * tl.load(counts + PLANES + 1)
+    row = (wide * num_blocks + block) * group + g
+    wanted = in_group[:, None] & (c < columns)[None, :]
+    query = tl.load(projected + row[:, None] * columns + c[None, :], wanted, other=0.0)
+    wanted = in_group[:, None] & in_dim[None, :]
+    constant = tl.load(constants + row, in_group, other=0.0)
+    for first in range(0, 64, TILE):
+        tokens = first + tl.arange(0, TILE)
+        y = _components(arena, words, mid_row, mids, tokens, c, widths, counts, mid_count, tables)
+        scores = tl.dot(query, tl.trans(y), input_precision="tf32") + constant[:, None]
+        is_escape = _has(escape & ~mid, tokens)
+        if tl.max(is_escape.to(tl.int32)) > 0:
+            rows = _escapes(
+                arena, tl.load(at + SCALES) + 2 * escape_row,
+                tl.load(at + CODES) + DIM * escape_row, escape & ~mid, tokens, c, DIM,
+            )  # fmt: skip
+            mirrored = tl.load(turned + row[:, None] * DIM + c[None, :], wanted, other=0.0)
+            of_escapes = tl.dot(mirrored, tl.trans(rows), input_precision="tf32")
+            scores = tl.where(is_escape[None, :], of_escapes, scores)
+        valid = (tokens < count) & ~_has(dropped, tokens)
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        tl.store(out_scores + row[:, None] * 64 + tokens[None, :], scores, in_group[:, None])
+
+
+@triton.jit
+def sum_values_kernel(
+    arena, offsets, row_starts, scores_of,
+    value_widths, value_counts, value_scale, tables, out,
+    num_blocks, num_heads, group, blocks_per_program,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Weigh the values of one KV head in a range of blocks by the softmax of their scores.
+
+    Roofline: reads what is stored of V, about 1.7 bits per element at `balanced`, and 256 G bytes
+    of scores per head and block: 32k tokens of 8 heads of 128 with G = 4 are 7.1 + 4.2 MB a layer:
+    3.4 us at 3.35 TB/s, against 20 us for bf16 values. Decoding takes about 12 integer operations
+    per element, 6 us as in ``score_blocks_kernel``, so it bounds this, not memory.
+
+    Args:
+        arena: uint8; with the next two as ``BlockPages`` has them.
+        offsets: int64 (N, NUM_FIELDS).
+        row_starts: int64 (N, 2, 2, H + 1).
+        scores_of: float32 (H, N, G, 64), -inf for what is not read.
+        value_widths: int32 (H, D).
+        value_counts: As ``score_blocks_kernel`` has ``key_counts``.
+        value_scale: float32 (H, D).
+        tables: As ``score_blocks_kernel`` has them.
+        out: float32 (programs, H, G, 2 D + 3): sums in transform coordinates, times scale, with
+            biases; sums of escapes in Hadamard coordinates; largest score, sum of weights, of
+            planed weights.
+        num_blocks: N.
+        num_heads: H.
+        group: G.
         blocks_per_program: Length of a range.
         DIM: D.
         BLOCK_D: D up to a power of two.
@@ -144,101 +212,69 @@ def attend_blocks_kernel(
     """
     head, part = tl.program_id(0), tl.program_id(1)
     c, g = tl.arange(0, BLOCK_D), tl.arange(0, ROWS)
-    in_dim = c < DIM
+    in_dim, in_group = c < DIM, g < group
     wide = head.to(tl.int64)
-    k_widths = tl.load(key_widths + wide * DIM + c, mask=in_dim, other=0)
-    v_widths = tl.load(value_widths + wide * DIM + c, mask=in_dim, other=0)
-    k_mid_count, v_mid_count = tl.load(key_mids + head), tl.load(value_mids + head)
-    k_counts, v_counts = key_counts + head * PLANES, value_counts + head * PLANES
-    k_first, v_first = tl.load(key_words + head), tl.load(value_words + head)
+    widths = tl.load(value_widths + wide * DIM + c, mask=in_dim, other=0)
+    scale = tl.load(value_scale + wide * DIM + c, mask=in_dim, other=0.0)
+    counts = value_counts + head * (PLANES + 2)
+    mid_count, first_word = tl.load(counts + PLANES), tl.load(counts + PLANES + 1)
     sums = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    biases = tl.zeros((ROWS, BLOCK_D), tl.float32)
     escaped = tl.zeros((ROWS, BLOCK_D), tl.float32)
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total, planed = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    half = DIM // 2
     begin = part * blocks_per_program
     for block in range(begin, tl.minimum(begin + blocks_per_program, num_blocks)):
         wide_block = block + wide * 0
-        at = offsets + wide_block * FIELDS
-        rows_at = row_starts + wide_block * 4 * (num_heads + 1) + head
-        k_masks = (arena + tl.load(at + MASKS)).to(tl.pointer_type(tl.uint64)) + head
-        v_masks = (arena + tl.load(at + SIDE + MASKS)).to(tl.pointer_type(tl.uint64)) + head
-        k_escape, k_mid = tl.load(k_masks), tl.load(k_masks + num_heads)
-        v_escape, v_mid = tl.load(v_masks), tl.load(v_masks + num_heads)
-        dropped = (k_escape & k_mid) | (v_escape & v_mid)
-        count = tl.load(num_tokens + block)
-        k_mid_at, v_mid_at = tl.load(at + MID), tl.load(at + SIDE + MID)
-        # Without MID rows, mid tokens have their base values.
-        k_mids = (k_mid & ~k_escape) * (k_mid_at >= 0).to(tl.uint64)
-        v_mids = (v_mid & ~v_escape) * (v_mid_at >= 0).to(tl.uint64)
-        k_mid_row = k_mid_at + tl.load(rows_at + num_heads + 1)
-        v_mid_row = v_mid_at + tl.load(rows_at + 3 * (num_heads + 1))
-        k_row, v_row = tl.load(rows_at), tl.load(rows_at + 2 * (num_heads + 1))
-        k_words = tl.load(at + WORDS) + 8 * k_first
-        v_words = tl.load(at + SIDE + WORDS) + 8 * v_first
-        row = (wide * num_blocks + block) * group + g
-        in_group = g < group
-        wanted = in_group[:, None] & (c < columns)[None, :]
-        query = tl.load(projected + row[:, None] * columns + c[None, :], wanted, other=0.0)
-        wanted = in_group[:, None] & in_dim[None, :]
-        query_turned = tl.load(turned + row[:, None] * DIM + c[None, :], wanted, other=0.0)
-        constant = tl.load(constants + row, in_group, other=0.0)
-        step = tl.load(steps + tl.load(arena + tl.load(at + STEPS) + head).to(tl.int32))
-        half = DIM // 2
-        packed = tl.load(
-            arena + tl.load(at + BIASES) + wide * half + tl.where(c < half, c, c - half),
-            mask=in_dim,
-            other=0,
-        ).to(tl.int32)
-        bias = (tl.where(c < half, packed & 15, packed >> 4) - 8).to(tl.float32) * step
-        for first in range(0, count.to(tl.int32), TILE):
+        fields = offsets + wide_block * FIELDS
+        at = fields + SIDE
+        rows_at = row_starts + (wide_block * 4 + 2) * (num_heads + 1) + head
+        masks = (arena + tl.load(at + MASKS)).to(tl.pointer_type(tl.uint64)) + head
+        escape, mid = tl.load(masks), tl.load(masks + num_heads)
+        mid_at = tl.load(at + MID)
+        mids = (mid & ~escape) * (mid_at >= 0).to(tl.uint64)
+        mid_row, escape_row = mid_at + tl.load(rows_at + num_heads + 1), tl.load(rows_at)
+        words = tl.load(at + WORDS) + 8 * first_word
+        row = (wide * num_blocks + wide_block) * group + g
+        step = tl.load(tables + tl.load(arena + tl.load(fields + STEPS) + head).to(tl.int32))
+        for first in range(0, 64, TILE):
             tokens = first + tl.arange(0, TILE)
-            valid = (tokens < count) & ~_has(dropped, tokens)
-            y = _components(
-                arena, k_words, k_mid_row, k_mids, tokens, c, k_widths,
-                k_counts, k_mid_count, coefficients, fine,
-            )  # fmt: skip
-            rows = _escapes(
-                arena, tl.load(at + SCALES) + 2 * k_row, tl.load(at + CODES) + DIM * k_row,
-                k_escape & ~k_mid, tokens, c, DIM,
-            )  # fmt: skip
-            scores = tl.dot(query, tl.trans(y), input_precision="tf32") + constant[:, None]
-            of_escapes = tl.dot(query_turned, tl.trans(rows), input_precision="tf32")
-            scores = tl.where(_has(k_escape, tokens)[None, :], of_escapes, scores)
-            scores = tl.where(valid[None, :], scores, float("-inf"))
+            cells = row[:, None] * 64 + tokens[None, :]
+            scores = tl.load(scores_of + cells, in_group[:, None], other=float("-inf"))
             top = tl.maximum(largest, tl.max(scores, 1))
             safe = tl.where(top == float("-inf"), 0.0, top)
             decay = tl.exp(largest - safe)
             weights = tl.exp(scores - safe[:, None])
             largest = top
             total = total * decay + tl.sum(weights, 1)
-            is_escape = _has(v_escape, tokens)[None, :]
-            of_planes = tl.where(is_escape, 0.0, weights)
+            is_escape = _has(escape, tokens)
+            of_planes = tl.where(is_escape[None, :], 0.0, weights)
             planed = planed * decay + tl.sum(of_planes, 1)
-            is_base = ~_has(v_escape | v_mid, tokens)[None, :]
-            mass = tl.sum(tl.where(is_base, weights, 0.0), 1)
-            biases = biases * decay[:, None] + mass[:, None] * bias[None, :]
             y = _components(
-                arena, v_words, v_mid_row, v_mids, tokens, c, v_widths,
-                v_counts, v_mid_count, coefficients, fine,
-            )  # fmt: skip
+                arena, words, mid_row, mids, tokens, c, widths, counts, mid_count, tables
+            )
+            place = tl.load(fields + BIASES) + wide * half + c % half
+            packed = tl.load(arena + place).to(tl.int32)  # from D on what is not stored
+            bias = (tl.where(c < half, packed & 15, packed >> 4) - 8).to(tl.float32) * step
+            is_base = ~_has(escape | mid, tokens)
+            y = y * scale[None, :] + tl.where(is_base[:, None], bias[None, :], 0.0)
             sums = sums * decay[:, None] + tl.dot(of_planes, y, input_precision="tf32")
-            rows = _escapes(
-                arena, tl.load(at + SIDE + SCALES) + 2 * v_row,
-                tl.load(at + SIDE + CODES) + DIM * v_row, v_escape & ~v_mid, tokens, c, DIM,
-            )  # fmt: skip
-            of_escapes = tl.where(is_escape, weights, 0.0)
             escaped = escaped * decay[:, None]
-            escaped += tl.dot(of_escapes, rows, input_precision="tf32")
-    scale = tl.load(value_scale + wide * DIM + c, mask=in_dim, other=0.0)
+            if tl.max(is_escape.to(tl.int32)) > 0:
+                rows = _escapes(
+                    arena, tl.load(at + SCALES) + 2 * escape_row,
+                    tl.load(at + CODES) + DIM * escape_row, escape & ~mid, tokens, c, DIM,
+                )  # fmt: skip
+                of_escapes = tl.where(is_escape[None, :], weights, 0.0)
+                escaped += tl.dot(of_escapes, rows, input_precision="tf32")
     row = (part.to(tl.int64) * num_heads + head) * group + g
-    wanted = (g < group)[:, None] & in_dim[None, :]
-    cells = row[:, None] * DIM + c[None, :]
-    tl.store(out_sums + cells, sums * scale[None, :] + biases, mask=wanted)
-    tl.store(out_escaped + cells, escaped, mask=wanted)
-    tl.store(out_stats + row * 3, largest, mask=g < group)
-    tl.store(out_stats + row * 3 + 1, total, mask=g < group)
-    tl.store(out_stats + row * 3 + 2, planed, mask=g < group)
+    wanted = in_group[:, None] & in_dim[None, :]
+    rows = out + row * (2 * DIM + 3)
+    tl.store(rows[:, None] + c[None, :], sums, mask=wanted)
+    tl.store(rows[:, None] + (DIM + c)[None, :], escaped, mask=wanted)
+    tl.store(rows + 2 * DIM, largest, mask=in_group)
+    tl.store(rows + 2 * DIM + 1, total, mask=in_group)
+    tl.store(rows + 2 * DIM + 2, planed, mask=in_group)
 
 
 def attend_blocks_triton(
@@ -256,60 +292,74 @@ def attend_blocks_triton(
     programs = max(1, min(num_blocks, _PROGRAMS // heads))
     per_program = -(-num_blocks // programs)
     programs = -(-num_blocks // per_program)
-    sums = torch.empty(programs, heads, group, dim, device=device)
-    escaped = torch.empty_like(sums)
-    stats = torch.empty(programs, heads, group, 3, device=device)
-    attend_blocks_kernel[heads, programs](
-        pages.arena, pages.offsets.to(device), pages.num_tokens.to(device),
-        pages.starts.to(device), projected, mirrored.contiguous(), constants,
-        *_tables_of(pages.keys)[:4], *_tables_of(pages.values), *_constants(device), sums, escaped,
-        stats, num_blocks, heads, group, projected.shape[-1], per_program,
-        DIM=dim, BLOCK_D=triton.next_power_of_2(dim),
-        ROWS=max(_MIN_ROWS, triton.next_power_of_2(group)), num_warps=8,
+    parts = torch.empty(programs, heads, group, 2 * dim + 3, device=device)
+    scores = torch.empty(heads, num_blocks, group, layout.BLOCK_TOKENS, device=device)
+    offsets, starts = pages.offsets.to(device), pages.starts.to(device)
+    tables, values = _constants(device), pages.values
+    shape = {
+        "DIM": dim,
+        "BLOCK_D": triton.next_power_of_2(dim),
+        "ROWS": max(_MIN_ROWS, triton.next_power_of_2(group)),
+    }
+    score_blocks_kernel[num_blocks, heads](
+        pages.arena, offsets, pages.num_tokens.to(device), starts, projected,
+        mirrored.contiguous(), constants, *_tables_of(pages.keys), tables, scores,
+        num_blocks, heads, group, projected.shape[-1], **shape, num_warps=_WARPS,
     )  # fmt: skip
+    sum_values_kernel[heads, programs](
+        pages.arena, offsets, starts, scores, *_tables_of(values), values.scale.contiguous(),
+        tables, parts, num_blocks, heads, group, per_program, **shape,
+        num_warps=_WARPS if torch.version.hip else _VALUE_WARPS_NVIDIA,
+    )  # fmt: skip
+    sums, escaped, stats = parts.split([dim, dim, 3], -1)
     largest, total, planed = stats.unbind(-1)
     top = largest.amax(0)
     shares = (largest - top.masked_fill(top == float("-inf"), 0.0)).exp()
     norm = (shares * total).sum(0)
     shares = shares / norm.clamp_min(torch.finfo(torch.float32).tiny)
-    values = pages.values
     out = (sums * shares[..., None]).sum(0) @ values.inverse
     out += (planed * shares).sum(0)[..., None] * values.mean[:, None]
     out += (escaped * shares[..., None]).sum(0) @ hadamard(dim).to(device)
     return out.flatten(0, 1), (top + norm.log()).flatten()
 
 
-def _tables_of(tables: SideTables) -> tuple[torch.Tensor, ...]:
-    widths, counts = tables.layout.widths.int().contiguous(), tables.layout.plane_sizes.contiguous()
-    mids, words = tables.layout.mid_counts.long().contiguous(), tables.word_starts
-    return widths, counts, mids, words, tables.scale.contiguous()
+def _tables_of(tables: SideTables) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = tables.layout
+    others = (layout.mid_counts.long(), tables.word_starts[:-1])
+    counts = torch.cat([layout.plane_sizes, torch.stack(others, 1)], 1)
+    return layout.widths.int().contiguous(), counts
 
 
-def _constants(device: torch.device) -> tuple[torch.Tensor, ...]:
-    padded = [[*row, *[0.0] * (MAX_WIDTH - len(row))] for row in COEFFICIENTS]
+def _constants(device: torch.device) -> torch.Tensor:
+    padded = [x for row in COEFFICIENTS for x in (*row, *[0.0] * (MAX_WIDTH - len(row)))]
     fine = [level for levels in FINE_LEVELS for level in levels]
-    return tuple(
-        torch.tensor(table, dtype=torch.float32, device=device)
-        for table in (padded, fine, layout.bias_steps().tolist())
-    )
+    steps = layout.bias_steps().tolist()
+    return torch.tensor([*steps, *padded, *fine], dtype=torch.float32, device=device)
 
 
-def _case(dim: int, rows: int) -> AotCase:
-    names = attend_blocks_kernel.arg_names
-    kinds = dict.fromkeys(names[:22], "*fp32") | dict.fromkeys(names[22:27], "i32")
+def _case(name: str, kernel: Any, dim: int) -> AotCase:
+    longs = ("offsets", "num_tokens", "row_starts", "key_counts", "value_counts")
+    kinds = dict.fromkeys(longs, "*i64")
+    kinds |= dict.fromkeys(("num_blocks", "num_heads", "group", "columns"), "i32")
     kinds |= {"arena": "*u8", "key_widths": "*i32", "value_widths": "*i32"}
-    longs = ("offsets", "num_tokens", "row_starts", "key_counts", "key_mids", "key_words")
-    kinds |= dict.fromkeys((*longs, "value_counts", "value_mids", "value_words"), "*i64")
+    kinds["blocks_per_program"] = "i32"
+    constants = {"DIM": dim, "BLOCK_D": triton.next_power_of_2(dim), "ROWS": _MIN_ROWS}
+    names = [argument for argument in kernel.arg_names if argument not in constants]
     return AotCase(
-        f"dim{dim}",
-        attend_blocks_kernel,
-        kinds,
-        {"DIM": dim, "BLOCK_D": triton.next_power_of_2(dim), "ROWS": rows},
-        num_warps=8,
+        f"{name}_dim{dim}",
+        kernel,
+        {argument: kinds.get(argument, "*fp32") for argument in names},
+        constants,
+        num_warps=_VALUE_WARPS_NVIDIA if name == "values" else _WARPS,
+        num_warps_amd=_WARPS,
         max_registers=255,
-        max_shared_bytes=96 * 1024,
+        max_shared_bytes=48 * 1024,
         wide_loads=False,  # one word serves 64 tokens: loads are of 8 bytes, and few
     )
 
 
-AOT = (_case(64, 16), _case(96, 16), _case(128, 16))
+AOT = tuple(
+    _case(name, kernel, dim)
+    for name, kernel in (("scores", score_blocks_kernel), ("values", sum_values_kernel))
+    for dim in (64, 96, 128)
+)

@@ -90,7 +90,7 @@ PLAN = np.dtype([*((n, "i8") for n in _NAMES.split()), ("keys", _SIDE), ("values
     _FACTORS, _PADDED, _TURNED, _SCORES, _CHOSEN, _WORD_TURNS, _COMPONENTS, _BIASES, _ESCAPED,
     _STATE, _VALUE_MEAN, _VALUE_SCALE, _INVERSE, _PARTS, _PART_BYTES, _SUMS, _OUT, _LSE, _KEYS,
     _VALUES,
-) = (place_of(PLAN, name) for name in PLAN.names)  # fmt: skip
+) = (place_of(PLAN, name) for name in PLAN.names or ())  # fmt: skip
 _HEAD_TABLE, _GROUP_TABLE, _GROUP_ROW, _CHUNK_TABLE, _CHUNK_ROW = range(0, 40, 8)
 
 

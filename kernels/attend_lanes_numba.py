@@ -187,7 +187,7 @@ def mid_values(
 ):  # fmt: skip
     """Add the refinements of ``num`` mid tokens, weighted: sums float32 (heads, components).
 
-    ``tokens`` are int64 numbers of tokens, whose MID rows are ``row`` bytes apart from ``place`` on;
+    ``tokens`` are int64 numbers of tokens, whose MID rows are ``row`` bytes apart from ``place``;
     for the rest see ``mid_scores``.
     """
     while heads >= 4:

@@ -23,9 +23,11 @@ GROUP = np.dtype(
 # in a MID row, and in a turned token; the first cell of each in the table of refinements, whether
 # it is refined, and what a bit of each plane adds to its cell.
 CHUNK = np.dtype(
-    [("planes", "i8"), ("kind", "i8"), ("high", "i8"), ("low", "i8"), ("shift", "i8")]
-    + [("bits", "i8", 6), ("none", "i8", 5), ("starts", "i4", 16), ("ones", "i4", 16)]
-    + [("weights", "i4", (6, 16))]
+    [
+        *((name, "i8") for name in ("planes", "kind", "high", "low", "shift")),
+        *[("bits", "i8", 6), ("none", "i8", 5), ("starts", "i4", 16), ("ones", "i4", 16)],
+        ("weights", "i4", (6, 16)),
+    ]
 )
 # Kinds of look-up: all cells within 32 entries of the table; within 64; anywhere.
 NEAR, WIDE, FAR = range(3)
@@ -33,11 +35,13 @@ NEAR, WIDE, FAR = range(3)
 
 def place_of(record: np.dtype, name: str) -> int:
     """Return where a field of a record starts, in bytes."""
-    return record.fields[name][1]
+    fields = record.fields
+    assert fields is not None
+    return int(fields[name][1])
 
 
 _PLANES, _KIND, _HIGH, _LOW, _SHIFT, _BITS, _STARTS, _ONES, _WEIGHTS = (
-    place_of(CHUNK, name) for name in CHUNK.names if name != "none"
+    place_of(CHUNK, name) for name in CHUNK.names or () if name != "none"
 )
 
 
@@ -48,22 +52,27 @@ class Code:
         self.context, self.b, self.args = context, builder, args
 
     def load(self, kind, address, *offsets):
+        """Return a value of a kind; the offsets are added to the address."""
         return self.b.load(self.pointer(kind, address, *offsets), align=1)
 
     def store(self, value, address, *offsets):
+        """Write a value, and return what an intrinsic without result returns."""
         self.b.store(value, self.pointer(value.type, address, *offsets), align=1)
         return self.context.get_dummy_value()
 
     def pointer(self, kind, address, *offsets):
+        """Return an address as a pointer."""
         for offset in offsets:
             offset = I64(offset) if isinstance(offset, int) else offset
             address = self.b.add(address, offset)
         return self.b.inttoptr(address, kind.as_pointer())
 
     def times(self, value, factor):
+        """Return an int64 times a constant."""
         return self.b.mul(value, I64(factor))
 
     def splat(self, value):
+        """Return 16 times one value."""
         nothing = ir.Constant(ir.VectorType(value.type, 16), ir.Undefined)
         first = self.b.insert_element(nothing, value, I32(0))
         return self.b.shuffle_vector(first, nothing, ir.Constant(INTS, [0] * 16))
@@ -97,6 +106,7 @@ class Code:
         return self.b.extract_element(vector, I32(0))
 
     def mask(self, bits):
+        """Return lanes by 16 bits."""
         return self.b.bitcast(bits, MASK)
 
     def quarter(self, bits, quarter):
@@ -104,10 +114,12 @@ class Code:
         return self.mask(self.b.trunc(self.b.lshr(bits, I64(16 * quarter)), I16))
 
     def call(self, name, result, *arguments):
+        """Call a function of LLVM."""
         kind = ir.FunctionType(result, [argument.type for argument in arguments])
         return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), arguments)
 
     def add_product(self, total, x, y):
+        """Return total + x * y, rounded once."""
         return self.call("llvm.fma.v16f32", LANES, x, y, total)
 
     def mid_steps(self, chunk, turned, place, table):
@@ -157,10 +169,12 @@ class Code:
         return found
 
     def permute(self, cells, table, offset):
+        """Return entries of 32 from an offset on, by the low five bits."""
         low, high = self.load(LANES, table, offset), self.load(LANES, table, offset + 64)
         return self.call("llvm.x86.avx512.vpermi2var.ps.512", LANES, low, cells, high)
 
     def gather(self, cells, table):
+        """Return entries of a table of any length."""
         b = self.b
         cells = b.shl(b.zext(cells, LONGS), ir.Constant(LONGS, [2] * 16))
         cells = b.inttoptr(b.add(self.splat(table), cells), ir.VectorType(F32.as_pointer(), 16))
@@ -169,4 +183,5 @@ class Code:
 
 
 def same(value):
+    """Return 16 times a constant."""
     return ir.Constant(LANES, [value] * 16)

@@ -65,6 +65,7 @@ def decode_blocks_triton(
         layout.base_bytes, layout.scales // 2, fine.shape[-1],
         layout.scales, layout.values, layout.mid_values,
         layout.norm, dim, size, min(size, _MAX_CHUNK), mid is not None, enable_fp_fusion=False,
+        num_warps=_WARPS if torch.version.hip else _DECODE_WARPS_NVIDIA,
     )  # fmt: skip
 
 
@@ -324,6 +325,9 @@ _PLACES = {"heads": "i32", "layers": "i32", "num_blocks": "i32"}
 _STRIDES = {f"{axis}_stride": "i64" for axis in ("layer", "head", "block", "token", "channel")}
 
 
+_WARPS, _DECODE_WARPS_NVIDIA = 4, 8  # with 4 warps, values of 128 channels spill on sm_100
+
+
 def _cases() -> tuple[AotCase, ...]:
     """Return bf16 cases of head dimensions 64, 80 and 128."""
     cases = []
@@ -348,6 +352,8 @@ def _cases() -> tuple[AotCase, ...]:
                 {**read, "factors": "*fp32", "out": "*bf16", **_PLACES, **records, **places}
                 | {"norm": "fp32"},
                 {"DIM": dim, "SIZE": size, "CHUNK": min(size, _MAX_CHUNK), "HAS_MID": True},
+                num_warps=_DECODE_WARPS_NVIDIA,
+                num_warps_amd=_WARPS,
                 wide_loads=False,
                 max_registers=255,
             ),

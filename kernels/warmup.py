@@ -66,7 +66,11 @@ class WarmUp:
     num_loaded: int
 
 
-def warm_up(head_dims: Sequence[int] = (64,), dtypes: Sequence[torch.dtype] = FLOATS) -> WarmUp:
+def warm_up(
+    head_dims: Sequence[int] = (64,),
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    ops: Sequence[str] | None = None,
+) -> WarmUp:
     """Call every op of the CPU once per dtype and head_dim; does nothing without Numba.
 
     Blocks for seconds where nothing is on disk. Safe to call again, and in several processes.
@@ -74,12 +78,15 @@ def warm_up(head_dims: Sequence[int] = (64,), dtypes: Sequence[torch.dtype] = FL
     Args:
         head_dims: Of the served models; multiples of 16.
         dtypes: Of their KV: bf16, fp16, fp32.
+        ops: Names of what to call; None is all.
     """
     if backend_of(torch.empty(0)) != "numba":
         return WarmUp({}, 0, 0)
     loaded, compiled = cache_counts()
     seconds = {}
     for name, call in _OPS.items():
+        if ops is not None and name not in ops:
+            continue
         start = time.perf_counter()
         for head_dim in head_dims:
             for dtype in dtypes:
@@ -186,6 +193,9 @@ def _paper_quantizers(dim: int, dtype: torch.dtype) -> None:
     for scale in (None, torch.ones(_BLOCKS, dim)):
         dequantize_groupwise(quantize_groupwise(x, 4, dim, scale), dtype=dtype)
 
+
+# What a worker calls for a request.
+WORKER_OPS = ("calibrated", "colsum", "exact", "fallback")
 
 _OPS: dict[str, Callable[[int, torch.dtype], None]] = {
     "attend": _attend,

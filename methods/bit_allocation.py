@@ -29,7 +29,7 @@ DISTORTION = (1.0, 0.363380, 0.117482, 0.036943, 0.011411, 0.003464, 0.001033)
 FINE_DISTORTION = 0.117482
 # Price of a bit for one token against one for all tokens, tuned on development texts: below 1,
 # because errors of the tokens that are read matter more than their share in the mean tells.
-TOKEN_PRICE = 0.06
+TOKEN_PRICE = 0.2
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 
 from kvstrata.engine.model import Model
 from kvstrata.engine.sequence import dtype_name
+from kvstrata.kernels.warmup import WORKER_OPS, warm_up
 from kvstrata.kvstore_service.client import FetchedStratum, StoreClient
 from kvstrata.methods.framing import SealedBlock
 from kvstrata.protos.errors import DeadlineError, KVStrataError
@@ -39,6 +40,7 @@ class WorkerConfig:
         num_threads: CPU threads for the model; 0 is all cores.
         device: "auto", "cpu" or "cuda".
         store_timeout_s: Longest silence of the store before computing instead.
+        warm_up: Compile the CPU kernels, or load them from disk, before the first request.
     """
 
     store_address: str
@@ -47,6 +49,7 @@ class WorkerConfig:
     num_threads: int = 0
     device: str = "auto"
     store_timeout_s: float = 5.0
+    warm_up: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,9 @@ class Worker:
         torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
         self.config = config
         self.model = Model.load(config.model, dtype=config.dtype, device=config.device)
+        spec = self.model.spec
+        if config.warm_up and self.model.device.type == "cpu" and spec.head_dim % 16 == 0:
+            warm_up((spec.head_dim,), (spec.dtype,), WORKER_OPS)
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._store: StoreClient | None = None
 

@@ -73,7 +73,10 @@ def compile_case(case: AotCase, target: GPUTarget) -> CompiledKernel:
         constexprs=constexprs,
         attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    num_warps = case.num_warps
+    if target.backend == "hip" and case.num_warps_amd is not None:
+        num_warps = case.num_warps_amd
+    options = {"num_warps": num_warps, "num_stages": case.num_stages}
     return triton.compile(source, target=target, options=options)
 
 
