@@ -45,9 +45,9 @@ print(sorted({"numpy", "ray", "torch", "transformers"} & set(sys.modules)))
 
 def test_the_wheel_holds_the_rooms_and_nothing_else(wheel: Path):
     on_disk = {
-        f"kvstrata/{room}/{path.name}"
+        f"kvstrata/{path.relative_to(ROOT)}"
         for room in ROOMS
-        for pattern in CONTENT
+        for pattern in (*CONTENT, "profiles/*")
         for path in (ROOT / room).glob(pattern)
     }
     with zipfile.ZipFile(wheel) as archive:

@@ -135,5 +135,5 @@ def test_schemes_are_chosen_by_name_and_an_unknown_one_is_named() -> None:
     schemes = every_scheme()
     assert [s.name for s in choose(schemes, ["fp8", "exact"])] == ["fp8", "exact"]
     assert choose(schemes, []) == schemes
-    with pytest.raises(ValueError, match="no scheme nothing; there are exact, balanced"):
+    with pytest.raises(ValueError, match="no scheme nothing; there are exact, fallback"):
         choose(schemes, ["nothing"])

@@ -94,7 +94,9 @@ def test_zipcache_keeps_the_salient_class_more_precisely() -> None:
     salient[::2] = True
     given.keys[:, :, salient] *= 3
     keys, _ = encode_zipcache(given).decode()
-    scores = codec_peers.saliency(given.queries, given.positions, given.keys, given.scaling)
+    scores = codec_peers.normalised_saliency(
+        given.queries, given.positions, given.keys, given.scaling
+    )
     order = scores.argsort(-1)
     error = (keys - given.keys).pow(2).mean(-1) / given.keys.pow(2).mean(-1)
     regular, rest = error.gather(2, order[..., :200]), error.gather(2, order[..., 200:])

@@ -35,6 +35,12 @@ TABLE: dict[tuple[Stratum, ...], tuple[Stratum, ...]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def dear_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pin the price that the bounds of these tests were worked out for."""
+    monkeypatch.setattr("kvstrata.methods.bit_allocation.TOKEN_PRICE", 0.06)
+
+
 def test_the_table_is_complete() -> None:
     lossy = (BASE, MID, FINE)
     subsets = chain.from_iterable(combinations(lossy, size) for size in range(4))
