@@ -28,8 +28,8 @@ MID_REACH = 16.0
 DISTORTION = (1.0, 0.363380, 0.117482, 0.036943, 0.011411, 0.003464, 0.001033)
 FINE_DISTORTION = 0.117482
 # Price of a bit for one token against one for all tokens, tuned on development texts at 2.1 bits:
-# .06, .2, .5 and 1.2 gave KL .0026, .0034, .0047 and .0057, and planted facts lost .25, .18, .10 and
-# .11 in log P. Cheap tokens help what is read often, planes for all tokens what is read once.
+# .06, .2, .5 and 1.2 gave KL .0026, .0034, .0047 and .0057, and planted facts lost .25, .18, .10
+# and .11 in log P. Cheap tokens help what is read often, planes for all what is read once.
 TOKEN_PRICE = 0.5
 
 
