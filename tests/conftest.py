@@ -6,6 +6,7 @@ import os
 import pkgutil
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before a module with @triton.jit is imported
 if importlib.util.find_spec("tests.stack") is not None:
     pytest_plugins = ["tests.stack"]
+
+
+def pytest_configure() -> None:
+    """Heed interrupts, which a shell's background jobs ignore, in this process and its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
