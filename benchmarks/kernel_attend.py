@@ -16,6 +16,9 @@ from kernel_shapes import KEY_DECAY, VALUE_DECAY, Shape, tables
 
 from kvstrata.engine.attention import attend
 from kvstrata.kernels.attend_blocks import (
+    attend_blocks,
+)
+from kvstrata.kernels.block_pages import (
     BIAS_CODES,
     BIAS_STEPS,
     CODES,
@@ -28,7 +31,6 @@ from kvstrata.kernels.attend_blocks import (
     BlockPages,
     SideTables,
     Turns,
-    attend_blocks,
 )
 from kvstrata.kernels.component_basis import expand
 from kvstrata.kernels.escape_rows import EscapeRows

@@ -4,10 +4,8 @@ Each op is one function that dispatches on the tensors' device: a readable torch
 kernel for CPUs and a Triton kernel for GPUs.
 """
 
-from kvstrata.kernels.attend_blocks import attend_blocks
 from kvstrata.kernels.byte_planes import merge_bytes, split_bytes
 from kvstrata.kernels.component_basis import encode_tokens, expand
-from kvstrata.kernels.hadamard import hadamard
 from kvstrata.kernels.planes import pack_planar, unpack_planar
 from kvstrata.kernels.rope import rotate
 from kvstrata.kernels.saliency import normalised_saliency
@@ -15,10 +13,8 @@ from kvstrata.kernels.saliency import normalised_saliency
 __version__ = "0.0.0"  # read by transformers when a bare `kernels` is looked up from a checkout
 
 __all__ = [
-    "attend_blocks",
     "encode_tokens",
     "expand",
-    "hadamard",
     "merge_bytes",
     "normalised_saliency",
     "pack_planar",

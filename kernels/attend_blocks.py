@@ -13,175 +13,30 @@ Legend: N blocks, H KV heads, G query heads per KV head, D head_dim, T = 64 toke
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import NamedTuple
+from functools import cache
 
 import torch
 
-from kvstrata.kernels.backend import backend_of
-from kvstrata.kernels.block_planes import PlaneLayout
+from kvstrata.kernels.backend import FLOATS, backend_of
+from kvstrata.kernels.block_pages import (
+    ABSENT,
+    BIAS_CODES,
+    BIAS_STEPS,
+    BLOCK_TOKENS,
+    CODES,
+    MID,
+    SCALES,
+    SIDE_FIELDS,
+    WORDS,
+    BlockPages,
+    Turns,
+)
 from kvstrata.kernels.hadamard import hadamard
 from kvstrata.kernels.sign_codes import MAX_WIDTH, base_levels, fine_levels
 from kvstrata.kernels.token_masks import to_flags
 from kvstrata.kernels.value_bias import ValueBias, decode_value_bias
 
-BLOCK_TOKENS = 64
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-ABSENT = -1
-# Columns of a block's offsets: for keys, then for values at + SIDE_FIELDS, then the biases.
-WORDS, MASKS, MID, SCALES, CODES, SIDE_FIELDS = range(6)
-BIAS_STEPS, BIAS_CODES, NUM_FIELDS = 10, 11, 12
-ESCAPE_ROWS, MID_ROWS = 0, 1
-
 Attention = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class SideTables:
-    """The tables of keys or of values of one layer: x = (y * scale) @ inverse + mean.
-
-    Attributes:
-        mean: float32 (H, D), D a multiple of 16.
-        scale: float32 (H, D), standard deviation of each component.
-        inverse: float32 (H, D, D).
-        layout: Bits of each component.
-    """
-
-    mean: torch.Tensor
-    scale: torch.Tensor
-    inverse: torch.Tensor
-    layout: PlaneLayout
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for tables that do not belong together."""
-        heads, head_dim = self.layout.num_heads, self.layout.dim
-        if head_dim % 16:
-            raise ValueError(f"head_dim must be a multiple of 16, not {head_dim}")
-        for name, shape in (
-            ("mean", (heads, head_dim)),
-            ("scale", (heads, head_dim)),
-            ("inverse", (heads, head_dim, head_dim)),
-        ):
-            table = getattr(self, name)
-            if table.shape != shape or table.dtype != torch.float32:
-                raise ValueError(
-                    f"{name} must be float32 {shape}, not {table.dtype} {tuple(table.shape)}"
-                )
-
-    @cached_property
-    def word_starts(self) -> torch.Tensor:
-        """First word of each head, and the number of words in all: int64 (H + 1,)."""
-        return torch.nn.functional.pad(self.layout.words_per_head.cumsum(0), (1, 0))
-
-    @cached_property
-    def projection(self) -> torch.Tensor:
-        """What turns a row q into q . (dx / dy), for components that have codes: (H, D, R)."""
-        kept = self.layout.num_kept(refined=True)
-        return (self.scale[..., None] * self.inverse).mT[..., :kept].contiguous()
-
-
-@dataclass(frozen=True, eq=False)
-class BlockPages:
-    """Compressed blocks of one layer, in the bytes that came from the store.
-
-    ``offsets`` names where in the arena each part of each block starts, so parts may lie anywhere:
-    a worker keeps the segments that it received and appends rows. The columns, for keys at 0 and
-    for values at ``SIDE_FIELDS``:
-
-    - WORDS: uint64 bit planes, head after head, plane after plane; bit t is token t
-    - MASKS: uint64 escape masks of all heads, then mid masks; both bits set mean dropped
-    - MID: quarter codes of mid tokens, or ABSENT for a BASE read; two bit rows per token
-    - SCALES: bf16 scale of each escape;  CODES: int8 (escapes, D), in Hadamard coordinates
-
-    and BIAS_STEPS, uint8 (H,); BIAS_CODES, uint8 (H, D / 2). Rows lie by head, then token. WORDS
-    and MASKS start at multiples of 8, SCALES of 2. Everything is checked when this is made.
-
-    Attributes:
-        arena: uint8, one dimension, contiguous.
-        offsets: int64 (N, NUM_FIELDS), on the CPU.
-        num_tokens: int64 (N,), tokens in each block, 1 to 64, on the CPU.
-        keys: The tables that the keys were coded with.
-        values: The same of the values.
-    """
-
-    arena: torch.Tensor
-    offsets: torch.Tensor
-    num_tokens: torch.Tensor
-    keys: SideTables
-    values: SideTables
-
-    def __post_init__(self) -> None:
-        """Raise ValueError unless every part lies within the arena, by the masks' own counts."""
-        if self.arena.dtype != torch.uint8 or self.arena.ndim != 1:
-            raise ValueError("the arena must be uint8 with one dimension")
-        if not self.arena.is_contiguous() or self.arena.data_ptr() % 8:
-            raise ValueError("the arena must be contiguous and start at a multiple of 8 bytes")
-        if self.offsets.dtype != torch.int64 or self.offsets.shape[1:] != (NUM_FIELDS,):
-            raise ValueError(f"offsets must be int64 (blocks, {NUM_FIELDS})")
-        if self.num_tokens.dtype != torch.int64 or self.num_tokens.shape != self.offsets.shape[:1]:
-            raise ValueError("num_tokens must be int64 (blocks,)")
-        if ((self.num_tokens < 1) | (self.num_tokens > BLOCK_TOKENS)).any():
-            raise ValueError(f"a block holds 1 to {BLOCK_TOKENS} tokens")
-        if self.keys.mean.shape != self.values.mean.shape:
-            raise ValueError("the tables of keys and values have different shapes")
-        heads, head_dim = self.keys.mean.shape
-        for at in (self.offsets[:, MASKS], self.offsets[:, SIDE_FIELDS + MASKS]):
-            self._check_part("masks", at, 16 * heads, 8)
-        for side, tables in enumerate((self.keys, self.values)):
-            at = self.offsets[:, side * SIDE_FIELDS :]
-            escapes, mid_bytes = self.starts[:, side, :, -1].unbind(1)
-            present = at[:, MID] != ABSENT
-            self._check_part("words", at[:, WORDS], 8 * int(tables.word_starts[-1]), 8)
-            self._check_part("mid", at[present, MID], mid_bytes[present], 1)
-            self._check_part("scales", at[:, SCALES], 2 * escapes, 2)
-            self._check_part("codes", at[:, CODES], head_dim * escapes, 1)
-        self._check_part("bias steps", self.offsets[:, BIAS_STEPS], heads, 1)
-        self._check_part("bias codes", self.offsets[:, BIAS_CODES], heads * head_dim // 2, 1)
-
-    def _check_part(
-        self, name: str, starts: torch.Tensor, num_bytes: torch.Tensor | int, alignment: int
-    ) -> None:
-        bad = (starts < 0) | (starts > self.arena.numel() - num_bytes) | (starts % alignment != 0)
-        if bad.any():
-            at = int(starts[bad][0])
-            raise ValueError(
-                f"{name} of a block at byte {at} do not fit the arena of {self.arena.numel()} "
-                f"bytes, or {at} is not a multiple of {alignment}"
-            )
-
-    @property
-    def masks(self) -> torch.Tensor:
-        """Bits of the masks: bool (N, 2 sides, 2 (escape, mid), H, T), on the CPU."""
-        heads = self.keys.mean.shape[0]
-        at = self.offsets[:, [MASKS, SIDE_FIELDS + MASKS], None] + torch.arange(16 * heads)
-        packed = self.arena[at.to(self.arena.device)].cpu()
-        return to_flags(packed.view(torch.int64)).view(-1, 2, 2, heads, BLOCK_TOKENS)
-
-    @cached_property
-    def starts(self) -> torch.Tensor:
-        """Rows in CODES and bytes in MID before each head: int64 (N, 2 sides, 2, H + 1), CPU."""
-        escape, mid = self.masks.unbind(2)
-        counts = torch.stack([t.layout.mid_row_bytes.cpu() for t in (self.keys, self.values)])
-        mid_bytes = (mid & ~escape).sum(-1) * counts
-        sizes = torch.stack([(escape & ~mid).sum(-1), mid_bytes], 2)
-        return torch.nn.functional.pad(sizes.cumsum(-1), (1, 0))
-
-    def take(self, at: int, num_bytes: int) -> torch.Tensor:
-        """Return ``num_bytes`` of the arena from byte ``at`` on."""
-        return self.arena[at : at + num_bytes]
-
-
-class Turns(NamedTuple):
-    """The rotation to each block's first token, at its absolute position.
-
-    Attributes:
-        cos: float32 (N, rotary_dim), as the model's rotary embedding gives it for these positions.
-        sin: The same.
-    """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
 
 
 def attend_blocks(

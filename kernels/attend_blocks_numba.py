@@ -12,14 +12,16 @@ import torch
 from llvmlite.binding import get_host_cpu_features
 
 from kvstrata.kernels.attend_blocks import (
-    BLOCK_TOKENS,
     Attention,
-    BlockPages,
-    SideTables,
-    Turns,
     bias_steps,
 )
 from kvstrata.kernels.attend_items_numba import HEAD, PLAN, attend, finish, turn_queries
+from kvstrata.kernels.block_pages import (
+    BLOCK_TOKENS,
+    BlockPages,
+    SideTables,
+    Turns,
+)
 from kvstrata.kernels.lane_code_numba import CHUNK, FAR, GROUP, NEAR, WIDE
 from kvstrata.kernels.sign_codes import COEFFICIENTS, FINE_LEVELS
 from kvstrata.kernels.threads import for_ranges
@@ -203,6 +205,9 @@ def attend_blocks_numba(
     plan["rows"], plan["constants"] = rows.data_ptr(), constants.data_ptr()
     at = plan.ctypes.data
     for_ranges(lambda first, stop: turn_queries(at, first, stop), items, 8 * _GRAIN)
+    # The kernel would leave out scores that are not numbers, and answer as if there were none.
+    of_mean = constants.view(torch.float32).view(heads, shared.blocks, shared.group)
+    is_number = of_mean.isfinite().all(1).flatten()
     projected = _project(rows, shared.keys, queries.dtype)
     parts = max(1, min(torch.get_num_threads(), items // _GRAIN))
     part_bytes, room_bytes = int(plan["part_bytes"]), shared.room_bytes
@@ -222,6 +227,8 @@ def attend_blocks_numba(
 
     for_ranges(work, parts)
     finish(at)
+    if not is_number.all():
+        out[~is_number], lse[~is_number] = torch.nan, torch.nan
     return out, lse
 
 

@@ -7,19 +7,27 @@ that decodes both keys and values spills registers on gfx942; ranges of
 blocks are put together afterwards (split K, as in FlashDecoding). Nothing expanded goes to memory.
 """
 
-import importlib
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from kvstrata.kernels import block_pages as layout
 from kvstrata.kernels.aot import AotCase
-from kvstrata.kernels.attend_blocks import Attention, BlockPages, SideTables, Turns, turn_back
+from kvstrata.kernels.attend_blocks import (
+    Attention,
+    bias_steps,
+    turn_back,
+)
+from kvstrata.kernels.block_pages import (
+    BlockPages,
+    SideTables,
+    Turns,
+)
 from kvstrata.kernels.hadamard import hadamard
 from kvstrata.kernels.sign_codes import COEFFICIENTS, FINE_LEVELS, MAX_WIDTH
 
-layout = importlib.import_module("kvstrata.kernels.attend_blocks")  # not the function
 WORDS, MASKS, MID = (tl.constexpr(c) for c in (layout.WORDS, layout.MASKS, layout.MID))
 SCALES, CODES = tl.constexpr(layout.SCALES), tl.constexpr(layout.CODES)
 SIDE, FIELDS = tl.constexpr(layout.SIDE_FIELDS), tl.constexpr(layout.NUM_FIELDS)
@@ -333,7 +341,7 @@ def _tables_of(tables: SideTables) -> tuple[torch.Tensor, torch.Tensor]:
 def _constants(device: torch.device) -> torch.Tensor:
     padded = [x for row in COEFFICIENTS for x in (*row, *[0.0] * (MAX_WIDTH - len(row)))]
     fine = [level for levels in FINE_LEVELS for level in levels]
-    steps = layout.bias_steps().tolist()
+    steps = bias_steps().tolist()
     return torch.tensor([*steps, *padded, *fine], dtype=torch.float32, device=device)
 
 

@@ -19,18 +19,6 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from kvstrata.kernels.attend_blocks import (
-    ABSENT,
-    BIAS_CODES,
-    BIAS_STEPS,
-    CODES,
-    MASKS,
-    MID,
-    NUM_FIELDS,
-    SCALES,
-    SIDE_FIELDS,
-    WORDS,
-)
 from kvstrata.kernels.attend_lanes_numba import (
     TOKEN_BYTES,
     add_rows,
@@ -64,6 +52,18 @@ from kvstrata.kernels.attend_tokens_numba import (
     turn_pair,
     turn_sixteens,
     word_at,
+)
+from kvstrata.kernels.block_pages import (
+    ABSENT,
+    BIAS_CODES,
+    BIAS_STEPS,
+    CODES,
+    MASKS,
+    MID,
+    NUM_FIELDS,
+    SCALES,
+    SIDE_FIELDS,
+    WORDS,
 )
 from kvstrata.kernels.lane_code_numba import GROUP, place_of
 

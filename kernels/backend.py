@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 Backend = Literal["numba", "triton", "reference"]
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # what ops take
 
 
 @cache

@@ -15,7 +15,7 @@ from functools import cached_property
 
 import torch
 
-from kvstrata.kernels.backend import backend_of
+from kvstrata.kernels.backend import FLOATS, backend_of
 from kvstrata.kernels.sign_codes import (
     COEFFICIENTS,
     MAX_WIDTH,
@@ -26,7 +26,6 @@ from kvstrata.kernels.sign_codes import (
 )
 from kvstrata.kernels.token_masks import TOKENS, check_masks, count_tokens, to_flags, to_mask
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 KEPT_MULTIPLE = 16
 NOT_FINITE = "components are NaN, infinite or so large that their squares overflow"
 
@@ -147,11 +146,7 @@ def encode_block_planes(
         ValueError: Shapes or types do not fit, or ``y`` is not finite.
     """
     check_components(y, layout)
-    if weights.dtype != torch.float32 or weights.shape != layout.widths.shape:
-        raise ValueError(
-            f"weights must be float32 {tuple(layout.widths.shape)}, "
-            f"not {weights.dtype} {tuple(weights.shape)}"
-        )
+    check_weights(weights, layout)
     backend = backend_of(y, weights, layout.widths)
     if backend == "numba" and layout.dim % KEPT_MULTIPLE == 0:
         from kvstrata.kernels.block_planes_numba import encode_block_planes_numba as encode
@@ -304,6 +299,19 @@ def check_components(y: torch.Tensor, layout: PlaneLayout) -> None:
         raise ValueError(
             f"components must be bf16, fp16 or fp32 ({wanted[0]}, blocks, {TOKENS}, {wanted[2]}), "
             f"not {y.dtype} {tuple(y.shape)}"
+        )
+
+
+def check_weights(weights: torch.Tensor, layout: PlaneLayout) -> None:
+    """Refuse weights of another shape or type.
+
+    Raises:
+        ValueError: They have it.
+    """
+    if weights.dtype != torch.float32 or weights.shape != layout.widths.shape:
+        raise ValueError(
+            f"weights must be float32 {tuple(layout.widths.shape)}, "
+            f"not {weights.dtype} {tuple(weights.shape)}"
         )
 
 

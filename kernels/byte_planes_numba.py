@@ -11,7 +11,6 @@ from numba import njit, uint8, uint16, uint32
 from kvstrata.kernels.threads import for_ranges
 
 _GRAIN = 1 << 18
-_WORDS = {2: torch.uint16, 4: torch.uint32}
 
 
 def split_bytes_numba(flat: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,8 @@ Legend: L layers, H query heads, K key heads, R rows, N keys, D head_dim.
 
 import torch
 
-from kvstrata.kernels.backend import backend_of
+from kvstrata.kernels.backend import FLOATS, backend_of
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _ROWS_AT_ONCE = 64
 
 
@@ -43,7 +42,8 @@ def column_sums(
         queries, keys = queries[None], keys[None]
     _check(queries, keys, positions)
     backend = backend_of(queries, keys)
-    positions, order = positions.to(queries.device).sort()
+    # A row beyond the last key sees what the last key's row does; one more must fit the integer.
+    positions, order = positions.to(queries.device).clamp_max(keys.shape[2] - 1).sort()
     queries = queries[:, :, order]
     if positions.numel() == 0 or queries.numel() == 0:
         sums = torch.zeros((*queries.shape[:2], keys.shape[2]), device=queries.device)

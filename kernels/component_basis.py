@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from kvstrata.kernels.backend import backend_of
+from kvstrata.kernels.backend import FLOATS, backend_of
 from kvstrata.kernels.block_planes import (
-    FLOATS,
     KEPT_MULTIPLE,
     MidRows,
     PlaneLayout,
     check_mid_rows,
+    check_weights,
     check_words,
     decode_block_planes_reference,
     encode_block_planes,
@@ -111,6 +111,7 @@ def encode_tokens(
             f"tokens must be bf16, fp16 or fp32 ({shape[0]}, blocks, {TOKENS}, {shape[2]}), "
             f"not {x.dtype} {tuple(x.shape)}"
         )
+    check_weights(weights, basis.layout)
     if out is not None:
         _check_out(out, tuple(x.shape), product_dtype(x.dtype))
     if backend_of(x, basis.mean, weights) == "numba" and shape[2] % KEPT_MULTIPLE == 0:

@@ -15,8 +15,6 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def as_numpy(tensor: torch.Tensor) -> "np.ndarray[Any, Any]":
     """Return the memory of a CPU tensor in the form that the kernels read; nothing is copied."""

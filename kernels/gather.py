@@ -7,8 +7,8 @@ Legend: H heads, N blocks, D head_dim, T rows kept in all. A block has 64 tokens
 import torch
 
 from kvstrata.kernels.backend import backend_of
+from kvstrata.kernels.token_masks import TOKENS, count_tokens, to_flags
 
-BLOCK_TOKENS = 64
 _ITEM_SIZES = (1, 2, 4)
 
 
@@ -31,16 +31,16 @@ def gather_by_mask(
         ValueError: Shapes, dtypes or devices that do not belong together.
     """
     _check_masks(masks)
-    if blocks.ndim != 4 or blocks.shape[:3] != (*masks.shape, BLOCK_TOKENS):
+    if blocks.ndim != 4 or blocks.shape[:3] != (*masks.shape, TOKENS):
         raise ValueError(
             f"masks of shape {tuple(masks.shape)} need blocks of shape "
-            f"(heads, blocks, {BLOCK_TOKENS}, head_dim), not {tuple(blocks.shape)}"
+            f"(heads, blocks, {TOKENS}, head_dim), not {tuple(blocks.shape)}"
         )
     if blocks.element_size() not in _ITEM_SIZES:
         raise ValueError(f"items must have 1, 2 or 4 bytes, not {blocks.dtype}")
     backend = backend_of(blocks, masks)
     blocks, masks = blocks.contiguous(), masks.contiguous()
-    counts = count_bits(masks)
+    counts = count_tokens(masks)
     total = int(counts.sum())
     rows = torch.empty((total, blocks.shape[3]), dtype=blocks.dtype, device=blocks.device)
     positions = torch.empty(total, dtype=torch.int64, device=blocks.device)
@@ -77,13 +77,13 @@ def scatter_by_mask(
     """
     _check_masks(masks)
     masks = masks.contiguous()
-    counts = count_bits(masks)
+    counts = count_tokens(masks)
     total = int(counts.sum())
     if rows.ndim != 2 or rows.shape[0] != total:
         raise ValueError(f"masks keep {total} rows, not rows of shape {tuple(rows.shape)}")
     if rows.element_size() not in _ITEM_SIZES:
         raise ValueError(f"items must have 1, 2 or 4 bytes, not {rows.dtype}")
-    shape = (*masks.shape, BLOCK_TOKENS, rows.shape[1])
+    shape = (*masks.shape, TOKENS, rows.shape[1])
     if out is None:
         out = torch.zeros(shape, dtype=rows.dtype, device=rows.device)
     elif out.shape != shape or out.dtype != rows.dtype or not out.is_contiguous():
@@ -105,22 +105,6 @@ def scatter_by_mask(
     return out
 
 
-def count_bits(masks: torch.Tensor) -> torch.Tensor:
-    """Return the number of set bits of each mask, int64 of the same shape."""
-    # Pairs, nibbles, bytes, then one product adds the bytes up. Shifts of int64 drag the sign
-    # along, so each is masked.
-    pairs = masks - ((masks >> 1) & 0x5555555555555555)
-    nibbles = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
-    eights = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return ((eights * 0x0101010101010101) >> 56) & 0xFF
-
-
-def kept_tokens(masks: torch.Tensor) -> torch.Tensor:
-    """Return bool (..., 64): which tokens of its block a mask keeps."""
-    shifts = torch.arange(BLOCK_TOKENS, device=masks.device)
-    return ((masks[..., None] >> shifts) & 1).bool()
-
-
 def gather_reference(
     blocks: torch.Tensor,
     masks: torch.Tensor,
@@ -129,7 +113,7 @@ def gather_reference(
     positions: torch.Tensor,
 ) -> None:
     """Write the kept rows and their positions; the definition."""
-    kept = kept_tokens(masks)
+    kept = to_flags(masks)
     rows.copy_(blocks[kept])
     positions.copy_(kept.flatten(1).nonzero()[:, 1])
 
@@ -138,7 +122,7 @@ def scatter_reference(
     rows: torch.Tensor, masks: torch.Tensor, counts: torch.Tensor, out: torch.Tensor
 ) -> None:
     """Write ``rows`` to the kept tokens of ``out``; the definition."""
-    out[kept_tokens(masks)] = rows
+    out[to_flags(masks)] = rows
 
 
 def _check_masks(masks: torch.Tensor) -> None:

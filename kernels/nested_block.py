@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kvstrata.kernels.backend import backend_of
+from kvstrata.kernels.backend import FLOATS, backend_of
 from kvstrata.kernels.hadamard import turn
 from kvstrata.kernels.huge_memory import empty_huge
 from kvstrata.kernels.nested_layout import TOKENS, UNIT, NestedLayout, Rows
@@ -30,8 +30,6 @@ from kvstrata.kernels.quantize import (
     quantize_gaussian,
 )
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-
 
 def encode_blocks(
     keys: torch.Tensor, values: torch.Tensor, num_sinks: int = 0, lead_bytes: int = 0
@@ -45,7 +43,8 @@ def encode_blocks(
         values: The same shape, dtype and device.
         num_sinks: So many of the N x T tokens, the first ones, do not widen the range of the keys'
             codes, and their key codes mean nothing: they are stored elsewhere.
-        lead_bytes: Room to leave before each BASE record, for the caller to fill.
+        lead_bytes: Room to leave before each BASE record, for the caller to fill; even, because
+            fp16 numbers follow.
 
     Returns:
         uint8 (N, L, lead_bytes + base_bytes) and uint8 (N, L, mid_bytes).
@@ -55,6 +54,8 @@ def encode_blocks(
             (of keys that are no sinks, and of the root mean squares of values).
     """
     _check_blocks(keys, values)
+    if lead_bytes < 0 or lead_bytes % 2:
+        raise ValueError(f"lead_bytes must be even and not negative, not {lead_bytes}")
     layers, heads, num_blocks, _, dim = keys.shape
     layout = NestedLayout.of(heads, dim)
     backend = backend_of(keys, values)

@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from kvstrata.kernels.backend import backend_of
-from kvstrata.kernels.colsum import FLOATS
+from kvstrata.kernels.backend import FLOATS, backend_of
 
 _TINY = 2.0**-126  # the least normal float32: below it quotients lose their precision
 
@@ -112,7 +111,7 @@ def quantize_groupwise(
 def quantize_tokenwise(values: torch.Tensor, bits: int) -> Quantized:
     """Return codes of ``values`` (..., N, D) with one group per token; see the channelwise one."""
     _check(values, bits)
-    found = quantize_groupwise(values, bits, max(1, values.shape[-1]))
+    found = quantize_groupwise(values, bits, values.shape[-1])
     return _one_group(found)
 
 
@@ -138,7 +137,7 @@ def quantize_separable(
     _check(values, bits)
     if channel_scale is None:
         channel_scale = channel_scales(values)
-    found = quantize_groupwise(values, bits, max(1, values.shape[-1]), channel_scale)
+    found = quantize_groupwise(values, bits, values.shape[-1], channel_scale)
     return _one_group(found), channel_scale
 
 
@@ -313,7 +312,7 @@ NOT_FINITE = "values are not finite, or their range exceeds that of float32"
 def _check(values: torch.Tensor, bits: int) -> None:
     if bits not in range(1, 9):
         raise ValueError(f"bits must be 1 to 8, not {bits}")
-    if values.ndim < 2 or values.dtype not in FLOATS:
+    if values.ndim < 2 or not values.shape[-1] or values.dtype not in FLOATS:
         raise ValueError(
             f"values must be bf16, fp16 or fp32 (..., tokens, channels), "
             f"not {values.dtype} of shape {tuple(values.shape)}"

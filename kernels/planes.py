@@ -16,9 +16,14 @@ def pack_planar(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Return uint8 (..., D * bits // 8) holding ``codes``, uint8 (..., D) below 2 ** bits.
 
     Raises:
-        ValueError: ``bits`` is not 1, 2 or 4, or D is no multiple of 8 / bits.
+        ValueError: ``bits`` is not 1, 2 or 4, D is no multiple of 8 / bits, or ``codes`` are not
+            uint8 below 2 ** bits.
     """
     slots = _slots(bits)
+    if codes.dtype != torch.uint8 or codes.ndim == 0:
+        raise ValueError(f"codes must be uint8 (..., D), not {codes.dtype} {tuple(codes.shape)}")
+    if codes.numel() and codes.max() >= 1 << bits:
+        raise ValueError(f"a code is {int(codes.max())}, too large for {bits} bits")
     if codes.shape[-1] % slots:
         raise ValueError(f"the last dimension must be a multiple of {slots}, not {codes.shape[-1]}")
     parts: torch.Tensor = codes.unflatten(-1, (slots, -1))
@@ -34,16 +39,16 @@ def unpack_planar(
     """Return codes (..., P * 8 // bits) of ``packed``, uint8 (..., P), as numbers of ``dtype``.
 
     Raises:
-        ValueError: ``bits`` is not 1, 2 or 4, ``packed`` is not uint8, or ``dtype`` is not one of
-            uint8, bfloat16, float16 and float32.
+        ValueError: ``bits`` is not 1, 2 or 4, ``packed`` is not uint8 or has no dimension, or
+            ``dtype`` is not one of uint8, bfloat16, float16 and float32.
     """
     slots = _slots(bits)
-    if packed.dtype != torch.uint8:
-        raise ValueError(f"packed must be uint8, not {packed.dtype}")
+    if packed.dtype != torch.uint8 or packed.ndim == 0:
+        raise ValueError(f"packed must be uint8 (..., P), not {packed.dtype} {tuple(packed.shape)}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be uint8, bfloat16, float16 or float32, not {dtype}")
     backend = backend_of(packed)
-    if backend == "reference" or not packed.numel() or packed.ndim == 0:
+    if backend == "reference" or not packed.numel():
         return unpack_planar_reference(packed, bits, dtype)
     row = packed.shape[-1]
     codes = empty_huge((*packed.shape[:-1], slots * row), dtype, packed.device)

@@ -8,8 +8,7 @@ Legend: H heads, N tokens, D head_dim, R rotated channels, P positions that the 
 
 import torch
 
-from kvstrata.kernels.backend import backend_of
-from kvstrata.kernels.colsum import FLOATS
+from kvstrata.kernels.backend import FLOATS, backend_of
 
 
 def rotate(
@@ -33,7 +32,8 @@ def rotate(
         sin: Likewise.
         positions: int64 (N,), the table row of each token; without it P must be N, row by row.
         inverse: Turn back.
-        out: Where to write, contiguous, shape and dtype of ``keys``; may be ``keys`` itself.
+        out: Where to write, contiguous, shape and dtype of ``keys``; may be ``keys`` itself, but
+            must not share memory with them otherwise.
 
     Returns:
         ``out``, or a new contiguous tensor.
@@ -49,8 +49,10 @@ def rotate(
     backend = backend_of(keys, cos, sin, *(t for t in (positions, out) if t is not None))
     if out is None:
         out = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device)
-    elif not keys.is_contiguous() and keys.untyped_storage() is out.untyped_storage():
-        raise ValueError("keys in place must be contiguous")
+    elif _shares_memory(keys, out) and not (
+        keys.is_contiguous() and keys.data_ptr() == out.data_ptr()
+    ):
+        raise ValueError("keys in place must be contiguous, and out be the keys themselves")
     if keys.numel() == 0:
         return out
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -87,6 +89,15 @@ def rotate_reference(
     turned = turned * cos + swapped * (-sin if inverse else sin)
     out[..., 2 * half :] = keys[..., 2 * half :]
     out[..., : 2 * half] = turned.to(out.dtype)
+
+
+def _shares_memory(keys: torch.Tensor, out: torch.Tensor) -> bool:
+    """Tell whether the spans of two tensors in memory overlap."""
+    if keys.numel() == 0 or keys.device.type == "meta":
+        return False
+    steps = zip(keys.shape, keys.stride(), strict=True)
+    end = keys.data_ptr() + keys.itemsize * (1 + sum((n - 1) * step for n, step in steps))
+    return keys.data_ptr() < out.data_ptr() + out.nbytes and out.data_ptr() < end
 
 
 def _check(

@@ -141,7 +141,6 @@ add_ints = _vector_function(_I, (_I, _I), lambda b, x, y: b.add(x, y))
 both = _vector_function(_I, (_I, _I), lambda b, x, y: b.and_(x, y))
 flip = _vector_function(_I, (_I, _I), lambda b, x, y: b.xor(x, y))
 shift_left = _vector_function(_I, (_I, types.int32), lambda b, x, n: b.shl(x, _splat(b, n)))
-shift_right = _vector_function(_I, (_I, types.int32), lambda b, x, n: b.lshr(x, _splat(b, n)))
 as_floats = _vector_function(_F, (_I,), lambda b, x: b.bitcast(x, _many(_F32)))
 to_ints = _vector_function(_I, (_F,), lambda b, x: b.fptosi(x, _many(_I32)))
 splat = _vector_function(_F, (types.float32,), lambda b, x: _splat(b, x))
@@ -152,11 +151,6 @@ has_bits = _vector_function(
 word_of = _vector_function(types.uint64, (_L,), lambda b, m: b.zext(b.bitcast(m, _I16), _I64))
 ones_of = _vector_function(
     _I, (types.uint16,), lambda b, bits: b.zext(b.bitcast(bits, _many(_I1)), _many(_I32))
-)
-total = _vector_function(
-    types.float32,
-    (_F,),
-    lambda b, x: _call(b, "llvm.vector.reduce.fadd.v16f32", _F32, [_F32(0.0), x]),
 )
 
 

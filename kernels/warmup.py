@@ -6,28 +6,30 @@ on the dtype of the KV, not on shapes, so tiny tensors do. Not covered: Triton, 
 first use for the GPU that is there.
 """
 
+import contextlib
+import fcntl
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from kvstrata.kernels.attend_blocks import (
+    attend_blocks,
+)
+from kvstrata.kernels.backend import FLOATS, backend_of
+from kvstrata.kernels.block_pages import (
     NUM_FIELDS,
     BlockPages,
     SideTables,
     Turns,
-    attend_blocks,
 )
-from kvstrata.kernels.backend import backend_of
-from kvstrata.kernels.block_planes import (
-    FLOATS,
-    PlaneLayout,
-    decode_block_planes,
-    encode_block_planes,
-)
+from kvstrata.kernels.block_planes import PlaneLayout, decode_block_planes, encode_block_planes
 from kvstrata.kernels.byte_planes import merge_bytes, split_bytes
 from kvstrata.kernels.colsum import column_sums
 from kvstrata.kernels.component_basis import ComponentBasis, encode_tokens, expand, product_dtype
@@ -49,6 +51,10 @@ from kvstrata.kernels.value_bias import encode_value_bias
 
 # Two of each: with one, arrays of another memory order would have the same types.
 _HEADS, _BLOCKS = 2, 2
+
+
+_PATIENCE_S = 120.0  # how long other processes may compile before this one does so itself
+_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,8 @@ def warm_up(
 ) -> WarmUp:
     """Call every op of the CPU once per dtype and head_dim; does nothing without Numba.
 
-    Blocks for seconds where nothing is on disk. Safe to call again, and in several processes.
+    Blocks for seconds where nothing is on disk. Safe to call again; processes that call it at the
+    same time share the work.
 
     Args:
         head_dims: Of the served models; multiples of 16.
@@ -84,16 +91,44 @@ def warm_up(
         return WarmUp({}, 0, 0)
     loaded, compiled = cache_counts()
     seconds = {}
-    for name, call in _OPS.items():
-        if ops is not None and name not in ops:
-            continue
-        start = time.perf_counter()
-        for head_dim in head_dims:
-            for dtype in dtypes:
-                call(head_dim, dtype)
-        seconds[name] = time.perf_counter() - start
+    waiting = deque(name for name in _OPS if ops is None or name in ops)
+    deadline = time.monotonic() + _PATIENCE_S
+    while waiting:
+        name = waiting.popleft()
+        with _claim(name) as claimed:
+            if not claimed and time.monotonic() < deadline:  # another process compiles it
+                waiting.append(name)
+                time.sleep(_POLL_S)
+                continue
+            start = time.perf_counter()
+            for head_dim in head_dims:
+                for dtype in dtypes:
+                    _OPS[name](head_dim, dtype)
+            seconds[name] = time.perf_counter() - start
     now_loaded, now_compiled = cache_counts()
     return WarmUp(seconds, now_compiled - compiled, now_loaded - loaded)
+
+
+@contextlib.contextmanager
+def _claim(name: str) -> Iterator[bool]:
+    """Tell whether no other process of this user warms ``name`` up, and keep it so meanwhile.
+
+    Processes that start together then share the compiling instead of repeating it.
+    """
+    path = os.path.join(tempfile.gettempdir(), f"kvstrata-warmup-{os.getuid()}-{name}.lock")
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError:
+        yield True  # no folder to share: everybody compiles
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        yield False
+    else:
+        yield True
+    finally:
+        os.close(lock)
 
 
 def cache_counts() -> tuple[int, int]:

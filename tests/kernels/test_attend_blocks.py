@@ -1,4 +1,3 @@
-import importlib.util
 import itertools
 import math
 
@@ -6,7 +5,17 @@ import numpy as np
 import pytest
 import torch
 
+from kvstrata.kernels import attend_blocks as module
 from kvstrata.kernels.attend_blocks import (
+    Attention,
+    attend_blocks,
+    attend_blocks_reference,
+    attend_window,
+    merge_attention,
+)
+from kvstrata.kernels.attend_blocks_numba import attend_blocks_numba
+from kvstrata.kernels.attend_blocks_triton import attend_blocks_triton
+from kvstrata.kernels.block_pages import (
     ABSENT,
     BIAS_CODES,
     BIAS_STEPS,
@@ -17,21 +26,20 @@ from kvstrata.kernels.attend_blocks import (
     SCALES,
     SIDE_FIELDS,
     WORDS,
-    Attention,
     BlockPages,
     SideTables,
     Turns,
-    attend_blocks,
-    attend_blocks_reference,
-    attend_window,
-    merge_attention,
 )
 from kvstrata.kernels.block_planes import PlaneLayout
 from kvstrata.kernels.sign_codes import COEFFICIENTS, FINE_LEVELS
 
-# The package has a function of this name.
-module = importlib.import_module("kvstrata.kernels.attend_blocks")
-BACKENDS = ("reference", "numba", "triton")
+VERSIONS = {
+    "reference": attend_blocks_reference,
+    "numba": attend_blocks_numba,
+    "triton": attend_blocks_triton,
+}
+BACKENDS = tuple(VERSIONS)
+SMALL = (2, 3, 32, 2, 40, (0.1, 0.3, 0.1), True)
 # heads, group, dim, blocks, tokens of the last block, shares (escape, mid, dropped), has MID
 CASES = {
     "one_head_one_token": (1, 1, 32, 1, 1, (0.0, 0.0, 0.0), True),
@@ -43,9 +51,9 @@ CASES = {
     "all_escapes": (2, 2, 32, 2, 64, (1.0, 0.0, 0.0), True),
     "all_mid": (2, 1, 64, 2, 64, (0.0, 1.0, 0.0), True),
     "planes_only": (2, 1, 64, 2, 64, (0.0, 0.0, 0.0), True),
+    "small": SMALL,
 }
-INTERPRETED = ("one_head_one_token", "small_interpreted")
-SMALL = (2, 3, 32, 2, 40, (0.1, 0.3, 0.1), True)
+INTERPRETED = ("one_head_one_token", "small")
 
 
 def make_tables(heads: int, dim: int, gen: np.random.Generator) -> SideTables:
@@ -211,22 +219,6 @@ def make_turns(starts: list[int], rotary_dim: int) -> Turns:
     return Turns(angles.cos().float(), angles.sin().float())
 
 
-def run(
-    backend: str, queries: torch.Tensor, pages: BlockPages, turns: Turns, scaling: float
-) -> Attention:
-    if backend == "reference":
-        return attend_blocks_reference(queries, pages, turns, scaling)
-    if backend == "triton":
-        pytest.importorskip("triton")
-        from kvstrata.kernels.attend_blocks_triton import attend_blocks_triton
-
-        return attend_blocks_triton(queries, pages, turns, scaling)
-    pytest.importorskip("numba")
-    from kvstrata.kernels.attend_blocks_numba import attend_blocks_numba
-
-    return attend_blocks_numba(queries, pages, turns, scaling)
-
-
 def check(got: Attention, want: tuple[np.ndarray, np.ndarray], terms: int) -> None:
     """Allow float32 rounding of each of ``terms`` terms, relative to the largest output."""
     bound = 2.0**-24 * terms * max(1.0, np.abs(want[0]).max())
@@ -240,12 +232,12 @@ def check(got: Attention, want: tuple[np.ndarray, np.ndarray], terms: int) -> No
     [(b, n) for b in BACKENDS[:2] for n in CASES] + [("triton", n) for n in INTERPRETED],
 )
 def test_equals_softmax_over_expanded_blocks(backend: str, name: str) -> None:
-    case = CASES.get(name, SMALL)
+    case = CASES[name]
     heads, group, dim, blocks = case[:4]
     pages = make_pages(case)
     queries = torch.randn(heads * group, dim)
     starts = [64 * (7 * block % 5) for block in range(blocks)]
-    got = run(backend, queries, pages, make_turns(starts, dim), 0.3)
+    got = VERSIONS[backend](queries, pages, make_turns(starts, dim), 0.3)
     check(got, expected(queries, pages, starts, dim, 0.3), 8 * dim)
 
 
@@ -254,7 +246,7 @@ def test_equals_softmax_over_expanded_blocks(backend: str, name: str) -> None:
 def test_reads_half_precision_and_strided_queries(backend: str, dtype: torch.dtype) -> None:
     pages = make_pages(SMALL)
     queries = torch.randn(32, 6).to(dtype).mT
-    got = run(backend, queries, pages, make_turns([0, 64], 16), 0.2)
+    got = VERSIONS[backend](queries, pages, make_turns([0, 64], 16), 0.2)
     check(got, expected(queries.float(), pages, [0, 64], 16, 0.2), 8 * 32)
 
 
@@ -263,7 +255,7 @@ def test_moved_blocks_equal_keys_turned_to_the_new_position(backend: str) -> Non
     pages = make_pages(CASES["group3_dim64"])
     queries = torch.randn(9, 64)
     for starts in ([0, 64, 128, 192, 256], [4096, 0, 1, 77, 640]):
-        got = run(backend, queries, pages, make_turns(starts, 64), 0.2)
+        got = VERSIONS[backend](queries, pages, make_turns(starts, 64), 0.2)
         # cos and sin are float32: their error times the largest score is added to the rounding.
         check(got, expected(queries, pages, starts, 64, 0.2), 16 * 64)
 
@@ -271,7 +263,7 @@ def test_moved_blocks_equal_keys_turned_to_the_new_position(backend: str) -> Non
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_a_token_output_is_zero_and_lse_minus_infinity(backend: str) -> None:
     pages = make_pages((2, 2, 32, 1, 5, (0.0, 0.0, 1.0), True))
-    out, lse = run(backend, torch.randn(4, 32), pages, make_turns([0], 32), 1.0)
+    out, lse = VERSIONS[backend](torch.randn(4, 32), pages, make_turns([0], 32), 1.0)
     assert (out == 0).all()
     assert (lse == float("-inf")).all()
 
@@ -315,6 +307,38 @@ def test_window_is_softmax_attention(num_tokens: int) -> None:
     assert torch.allclose(out.double(), want, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_query_that_is_no_number_gives_none_and_the_others_do_not_see_it(backend: str) -> None:
+    pages, turns = make_pages(SMALL), make_turns([0, 64], 32)
+    queries = torch.randn(6, 32)
+    told = VERSIONS[backend](queries, pages, turns, 0.3)
+    queries[1, 3], queries[5, 0] = torch.nan, torch.inf
+    out, lse = VERSIONS[backend](queries, pages, turns, 0.3)
+    assert out[[1, 5]].isnan().all()
+    assert not lse[[1, 5]].isneginf().any(), "it passes for a head without a token"
+    good = [0, 2, 3, 4]
+    assert torch.equal(out[good], told[0][good])
+    assert torch.equal(lse[good], told[1][good])
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_no_queries_have_no_attention(backend: str) -> None:
+    pages, turns = make_pages(SMALL), make_turns([0, 64], 32)
+    out, lse = VERSIONS[backend](torch.zeros(0, 32), pages, turns, 0.3)
+    assert (out.shape, lse.shape) == ((0, 32), (0,))
+
+
+@pytest.mark.parametrize("bits", [0x7FC0, 0x7F80, 0xFF80])
+@pytest.mark.parametrize("side", [0, SIDE_FIELDS])
+def test_a_scale_that_is_not_finite_is_refused(side: int, bits: int) -> None:
+    pages = make_pages(CASES["group3_dim64"])
+    arena, at = pages.arena.clone(), int(pages.offsets[4, side + SCALES])
+    arena[at : at + 2] = torch.tensor([bits & 0xFF, bits >> 8], dtype=torch.uint8)
+    with pytest.raises(ValueError, match="not finite"):
+        BlockPages(arena, pages.offsets, pages.num_tokens, pages.keys, pages.values)
+
+
 def test_merging_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="no parts"):
         merge_attention([])
@@ -351,10 +375,12 @@ def test_bad_input_is_refused() -> None:
         attend_blocks(torch.randn(6, 32), pages, make_turns([0], 32), 1.0)
     with pytest.raises(ValueError, match="scale must be"):
         SideTables(keys.mean, keys.scale[:, 1:], keys.inverse, keys.layout)
+    with pytest.raises(ValueError, match="inverse and the layout must be on one device"):
+        SideTables(keys.mean, keys.scale, keys.inverse.to("meta"), keys.layout)
+    with pytest.raises(ValueError, match="on the CPU"):
+        BlockPages(arena, offsets.to("meta"), counts, keys, values)
 
 
 def test_numba_is_what_runs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    if importlib.util.find_spec("numba") is None:
-        pytest.skip("numba is not installed")
     monkeypatch.setattr(module, "attend_blocks_reference", None)
     attend_blocks(torch.randn(6, 32), make_pages(SMALL), make_turns([0, 64], 32), 1.0)

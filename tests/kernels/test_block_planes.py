@@ -1,7 +1,5 @@
 """Planes of blocks and rows of tokens: bytes are those of the reference, errors stay in cells."""
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -14,16 +12,19 @@ from kvstrata.kernels.block_planes import (
     encode_block_planes_reference,
     fine_codes,
 )
+from kvstrata.kernels.block_planes_numba import (
+    decode_block_planes_numba,
+    encode_block_planes_numba,
+)
+from kvstrata.kernels.block_planes_triton import decode_base_triton, encode_block_planes_triton
 from kvstrata.kernels.mid_rows import pack_mid_rows, pack_mid_rows_reference
+from kvstrata.kernels.mid_rows_numba import pack_mid_rows_numba
 from kvstrata.kernels.sign_codes import fine_levels, thresholds
 from kvstrata.kernels.token_masks import count_tokens, to_flags, to_mask
 from tests.kernels.calibrated_layer import DIMS, make_layout
 
 SHAPES = [(1, 1, dim) for dim in DIMS] + [(3, 5, 64), (2, 3, 80)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-needs_numba = pytest.mark.skipif(
-    importlib.util.find_spec("numba") is None, reason="numba is not installed"
-)
 each_shape = pytest.mark.parametrize(("heads", "blocks", "dim"), SHAPES)
 
 
@@ -33,20 +34,18 @@ def make(heads: int, blocks: int, dim: int) -> tuple[torch.Tensor, PlaneLayout, 
     return y, make_layout(heads, dim), torch.rand(heads, dim)
 
 
-@needs_numba
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_shape
 def test_fast_words_and_errors_are_the_reference_s(
     heads: int, blocks: int, dim: int, dtype: torch.dtype
 ) -> None:
     y, layout, weights = make(heads, blocks, dim)
-    words, error = encode_block_planes(y.to(dtype), layout, weights)
+    words, error = encode_block_planes_numba(y.to(dtype), layout, weights)
     expected, expected_error = encode_block_planes_reference(y.to(dtype), layout, weights)
     assert torch.equal(words, expected)
     torch.testing.assert_close(error, expected_error, rtol=1e-5, atol=1e-5)
 
 
-@needs_numba
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @each_shape
@@ -58,25 +57,20 @@ def test_fast_rows_and_values_are_the_reference_s(
     masks = to_mask(torch.rand(heads, blocks, 64) < share)
     mid = pack_mid_rows(y, masks, layout)
     starts = layout.mid_starts(masks)
-    assert torch.equal(mid.rows, pack_mid_rows_reference(y, masks, layout, starts))
+    assert torch.equal(pack_mid_rows_numba(y, masks, layout, starts), mid.rows)
+    assert torch.equal(pack_mid_rows_reference(y, masks, layout, starts), mid.rows)
     for rows in (None, mid):
-        found = decode_block_planes(words, layout, rows, dtype=dtype)
+        found = decode_block_planes_numba(words, layout, rows, dtype)
         expected = decode_block_planes_reference(words, layout, rows, dtype)
         assert found.shape == (heads, blocks * 64, layout.num_kept(refined=rows is not None))
         assert torch.equal(found, expected)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("heads", "blocks", "dim"), [(1, 1, 32), (2, 3, 80)])
 def test_triton_s_words_and_values_are_the_reference_s(
     heads: int, blocks: int, dim: int, dtype: torch.dtype
 ) -> None:
-    from kvstrata.kernels.block_planes_triton import (
-        decode_base_triton,
-        encode_block_planes_triton,
-    )
-
     y, layout, weights = make(heads, blocks, dim)
     words, error = encode_block_planes_triton(y.to(dtype), layout, weights)
     expected, expected_error = encode_block_planes_reference(y.to(dtype), layout, weights)

@@ -77,6 +77,14 @@ def test_rows_may_come_in_any_order_and_repeat():
     assert (positions == torch.tensor([30, 2, 39, 2, 17, 0])).all()
 
 
+@pytest.mark.parametrize("far", [torch.iinfo(torch.int32).max, torch.iinfo(torch.int64).max])
+def test_a_row_far_beyond_the_keys_sees_all_of_them(far):
+    queries, keys, _ = _inputs((1, 2, 1, 3, 40, 64))
+    dtype = torch.int32 if far < 2**31 else torch.int64
+    sums = column_sums(queries, keys, torch.tensor([far, 3, far], dtype=dtype), 0.2)
+    torch.testing.assert_close(sums, _naive(queries, keys, torch.tensor([39, 3, 39]), 0.2))
+
+
 def test_many_keys_pass_through_several_tiles_and_few_heads_share_threads():
     inputs = _inputs((1, 2, 1, 75, 9000, 32))
     torch.testing.assert_close(

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
+from kvstrata.kernels import token_masks
 from kvstrata.kernels.gather import (
-    count_bits,
     gather_by_mask,
     gather_reference,
-    kept_tokens,
     scatter_by_mask,
     scatter_reference,
 )
 from kvstrata.kernels.gather_numba import gather_numba, scatter_numba
 from kvstrata.kernels.gather_triton import gather_triton, scatter_triton
+from kvstrata.kernels.token_masks import count_tokens, to_flags
 
 SHAPES = {"one": (1, 1, 1), "odd": (3, 5, 80), "wide": (2, 2, 256)}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.uint8]
@@ -49,7 +49,7 @@ def test_every_version_equals_a_loop(shape, dtype, version):
         for token in range(64)
         if mask >> token & 1
     ]
-    counts = count_bits(masks)
+    counts = count_tokens(masks)
     assert counts.sum() == len(kept)
     rows = torch.full((len(kept), shape[2]), 99, dtype=dtype)
     positions = torch.full((len(kept),), -1)
@@ -58,17 +58,20 @@ def test_every_version_equals_a_loop(shape, dtype, version):
     assert torch.equal(rows, torch.stack([blocks[at] for at in kept]))
     out = torch.full_like(blocks, 7)
     scatter(rows, masks, counts, out)
-    chosen = kept_tokens(masks)
+    chosen = to_flags(masks)
     assert torch.equal(out[chosen], blocks[chosen])
     assert (out[~chosen] == 7).all()
 
 
-def test_bits_are_counted_and_unpacked_with_the_sign():
+@pytest.mark.parametrize("by_numpy", [True, False])
+def test_bits_are_counted_and_unpacked_with_the_sign(by_numpy, monkeypatch):
+    if not by_numpy:
+        monkeypatch.delattr(token_masks.np, "bitwise_count", raising=False)  # as on a GPU
     masks = torch.tensor(SPECIAL)
     expected = [(mask % 2**64).bit_count() for mask in SPECIAL]
-    assert count_bits(masks).tolist() == expected
-    assert kept_tokens(masks).sum(-1).tolist() == expected
-    assert kept_tokens(torch.tensor([-(2**63)])).nonzero().tolist() == [[0, 63]]
+    assert count_tokens(masks).tolist() == expected
+    assert to_flags(masks).sum(-1).tolist() == expected
+    assert to_flags(torch.tensor([-(2**63)])).nonzero().tolist() == [[0, 63]]
 
 
 def test_all_tokens_kept_is_the_identity_bit_for_bit():
@@ -101,7 +104,7 @@ def test_strided_blocks_and_scatter_into_what_is_there():
     assert torch.equal(positions, plain[2])
     out = torch.ones(2, 3, 64, 8)
     assert scatter_by_mask(rows, masks, out) is out
-    assert torch.equal(out, torch.where(kept_tokens(masks)[..., None], blocks, 1.0))
+    assert torch.equal(out, torch.where(to_flags(masks)[..., None], blocks, 1.0))
 
 
 def test_inputs_that_do_not_fit_are_refused():

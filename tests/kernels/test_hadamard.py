@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from kvstrata.kernels import hadamard
-from kvstrata.kernels.hadamard import turn
+from kvstrata.kernels.hadamard import hadamard, turn
 
 DIMS = [1, 2, 32, 64, 80, 96, 128, 256]
 

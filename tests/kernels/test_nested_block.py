@@ -236,6 +236,9 @@ def test_other_shapes_and_dtypes_are_refused() -> None:
     for keys, values in ((good.double(), good.double()), (good, good.half())):
         with pytest.raises(ValueError, match="bfloat16, float16 or float32"):
             encode_blocks(keys, values)
+    for lead_bytes in (-2, 1, 3):
+        with pytest.raises(ValueError, match="lead_bytes must be even"):
+            encode_blocks(good, good, lead_bytes=lead_bytes)
     for dim in (4, 12, 264):
         with pytest.raises(ValueError, match="multiple of 8 up to 256"):
             encode_blocks(torch.zeros(1, 1, 1, 64, dim), torch.zeros(1, 1, 1, 64, dim))

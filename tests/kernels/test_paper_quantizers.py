@@ -290,6 +290,8 @@ def test_inputs_that_make_no_sense_are_refused():
         (lambda: quantize_channelwise(values, 9), "not 9"),
         (lambda: quantize_tokenwise(values.double(), 4), "bf16, fp16 or fp32"),
         (lambda: quantize_channelwise(values[0, 0], 4), "tokens, channels"),
+        (lambda: quantize_channelwise(values[..., :0], 4), "tokens, channels"),
+        (lambda: quantize_tokenwise(values[..., :0], 4), "tokens, channels"),
         (lambda: quantize_groupwise(values, 4, 3), "must divide 8, and 3"),
         (lambda: quantize_groupwise(values, 4, 0), "must divide 8, and 0"),
         (lambda: quantize_separable(values, 4, torch.ones(8)), "one float32 scale per channel"),

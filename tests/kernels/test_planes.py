@@ -1,11 +1,9 @@
 """Packing codes and splitting bytes: the layout, and that nothing is lost."""
 
-from typing import Any
-
 import pytest
 import torch
 
-from kvstrata.kernels import merge_bytes, pack_planar, split_bytes, unpack_planar
+from kvstrata.kernels import merge_bytes, pack_planar, planes, split_bytes, unpack_planar
 from kvstrata.kernels.planes import unpack_planar_reference
 from kvstrata.kernels.planes_triton import unpack_planar_triton
 
@@ -46,15 +44,17 @@ def test_unpacking_writes_every_lane_whatever_the_memory_held(
 ) -> None:
     codes = _codes(bits, 3, 80)
     packed = pack_planar(codes, bits)
-    empty: Any = torch.empty
+    given = []
 
-    def stale_memory(*args: Any, **kwargs: Any) -> torch.Tensor:
-        memory: torch.Tensor = empty(*args, **kwargs).fill_(stale)
-        return memory
+    def stale_memory(
+        shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        given.append(torch.full(shape, stale, dtype=dtype, device=device))
+        return given[0]
 
-    monkeypatch.setattr(torch, "empty", stale_memory)
+    monkeypatch.setattr(planes, "empty_huge", stale_memory)
     unpacked = unpack_planar(packed, bits)
-    monkeypatch.undo()
+    assert unpacked is given[0]
     assert torch.equal(unpacked, codes)
 
 
@@ -128,6 +128,17 @@ def test_a_dimension_that_leaves_a_byte_unfilled_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=f"multiple of {slots}, not {dim}$"):
         pack_planar(torch.zeros(2, dim, dtype=torch.uint8), bits)
+
+
+@each_width
+def test_what_is_no_code_is_refused(bits: int) -> None:
+    with pytest.raises(ValueError, match=f"a code is {1 << bits}, too large for {bits} bits"):
+        pack_planar(torch.full((8,), 1 << bits, dtype=torch.uint8), bits)
+    for wrong in (torch.zeros(8, dtype=torch.int64), torch.tensor(0, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="codes must be uint8"):
+            pack_planar(wrong, bits)
+    with pytest.raises(ValueError, match="packed must be uint8"):
+        unpack_planar(torch.tensor(0, dtype=torch.uint8), bits)
 
 
 @pytest.mark.parametrize("bits", [-1, 0, 3, 5, 8, 16])

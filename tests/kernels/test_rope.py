@@ -104,6 +104,19 @@ def test_strided_and_empty_keys_and_any_leading_dimensions():
     assert rotate(torch.zeros(2, 0, 64), cos[:0], sin[:0]).shape == (2, 0, 64)
 
 
+def test_out_may_lie_beside_the_keys_but_not_across_them():
+    cos, sin = _tables(5, 64)
+    memory = torch.randn(4 * 5 * 64)
+    keys, beside = memory.view(2, 2, 5, 64)
+    told = rotate(keys, cos, sin)
+    for at in (64, 576):
+        with pytest.raises(ValueError, match="be the keys themselves"):
+            rotate(keys, cos, sin, out=memory[at : at + 640].view(2, 5, 64))
+    assert torch.equal(rotate(keys, cos, sin, out=beside), told)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        rotate(keys.view(5, 2, 64).transpose(0, 1), cos, sin, out=keys)
+
+
 def test_inputs_that_do_not_fit_are_refused():
     keys, (cos, sin) = torch.zeros(2, 5, 64), _tables(5, 64)
     here = torch.arange(5)

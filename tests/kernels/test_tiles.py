@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-
-pytest.importorskip("numba")
-
 from numba import njit
 
 from kvstrata.kernels import tiles_numba as tiles

@@ -2,8 +2,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +24,10 @@ ONE_OP = """
 warmup._OPS = {"exact": warmup._exact}
 done = warm_up((32,), (torch.bfloat16,))
 print(json.dumps([done.num_compiled, done.num_loaded]))
+"""
+MODULES = """
+warm_up((32,), (torch.bfloat16,))
+print(json.dumps([name for name in sys.modules if name.endswith("_numba")]))
 """
 # After a warm-up, what codecs do finds every kernel ready.
 CODECS = """
@@ -48,7 +55,7 @@ print(json.dumps([done.num_compiled, done.num_loaded, *new]))
 """
 
 
-def run(code: str, **env: str) -> list[int]:
+def run(code: str, **env: str) -> list[Any]:
     """Return what a new process prints."""
     made_up = Path(__file__).parents[1] / "methods"
     done = subprocess.run(
@@ -59,7 +66,7 @@ def run(code: str, **env: str) -> list[int]:
         timeout=110,
     )
     assert done.returncode == 0, done.stderr
-    found: list[int] = json.loads(done.stdout)
+    found: list[Any] = json.loads(done.stdout)
     return found
 
 
@@ -99,6 +106,45 @@ def test_without_numba_nothing_happens(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_every_module_of_compiled_kernels_is_warmed_up():
-    warm_up((64,), (torch.bfloat16,))
-    for path in Path(warmup.__file__).parent.glob("*_numba.py"):
-        assert f"kvstrata.kernels.{path.stem}" in sys.modules, f"{path.name} is never used"
+    warm_up((32,), (torch.bfloat16,))  # into the folder that the process below reads
+    used = run(MODULES)  # a new one: the fixtures of this one import every module
+    there = [path.stem for path in Path(warmup.__file__).parent.glob("*_numba.py")]
+    assert set(used) == {f"kvstrata.kernels.{name}" for name in there}
+
+
+TWO_OPS = """
+warmup._OPS = {name: warmup._OPS[name] for name in ("colsum", "exact")}
+done = warm_up((32,), (torch.bfloat16,))
+print(json.dumps([done.num_compiled, done.num_loaded]))
+"""
+
+
+def test_processes_that_start_together_compile_each_kernel_once(tmp_path: Path):
+    def start(folder: str) -> int:
+        env = {"NUMBA_CACHE_DIR": str(tmp_path / folder), "TMPDIR": str(tmp_path)}
+        num_compiled: int = run(TWO_OPS, **env)[0]
+        return num_compiled
+
+    alone = start("alone")
+    with ThreadPoolExecutor(2) as pool:
+        assert sum(pool.map(start, ["together"] * 2)) == alone > 0
+
+
+def test_a_process_that_holds_the_work_up_is_waited_for_a_while_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(warmup, "_PATIENCE_S", 0.3)
+    start = time.monotonic()
+    with warmup._claim("exact") as claimed:
+        assert claimed
+        assert set(warm_up((32,), (torch.bfloat16,), ("exact",)).seconds) == {"exact"}
+    assert time.monotonic() - start >= 0.3
+
+
+def test_without_a_folder_to_share_every_process_compiles(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with warmup._claim("exact") as first, warmup._claim("exact") as second:
+        assert (first, second) == (True, True)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvstrata.kernels import hadamard
+from kvstrata.kernels.hadamard import hadamard
 from kvstrata.methods import BlockShape, KVBlocks, calibrated
-from kvstrata.methods.bit_allocation import DISTORTION
+from kvstrata.methods.bit_allocation import DISTORTION, MID_REMAINDER
 from kvstrata.methods.calibrated import SINK_TOKENS, CalibratedCodec
 from kvstrata.methods.profile import Profile, ProfileError, ProfileStore
 from kvstrata.methods.saliency_tag import encode_tags
@@ -29,12 +29,6 @@ SHAPES = [
 ]
 each_shape = pytest.mark.parametrize(("layers", "heads", "dim", "count", "dtype"), SHAPES, ids=str)
 ROUNDING = {torch.float32: 1.02, torch.bfloat16: 1.3, torch.float16: 1.1}  # also of components
-
-
-@pytest.fixture(autouse=True)
-def dear_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pin the price that the bounds of these tests were worked out for."""
-    monkeypatch.setattr("kvstrata.methods.bit_allocation.TOKEN_PRICE", 0.06)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +71,37 @@ def _masks(codec: CalibratedCodec, blocks: KVBlocks) -> torch.Tensor:
     return (masks[..., None] >> torch.arange(64) & 1).bool()
 
 
+def _flags(codec: CalibratedCodec, blocks: KVBlocks, side: int) -> tuple[torch.Tensor, ...]:
+    """Return which tokens are base, mid and escapes, bool (L, H, N, T) each."""
+    flags = _masks(codec, blocks)[:, :, :, side].permute(2, 1, 3, 0, 4)
+    assert not (flags[0] & flags[1]).any()
+    return ~(flags[0] | flags[1]), flags[1], flags[0]
+
+
+def _check_prices(codec: CalibratedCodec, blocks: KVBlocks, side: int, slack: float) -> None:
+    """Assert that no token loses more than what the next better class costs; weights are one."""
+    layers, heads, dim = codec.profile.shape
+    put = (blocks.keys, blocks.values)[side]
+    base, mid, escape = _flags(codec, blocks, side)
+    fine, coarse = round_trip(codec, blocks)[side], round_trip(codec, blocks, [BASE])[side]
+    tables = codec._sides[side]
+    for read in (fine, coarse):
+        assert read.isfinite().all()
+        costs = _costs(codec, read, put, side)
+        base_price = tables.mid_price.view(layers, heads, 1, 1).expand(costs.shape)
+        top_price = tables.escape_price.view(layers, heads, 1, 1).expand(costs.shape)
+        assert (costs[base] <= slack * base_price[base]).all()
+        assert (costs[mid] <= slack * top_price[mid]).all()
+    # Escapes: half a step of 1/127 of the largest turned channel, and a bf16 scale's rounding.
+    turned = put.float() @ hadamard(dim)
+    bound = turned.abs().amax(-1) * dim**0.5 * (1 / 127 + 2.0**-8)
+    if put.dtype != torch.float32:
+        bound += put.float().norm(dim=-1) * 2.0**-8
+    errors = (fine.float() - put.float()).norm(dim=-1)
+    assert (errors[escape] <= bound[escape]).all()
+    torch.testing.assert_close(coarse[escape], fine[escape])  # escapes are in base
+
+
 @each_shape
 def test_base_costs_what_theory_says_and_mid_refines_it(
     layers: int, heads: int, dim: int, count: int, dtype: torch.dtype
@@ -89,13 +114,16 @@ def test_base_costs_what_theory_says_and_mid_refines_it(
     for side, put in enumerate((blocks.keys, blocks.values)):
         assert fine[side].shape == put.shape
         assert fine[side].dtype == dtype
-        better = _costs(codec, fine[side], put, side).mean()
-        worse = _costs(codec, coarse[side], put, side).mean()
-        expected = _expected(codec, side).mean()
-        assert better < worse
-        # Outliers cost far more than theory, unless they become escapes, which cost less.
-        assert worse < 1.25 * expected * ROUNDING[dtype]
-        assert better > 0.02 * expected
+        base, mid, _ = _flags(codec, blocks, side)
+        better = _costs(codec, fine[side], put, side)
+        worse = _costs(codec, coarse[side], put, side)
+        expected = _expected(codec, side)[..., None, None].expand(worse.shape)
+        # The costliest tokens are mid or escapes, so what is left is a little below theory.
+        ratio = worse[base].mean() / expected[base].mean()
+        assert 0.8 / ROUNDING[dtype] < ratio < ROUNDING[dtype]
+        assert torch.equal(fine[side][base], coarse[side][base])
+        if side == 0:  # at this threshold some shapes have no mid token of the values
+            assert better[mid].mean() < 1.5 * MID_REMAINDER * worse[mid].mean()
 
 
 @each_shape
@@ -106,30 +134,8 @@ def test_no_token_of_the_keys_costs_more_than_its_price(
     codec = CalibratedCodec(profile, THRESHOLD)
     blocks = blocks_of(profile, count, dtype, outliers=0.1, first_position=64)
     blocks.saliency.zero_()  # every token weighs one
-    flags = _masks(codec, blocks)
-    escape, mid = flags[:, :, 0, 0].permute(1, 2, 0, 3), flags[:, :, 1, 0].permute(1, 2, 0, 3)
-    assert not (escape & mid).any()
-    assert escape.any()
-    fine, coarse = round_trip(codec, blocks)[0], round_trip(codec, blocks, [BASE])[0]
-    side = codec._sides[0]
-    slack = ROUNDING[dtype]
-    for read in (fine, coarse):
-        costs = _costs(codec, read, blocks.keys, 0)
-        base_price = side.mid_price.view(layers, heads, 1, 1).expand(costs.shape)
-        top_price = side.escape_price.view(layers, heads, 1, 1).expand(costs.shape)
-        base = ~(escape | mid)
-        assert (costs[base] <= slack * base_price[base]).all()
-        assert (costs[mid] <= slack * top_price[mid]).all()
-    # Escapes: half a step of 1/127 of the largest turned channel, and a bf16 scale's rounding.
-    turned = blocks.keys.float() @ hadamard(dim)
-    bound = turned.abs().amax(-1) * dim**0.5 * (1 / 127 + 2.0**-8)
-    if dtype != torch.float32:
-        bound += blocks.keys.float().norm(dim=-1) * 2.0**-8
-    errors = (fine.float() - blocks.keys.float()).norm(dim=-1)
-    assert (errors[escape] <= bound[escape]).all()
-    torch.testing.assert_close(
-        coarse.movedim(-1, 0)[:, escape], fine.movedim(-1, 0)[:, escape]
-    )  # escapes are in base
+    assert _flags(codec, blocks, 0)[2].any()
+    _check_prices(codec, blocks, 0, ROUNDING[dtype])
 
 
 def test_tokens_that_matter_and_tokens_that_quantise_badly_get_more(profile: Profile) -> None:
@@ -196,6 +202,18 @@ def test_any_saliency_works(codec: CalibratedCodec, profile: Profile, saliency: 
         blocks.saliency.mul_(1e20 if saliency == "huge" else 1e-25)
     for read, put in zip(round_trip(codec, blocks), (blocks.keys, blocks.values), strict=True):
         assert (read - put).square().mean() < 0.1 * put.var()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_saliency_that_is_no_number_counts_as_unknown(
+    codec: CalibratedCodec, profile: Profile, bad: float
+) -> None:
+    blocks = blocks_of(profile)
+    blocks.saliency[..., ::3] = 0
+    expected, masks = round_trip(codec, blocks), _masks(codec, blocks)
+    blocks.saliency[..., ::3] = bad
+    assert torch.equal(_masks(codec, blocks), masks)
+    assert all(map(torch.equal, round_trip(codec, blocks), expected))
 
 
 def test_saliency_is_stored_with_base_as_the_mean_over_heads(profile: Profile) -> None:
@@ -277,10 +295,14 @@ def test_the_form_is_that_of_the_keys(profile: Profile, form: str) -> None:
     rope = {"pre": RopeForm.ROPE_FORM_PRE, "frame": RopeForm.ROPE_FORM_FRAME}[form]
     assert codec.rope is rope
     blocks = blocks_of(profile, form=form)
+    blocks.saliency.zero_()  # every token weighs one
     frames = open_all(seal_all(codec, blocks))
     assert {frame.header.rope for block in frames for frame in block.values()} == {rope}
     fitting = _costs(codec, round_trip(codec, blocks)[0], blocks.keys, 0).mean()
-    assert fitting < 1.1 * _expected(codec, 0).mean()
+    assert fitting < _expected(codec, 0).mean()
+    other = blocks_of(profile, form={"pre": "frame", "frame": "pre"}[form])
+    other.saliency.zero_()
+    assert _flags(codec, other, 0)[2].sum() > 5 * _flags(codec, blocks, 0)[2].sum()
 
 
 def test_settings_name_all_that_changes_the_bytes(profile: Profile) -> None:
@@ -351,7 +373,7 @@ def test_what_is_no_number_is_refused(bad: float, part: str, dim: int) -> None:
 @pytest.mark.parametrize("case", ["zero", "constant", "constant channel", "mean", "huge"])
 def test_degenerate_values_come_back(codec: CalibratedCodec, profile: Profile, case: str) -> None:
     blocks = blocks_of(profile)
-    distance = profile.values.mean.norm() * 128**0.5
+    blocks.saliency.zero_()  # every token weighs one
     for part, tables in ((blocks.keys, profile.keys["pre"]), (blocks.values, profile.values)):
         if case == "zero":
             part.zero_()
@@ -363,11 +385,9 @@ def test_degenerate_values_come_back(codec: CalibratedCodec, profile: Profile, c
             part.copy_(tables.mean[:, :, None, None].expand(part.shape))
         else:
             part.mul_(1e4)
-    for strata in (None, [BASE]):
-        read = round_trip(codec, blocks, strata)
-        for back, put in zip(read, (blocks.keys, blocks.values), strict=True):
-            assert back.isfinite().all()
-            assert (back - put).norm() <= 0.3 * (put.norm() + distance)
+    _check_prices(codec, blocks, 0, ROUNDING[torch.float32])
+    # The bias moves values by their mean error, so that one may lose up to twice the distance.
+    _check_prices(codec, blocks, 1, 4 * ROUNDING[torch.float32])
 
 
 def test_a_decoder_does_not_need_the_dtype_of_the_encoder(

@@ -6,7 +6,7 @@ import struct
 import pytest
 import torch
 
-from kvstrata.kernels import hadamard
+from kvstrata.kernels.hadamard import hadamard
 from kvstrata.kernels.quantize import LEVELS, LEVELS_PER_SIGMA, THRESHOLDS
 from kvstrata.methods import BlockShape, FallbackCodec, KVBlocks
 from kvstrata.methods.saliency_tag import decode_tags
@@ -451,6 +451,21 @@ def test_mid_of_other_layers_than_base_is_corrupt(
     base, mid = written
     with pytest.raises(CorruptFrameError, match="different layers"):
         _decode(base, dict.fromkeys(layers, mid[1]))
+
+
+@pytest.mark.parametrize("order", [[2, 1], [1, 1, 2], [1, 2, 2], [2, 1, 2]])
+def test_layers_out_of_order_or_twice_are_corrupt(
+    order: list[int], written: tuple[dict[int, bytes], dict[int, bytes]]
+) -> None:
+    """Rows are taken by their places, so the places must be those of the layers."""
+    base, mid = written
+    segments = dict(enumerate(mid[layer] for layer in order))
+    frame = Frame.open(encode_frame(FrameHeader(stratum=MID), segments))
+    for entry, layer in zip(frame.header.segments, order, strict=True):
+        entry.layer = layer
+    frames = {BASE: Frame.open(encode_frame(FrameHeader(stratum=BASE), base)), MID: frame}
+    with pytest.raises(CorruptFrameError, match="different layers"):
+        FallbackCodec().decode([frames], SHAPE)
 
 
 def test_blocks_of_different_layers_are_corrupt(

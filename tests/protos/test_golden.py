@@ -11,7 +11,7 @@ import torch
 import zstandard
 from google.protobuf.json_format import MessageToDict
 
-from kvstrata.kernels import hadamard
+from kvstrata.kernels.hadamard import hadamard
 from kvstrata.kernels.quantize import (
     LEVELS_PER_SIGMA,
     THRESHOLDS,
