@@ -102,13 +102,7 @@ def measure(count: int, *, quiet: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
-    parser.add_argument("--quick", action="store_true", help="5 prompts instead of 20")
-    options = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    rows = measure(5 if options.quick else 20, quiet=options.json)
+def save(rows: list[dict[str, Any]]) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     machine = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -116,6 +110,17 @@ def main() -> int:
         "transformers": transformers.__version__,
     }
     RESULTS.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    parser.add_argument("--quick", action="store_true", help="5 prompts instead of 20, not saved")
+    options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    rows = measure(5 if options.quick else 20, quiet=options.json)
+    if not options.quick:
+        save(rows)
     if options.json:
         for row in rows:
             print(json.dumps(row))

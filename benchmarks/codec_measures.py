@@ -74,6 +74,12 @@ class Sample:
     encode_s: float
     decode_s: float
 
+    @property
+    def changes(self) -> list[float]:
+        """By how much log P of each answer changed, nats."""
+        pairs = zip(self.answers, self.reference_answers, strict=True)
+        return [after.log_p - before.log_p for after, before in pairs]
+
 
 def refer(prompt: Prefilled, context: Context) -> Reference:
     """Return what the uncompressed cache predicts; leaves the cache as it is."""
@@ -135,11 +141,9 @@ class _Group:
         """Return the figures of all samples together; null where nothing was measured."""
         samples = self.samples
         kl, agreed = _join(s.kl for s in samples), _join(s.agreed for s in samples)
-        after, before = (
-            _join(s.answers for s in samples),
-            _join(s.reference_answers for s in samples),
-        )
-        changes = [a.log_p - b.log_p for a, b in zip(after, before, strict=True)]
+        after = _join(s.answers for s in samples)
+        changed = [s.changes for s in samples if s.answers]
+        changes = _join(changed)
         bits = sum(s.num_bits for s in samples) / sum(s.num_elements for s in samples)
         return {
             "bench": "codec",
@@ -148,18 +152,18 @@ class _Group:
             "bits": round(bits, 4),
             "ratio": round(16 / bits, 3),
             "kl": _mean(kl, 6),
-            "kl_se": _standard_error(kl),
+            "kl_se": _standard_error([s.kl for s in samples]),
             "perplexity": round(math.exp(_mean(_join(s.nll for s in samples), 9)), 4),
             "top1": _mean(agreed, 4),
             "recall": _mean(changes, 4) if changes else None,
-            "recall_se": _standard_error(changes) if changes else None,
+            "recall_se": _standard_error(changed) if changes else None,
             "encode_s": _mean([s.encode_s for s in samples], 4),
             "decode_s": _mean([s.decode_s for s in samples], 4),
             "text": text,
             "context": num_prompt,
             "facts": len(changes),
             "facts_right": sum(a.right for a in after),
-            "facts_right_reference": sum(a.right for a in before),
+            "facts_right_reference": sum(a.right for s in samples for a in s.reference_answers),
         }
 
 
@@ -212,10 +216,17 @@ def _mean(values: Sequence[float], digits: int) -> float:
     return round(sum(values) / len(values), digits)
 
 
-def _standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of the mean, taking the values as independent."""
-    if len(values) < 2:
+def _standard_error(contexts: Sequence[Sequence[float]]) -> float:
+    """Return the standard error of the mean over all values.
+
+    Values of one context are not independent, so contexts are what is drawn; of a single context,
+    for want of others, its values.
+    """
+    if len(contexts) == 1:
+        contexts = [[value] for value in contexts[0]]
+    if len(contexts) < 2:
         return 0.0
-    mean = sum(values) / len(values)
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return round(math.sqrt(variance / len(values)), 6)
+    count = sum(map(len, contexts))
+    mean = sum(map(sum, contexts)) / count
+    squares = sum((sum(values) - mean * len(values)) ** 2 for values in contexts)
+    return round(math.sqrt(squares * len(contexts) / (len(contexts) - 1)) / count, 6)

@@ -8,6 +8,7 @@ prose; what is not in them is stored worse than it could be.
 """
 
 import hashlib
+import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,14 +18,16 @@ import numpy as np
 import torch
 
 from kvstrata.cluster.quality import compress, kl_divergence, prefilled, teacher_forced
-from kvstrata.engine.cache_statistics import CacheStatistics, Segment
+from kvstrata.engine.cache_statistics import SKIPPED_TOKENS, CacheStatistics, Segment
 from kvstrata.engine.model import Model
 from kvstrata.methods.bit_allocation import VALUE_WEIGHT, allocate
 from kvstrata.methods.calibrated import CalibratedCodec
 from kvstrata.methods.presets import Method
-from kvstrata.methods.profile import SUFFIX, Profile
-from kvstrata.protos.errors import InvalidRequestError
+from kvstrata.methods.profile import SUFFIX, Profile, read_arrays, write_arrays
+from kvstrata.protos.errors import ConfigurationError, InvalidRequestError
 from kvstrata.protos.identity import BLOCK_TOKENS
+
+logger = logging.getLogger(__name__)
 
 FIRST_STORED_LAYER = 1  # K and V of layer 0 depend on token ids alone and are computed again
 RATE_WIDTHS = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 2.6, 3.4)  # base widths to measure rates at
@@ -107,18 +110,13 @@ def gather(
     model: Model, segments: Sequence[Segment], plan: CalibrationPlan, state: Path, tell: Progress
 ) -> CacheStatistics:
     """Return the statistics of all segments; ``state`` keeps what is done so far."""
-    statistics = CacheStatistics(model, FIRST_STORED_LAYER)
     identity = _identity(model, segments, plan)
-    _resume(statistics, state, identity)
+    statistics = _resumed(model, state, identity) or CacheStatistics(model, FIRST_STORED_LAYER)
     for number in range(statistics.num_segments, len(segments)):
         tell("gradients", number, len(segments))
         generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + number)
         statistics.add(segments[number], generator, plan.num_samples)
-        temporary = state.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            arrays = statistics.arrays()
-            np.savez(file, identity=np.array(identity), **arrays)  # type: ignore[arg-type]
-        temporary.replace(state)
+        write_arrays(state, {"identity": np.array(identity), **statistics.arrays()})
     tell("gradients", len(segments), len(segments))
     return statistics
 
@@ -169,9 +167,15 @@ def calibrate(
     """Make the profile of ``model``; returns the file's path in ``folder``.
 
     Raises:
-        InvalidRequestError: The texts are too short.
+        InvalidRequestError: The texts are too short, or segments too long for the model or too few
+            for its head_dim.
+        ConfigurationError: The folder cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _check_plan(model, plan)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"{folder}: {error}"[:200], "give another --out") from error
     stem = model.model_id.hex()
     segments = cut_segments(model.tokenizer, texts, plan, plan.num_segments, seed=0)
     statistics = gather(model, segments, plan, folder / f"{stem}.state.npz", tell)
@@ -191,6 +195,21 @@ def calibrate(
     path = folder / f"{stem}{SUFFIX}"
     profile.save(path)
     return path
+
+
+def _check_plan(model: Model, plan: CalibrationPlan) -> None:
+    length, spec = plan.context + plan.continuation, model.spec
+    if length > spec.max_positions:
+        raise InvalidRequestError(
+            f"segments of {length} tokens exceed the model's {spec.max_positions} positions",
+            "give a smaller --context",
+        )
+    if plan.num_segments * (plan.context - SKIPPED_TOKENS) < spec.head_dim:
+        raise InvalidRequestError(
+            f"{plan.num_segments} segments of {plan.context} tokens are too few for heads of "
+            f"{spec.head_dim} channels",
+            "give more --segments",
+        )
 
 
 def _encode(tokenizer: object, text: str, length: int) -> list[int]:
@@ -222,10 +241,17 @@ def _identity(model: Model, segments: Sequence[Segment], plan: CalibrationPlan) 
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _resume(statistics: CacheStatistics, state: Path, identity: str) -> None:
-    """Take what an earlier run found, if it was the same run."""
+def _resumed(model: Model, state: Path, identity: str) -> CacheStatistics | None:
+    """Return what an earlier run found, if it was the same run and its file is whole."""
     if not state.is_file():
-        return
-    with np.load(state, allow_pickle=False) as file:
-        if str(file["identity"]) == identity:
-            statistics.restore({name: file[name] for name in file.files})
+        return None
+    try:
+        arrays = read_arrays(state, state.stat().st_size)  # as written, it is not compressed
+        if str(arrays["identity"]) != identity:
+            return None
+        statistics = CacheStatistics(model, FIRST_STORED_LAYER)
+        statistics.restore(arrays)
+    except (KeyError, ValueError) as error:
+        logger.warning("%s is damaged, so calibration starts anew: %s", state, error)
+        return None
+    return statistics

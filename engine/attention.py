@@ -5,16 +5,20 @@ hands them to the state that travels through the forward call as the keyword ``k
 Not covered: batches of more than one sequence, dropout, attention weights as an output.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from kvstrata.engine.cache import SequenceCache
-
 ATTENTION_NAME = "kvstrata"
+
+# A layer's index and its new queries, keys and values, to all its keys and values:
+# ``SequenceCache.append``, or ``following``.
+Extend = Callable[
+    [int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
+]
 
 
 class AttentionState(Protocol):
@@ -43,38 +47,13 @@ class AttentionState(Protocol):
         ...
 
 
-class AppendAndAttend:
-    """The state of a normal pass: append to a ``SequenceCache``, attend over all of it."""
-
-    def __init__(self, cache: SequenceCache) -> None:
-        """Serve one forward pass over ``cache``; the caller advances it afterwards."""
-        self._cache = cache
-        self._mask: torch.Tensor | None = None
-
-    def attend(
-        self,
-        layer: int,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
-        """Append and attend; see ``AttentionState.attend``."""
-        all_keys, all_values = self._cache.append(layer, queries, keys, values)
-        group_size = queries.shape[0] // keys.shape[0]
-        num_new, num_cached = queries.shape[1], self._cache.length
-        if self._mask is None and num_new > 1 and num_cached > 0:
-            self._mask = _causal_mask(num_new, num_cached, group_size, queries)
-        return attend(queries, all_keys, all_values, scaling, self._mask)
-
-
 class AttendOver:
-    """The state of a pass over given keys and values, which it leaves alone; differentiable."""
+    """The state of a normal pass: attend over what ``extend`` makes of a layer's new rows."""
 
-    def __init__(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-        """Attend over ``keys`` and ``values``, per layer (num_kv_heads, cached, head_dim)."""
-        self._keys, self._values = keys, values
-        self._mask: torch.Tensor | None = None
+    def __init__(self, extend: Extend, mask: torch.Tensor | None = None) -> None:
+        """Serve one forward pass; without ``mask``, as for ``attend``, it is causal."""
+        self._extend = extend
+        self._mask = mask
 
     def attend(
         self,
@@ -84,14 +63,30 @@ class AttendOver:
         values: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """Attend over the given tokens and the new ones; see ``AttentionState.attend``."""
-        num_new, num_cached = queries.shape[1], self._keys[layer].shape[1]
-        if self._mask is None and num_new > 1:
+        """Attend over old and new rows; see ``AttentionState.attend``."""
+        all_keys, all_values = self._extend(layer, queries, keys, values)
+        num_new = queries.shape[1]
+        num_cached = all_keys.shape[1] - num_new
+        if self._mask is None and num_new > 1 and num_cached > 0:
             group_size = queries.shape[0] // keys.shape[0]
             self._mask = _causal_mask(num_new, num_cached, group_size, queries)
-        all_keys = torch.cat([self._keys[layer], keys], 1)
-        all_values = torch.cat([self._values[layer], values], 1)
         return attend(queries, all_keys, all_values, scaling, self._mask)
+
+
+def following(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Extend:
+    """Return what puts new rows after given ones, which it leaves alone; differentiable.
+
+    Args:
+        keys: Per layer, (num_kv_heads, cached, head_dim).
+        values: As ``keys``.
+    """
+
+    def extend(
+        layer: int, _: torch.Tensor, new_keys: torch.Tensor, new_values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.cat([keys[layer], new_keys], 1), torch.cat([values[layer], new_values], 1)
+
+    return extend
 
 
 class FirstLayerCapturedError(Exception):
@@ -138,7 +133,8 @@ def attend(
         keys: (num_kv_heads, total, head_dim), the last n of which belong to the queries.
         values: As ``keys``.
         scaling: Factor on the dot products before the softmax.
-        mask: From ``_causal_mask``; None for a single new token or when n == total.
+        mask: Added to the dot products, (group * n, total); None for a single new token or when
+            n == total.
 
     Returns:
         (num_heads, n, head_dim).

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from kvstrata.engine.attention import (
-    AppendAndAttend,
     AttendOver,
     AttentionState,
     CaptureFirstLayer,
     FirstLayerCapturedError,
+    following,
 )
 from kvstrata.engine.cache import SequenceCache
 from kvstrata.engine.compatibility import build_spec
@@ -158,7 +158,8 @@ class Model:
         """
         first = keys[0].shape[1]
         self._check_tokens(token_ids, first)
-        return self._call(token_ids, first, AttendOver(keys, values), logits_to_keep=0)
+        state = AttendOver(following(keys, values))
+        return self._call(token_ids, first, state, logits_to_keep=0)
 
     def first_layer_kv(
         self, token_ids: Sequence[int], first_position: int
@@ -222,7 +223,7 @@ class Model:
         first = cache.length
         self._check_tokens(token_ids, first)
         cache.grow(first + len(token_ids))
-        logits = self._run(token_ids, first, AppendAndAttend(cache), logits_to_keep)
+        logits = self._run(token_ids, first, AttendOver(cache.append), logits_to_keep)
         cache.advance(len(token_ids))
         return logits.to(torch.float32, copy=True)
 

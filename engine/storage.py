@@ -35,7 +35,7 @@ def write_atomically(path: Path, text: str) -> None:
             file.write(text)
         os.replace(file.name, path)
     except OSError as error:
-        logger.warning("cannot write the cache", extra={"path": str(path), "error": str(error)})
+        logger.warning("cannot write %s: %s", path, error)
 
 
 def build_folder(path: Path, fill: Callable[[Path], None]) -> bool:
@@ -57,5 +57,5 @@ def build_folder(path: Path, fill: Callable[[Path], None]) -> bool:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        logger.warning("cannot write the cache", extra={"path": str(path), "error": str(error)})
+        logger.warning("cannot write %s: %s", path, error)
     return path.is_dir()

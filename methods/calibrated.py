@@ -229,10 +229,11 @@ def _token_weights(saliency: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
     """Return how much each token matters, float32 (L, H, N, T), 1 on average without sinks.
 
     Args:
-        saliency: float32 (L, H, N, T); 0 where unknown, which counts as average.
+        saliency: float32 (L, H, N, T); 0 or no number where unknown, which counts as average.
         sinks: bool (N, T).
     """
-    known = (saliency > 0) & ~sinks
-    mean = (saliency * known).sum((-2, -1)) / known.sum((-2, -1)).clamp_min(1)
+    known = (saliency > 0) & saliency.isfinite() & ~sinks
+    saliency = torch.where(known, saliency, 0.0)
+    mean = saliency.sum((-2, -1)) / known.sum((-2, -1)).clamp_min(1)
     weights = saliency / mean.clamp_min(1e-30)[..., None, None]
     return torch.where(known, weights, 1.0)

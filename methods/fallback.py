@@ -132,12 +132,13 @@ def _rows(frame: Frame, segments: Mapping[int, memoryview], layers: list[int], s
 
     Nothing is copied where segments lie at equal distances, as those of equal size do.
     """
-    if sorted(segments) != layers:
+    held = [e for e in frame.header.segments if e.layer in segments]
+    if [e.layer for e in held] != layers:
         raise CorruptFrameError("strata or blocks of one read hold different layers")
     for layer, segment in segments.items():
         if len(segment) < size:
             raise _wrong_size(layer, len(segment), size)
-    begins = [e.offset for e in frame.header.segments if e.layer in segments]
+    begins = [e.offset for e in held]
     step = begins[1] - begins[0] if len(begins) > 1 else size
     if begins == list(range(begins[0], begins[0] + step * len(begins), step)):
         first = begins[0] - frame.first_byte

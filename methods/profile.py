@@ -11,15 +11,22 @@ Source:
 """
 
 import hashlib
+import io
+import logging
+import math
+import os
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
+
+logger = logging.getLogger(__name__)
 
 PROFILE_VERSION = 1
 PROFILE_ID_BYTES = 16
@@ -27,6 +34,13 @@ MAX_PROFILE_BYTES = 1 << 30
 SHIPPED = Path(__file__).parent / "profiles"
 SUFFIX = ".profile.npz"
 KEY_FORMS = ("pre", "frame")
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+# What reading a damaged or hostile file of arrays raises.
+_DAMAGED = (
+    OSError, ValueError, TypeError, OverflowError,  # any parser
+    EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,  # zipfile: cut, encrypted, inflating
+    SyntaxError, MemoryError, tokenize.TokenError,  # numpy: a header is a Python literal
+)  # fmt: skip
 
 
 class ProfileError(ValueError):
@@ -105,28 +119,39 @@ class Profile:
 
     def save(self, path: Path) -> None:
         """Write the profile to ``path``, whole or not at all."""
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, note=np.array(self.note), **self.arrays())  # type: ignore[arg-type]
-        temporary.replace(path)
+        write_arrays(path, {"note": np.array(self.note), **self.arrays()})
 
     def threshold_for_bits(self, bits: float) -> float:
         """Return the threshold whose stored size is nearest to ``bits`` per element.
 
-        Interpolated in the logarithm and rounded to three digits, so that it is the same number
-        everywhere. Beyond the measured range the end of it is returned.
+        Where sizes do not fall steadily, the finest such threshold. Interpolated in the logarithm
+        and rounded to three digits, so that it is the same number everywhere. Beyond the measured
+        range the end of it is returned.
         """
-        return self._interpolated(1, bits)
+        sizes = self.rates[:, 1]
+        fits = sizes <= bits
+        if not fits.any():
+            return self._interpolated(1, bits, self.rates[[sizes.argmin()]])
+        row = int(fits.argmax())
+        return self._interpolated(1, bits, self.rates[max(0, row - 1) : row + 1])
 
     def threshold_for_kl(self, max_kl: float) -> float:
-        """Return the threshold whose mean KL on calibration text was ``max_kl``; see above."""
-        return self._interpolated(2, max_kl)
+        """Return the threshold whose mean KL on calibration text was ``max_kl``; see above.
 
-    def _interpolated(self, column: int, target: float) -> float:
-        known = np.log(np.maximum(self.rates[:, column], 1e-12))
-        thresholds = np.log(self.rates[:, 0])
+        No measured threshold below it had a larger KL.
+        """
+        exceeds = self.rates[:, 2] > max_kl
+        if not exceeds.any():
+            return self._interpolated(2, max_kl, self.rates[-1:])
+        row = int(exceeds.argmax())
+        return self._interpolated(2, max_kl, self.rates[max(0, row - 1) : row + 1])
+
+    @staticmethod
+    def _interpolated(column: int, target: float, rows: np.ndarray) -> float:
+        """Return the threshold between one or two neighbouring rows, their own at the ends."""
+        known = np.log(np.maximum(rows[:, column], 1e-12))
         order = np.argsort(known, kind="stable")
-        value = np.interp(np.log(target), known[order], thresholds[order])
+        value = np.interp(np.log(target), known[order], np.log(rows[:, 0])[order])
         return float(f"{np.exp(value):.2e}")
 
 
@@ -138,22 +163,65 @@ def load_profile(path: Path) -> Profile:
             numbers; the message names the file.
     """
     try:
-        with path.open("rb") as file:  # numpy leaves a damaged file open
-            return _from_arrays(_read_arrays(file))
-    except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
+        return _from_arrays(read_arrays(path, MAX_PROFILE_BYTES))
+    except ProfileError as error:
         raise ProfileError(f"{path} is not a usable profile: {error}") from error
 
 
-def _read_arrays(file: BinaryIO) -> dict[str, np.ndarray]:
-    with zipfile.ZipFile(file) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > MAX_PROFILE_BYTES:
-            raise ProfileError("it is larger than any profile")
-    file.seek(0)
-    with np.load(file, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+def read_arrays(path: Path, max_bytes: int) -> dict[str, np.ndarray]:
+    """Return the arrays of a file that ``write_arrays`` wrote; nothing in it is unpickled.
+
+    Args:
+        path: Of the file.
+        max_bytes: Most that it may unpack to; checked before anything is allocated.
+
+    Raises:
+        ProfileError: Damaged, too large, or with other things than arrays of numbers.
+    """
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if sum(entry.file_size for entry in entries) > max_bytes:
+                raise ProfileError("it is larger than any profile")
+            if any(entry.compress_type not in _METHODS for entry in entries):
+                raise ProfileError("it is compressed by an unknown method")
+            return {e.filename.removesuffix(".npy"): _read_array(archive.read(e)) for e in entries}
+    except _DAMAGED as error:
+        raise ProfileError(str(error) or type(error).__name__) from error
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays to ``path``, whole or not at all, also where two processes do it at once."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_array(data: bytes) -> np.ndarray:
+    """Return one array of an .npz, allocating no more than ``data`` has."""
+    file = io.BytesIO(data)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ProfileError("an array is in another format than 1.0")
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data) - file.tell():
+        raise ProfileError("an array holds objects, or another number of bytes than it tells")
+    flat = np.frombuffer(bytearray(data), dtype, offset=file.tell())
+    return flat.reshape(shape, order="F" if is_fortran else "C")
 
 
 def _from_arrays(arrays: dict[str, np.ndarray]) -> Profile:
+    try:
+        return _checked(arrays)
+    except (KeyError, TypeError, ValueError) as error:
+        missing = isinstance(error, KeyError)
+        raise ProfileError(f"{error} is missing" if missing else str(error)) from error
+
+
+def _checked(arrays: dict[str, np.ndarray]) -> Profile:
     if int(arrays["version"]) != PROFILE_VERSION:
         raise ProfileError(f"version {int(arrays['version'])}, this is {PROFILE_VERSION}")
     layers, heads, dim = arrays["value_mean"].shape
@@ -163,12 +231,16 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> Profile:
         if f"key_{form}_mean" in arrays
     }
     rates = arrays["rates"].astype(np.float64)
+    if min(layers, heads, dim) < 1 or int(arrays["first_layer"]) < 0:
+        raise ProfileError("there must be layers, heads and components, and a first layer")
     if "pre" not in keys:
         raise ProfileError("tables of keys are missing")
     if rates.ndim != 2 or rates.shape[1] != 3 or not rates.size:
         raise ProfileError(f"rates have shape {rates.shape}")
     if not (np.isfinite(rates) & (rates > 0)).all():
         raise ProfileError("rates must be finite and positive")
+    if (np.diff(rates[:, 0]) < 0).any():
+        raise ProfileError("thresholds of rates must ascend")
     return Profile(
         model_id=arrays["model_id"].tobytes(),
         keys=keys,
@@ -194,6 +266,9 @@ def _side(arrays: dict[str, np.ndarray], side: str, shape: tuple[int, int, int])
     variance = tensors["variance"]
     if not (variance > 0).all() or (variance[..., 1:] > variance[..., :-1]).any():
         raise ProfileError(f"{side}_variance must be positive and descending")
+    inverse, failed = torch.linalg.inv_ex(tensors["basis"].double())
+    if failed.any() or not inverse.float().isfinite().all():
+        raise ProfileError(f"{side}_basis has no inverse")
     return SideTables(**tensors)
 
 
@@ -230,7 +305,7 @@ class ProfileStore:
         return None
 
     def by_id(self, profile_id: str) -> Profile:
-        """Return the profile of this hash.
+        """Return the profile of this hash. A damaged file is logged and left out.
 
         Raises:
             ProfileError: None of the known folders has it.
@@ -238,14 +313,22 @@ class ProfileStore:
         if profile_id not in self._loaded:
             for folder in reversed(self._folders):
                 for path in sorted(folder.glob(f"*{SUFFIX}")):
-                    profile = load_profile(path)
-                    if profile.profile_id not in self._loaded:  # known, but not preferred
-                        self._loaded = {profile.profile_id: profile} | self._loaded
+                    self._load(path)
         if profile_id not in self._loaded:
             raise ProfileError(
                 f"no profile {profile_id} here: copy the calibrated file to this machine's folder"
             )
         return self._loaded[profile_id]
+
+    def _load(self, path: Path) -> None:
+        """Make the profile in a file known, but not preferred."""
+        try:
+            profile = load_profile(path)
+        except ProfileError as error:
+            logger.warning("left out: %s", error)  # which names the file
+            return
+        if profile.profile_id not in self._loaded:
+            self._loaded = {profile.profile_id: profile} | self._loaded
 
 
 PROFILES = ProfileStore()

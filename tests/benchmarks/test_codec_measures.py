@@ -1,7 +1,9 @@
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bench_codec
 import pytest
 import torch
 import transformers
@@ -9,7 +11,7 @@ from codec_branches import forward_branches
 from codec_measures import ALL, Answer, Sample, beaten_by, measure, refer, rows
 from codec_peers import paper_peers
 from codec_plot import draw
-from codec_schemes import OurScheme, PeerScheme, Prefilled, Scheme, choose, our_schemes
+from codec_schemes import OurScheme, PeerScheme, Prefilled, Scheme, Stored, choose, our_schemes
 from codec_texts import Context, Text
 
 from kvstrata.engine import Model
@@ -117,9 +119,18 @@ def test_rows_sum_samples_up() -> None:
     second = sample("a", peer=False, bits=4, kl=0.3, log_p=-2.0)
     row: dict[str, Any] = rows([first, second])[0]
     assert (row["bits"], row["kl"], row["recall"], row["top1"]) == (3, 0.2, -0.75, 0.5)
-    assert row["kl_se"] == pytest.approx(0.2 / 3**0.5 / 2, abs=1e-6)
+    # Two contexts, whatever their number of equal tokens: the deviation of .1 and .3 over sqrt(2).
+    assert row["kl_se"] == pytest.approx(0.02**0.5 / 2**0.5, abs=1e-6)
+    assert row["recall_se"] == pytest.approx(0.125**0.5 / 2**0.5, abs=1e-6)
     assert (row["facts"], row["facts_right"], row["facts_right_reference"]) == (2, 0, 2)
     assert row["perplexity"] == 1.0
+
+
+def test_a_single_context_has_the_error_of_its_tokens() -> None:
+    one = replace(sample("a", peer=False, bits=2, kl=0.1, log_p=-1.5), kl=[0.1, 0.2, 0.6])
+    row: dict[str, Any] = rows([one])[0]
+    assert row["kl_se"] == pytest.approx((0.14 / 2 / 3) ** 0.5, abs=1e-6)
+    assert row["recall_se"] == 0  # of one fact nothing is known
 
 
 def test_a_peer_beats_ours_only_at_no_larger_size() -> None:
@@ -137,3 +148,27 @@ def test_schemes_are_chosen_by_name_and_an_unknown_one_is_named() -> None:
     assert choose(schemes, []) == schemes
     with pytest.raises(ValueError, match="no scheme nothing; there are exact, fallback"):
         choose(schemes, ["nothing"])
+
+
+def test_only_a_whole_run_is_saved_and_says_which_schemes_it_has_not() -> None:
+    for options in ("--quick", "--context 64", "--texts source", "--text a.md", "--seed 1"):
+        assert bench_codec.parse(options.split()).no_save, options
+    options = bench_codec.parse(["--json", "--schemes", "fallback,fp8"])
+    assert not options.no_save
+    chosen, missing = bench_codec.schemes_here(options, None)
+    assert [scheme.name for scheme in chosen] == ["fallback", "fp8"]
+    assert missing["kivi-2"] == "not asked for"
+    assert not {"fallback", "fp8"} & set(missing)
+
+
+def test_schemes_are_stored_once_before_they_are_timed(model: Model, context: Context) -> None:
+    lengths = []
+
+    class Counting(PeerScheme):
+        def store(self, prompt: Prefilled) -> Stored:
+            lengths.append(len(prompt.ids))
+            return super().store(prompt)
+
+    scheme = Counting("fp8", paper_peers(0)["fp8"])
+    assert len(list(bench_codec.run(model, [context], [scheme], 0, quiet=True))) == 1
+    assert lengths == [128, 1024]

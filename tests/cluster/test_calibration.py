@@ -26,7 +26,7 @@ from kvstrata.engine import Model
 from kvstrata.engine.cache_statistics import CacheStatistics
 from kvstrata.methods.bit_allocation import VALUE_WEIGHT, allocate
 from kvstrata.methods.calibrated import CalibratedCodec
-from kvstrata.methods.profile import SUFFIX, load_profile
+from kvstrata.methods.profile import SUFFIX, load_profile, read_arrays, write_arrays
 from kvstrata.protos.errors import ConfigurationError, InvalidRequestError
 from tests.methods.profiles import blocks_of, make_profile
 
@@ -112,6 +112,73 @@ def test_an_interrupted_calibration_goes_on_and_gives_the_same_profile(
     assert added == []
     assert log.stage("gradients") == [3]
     assert resumed.profile_id == whole.profile_id
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "another file", "an array less"])
+def test_a_damaged_state_is_told_by_name_and_calibration_starts_anew(
+    model: Model, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(InterruptedError):
+        calibrate(model, TEXTS, PLAN, tmp_path, Log(("gradients", 2)))
+    (state,) = tmp_path.glob("*.state.npz")
+    whole = state.read_bytes()
+    if damage == "an array less":
+        arrays = read_arrays(state, len(whole))
+        del arrays["value.metric"]
+        write_arrays(state, arrays)
+    else:
+        middle = len(whole) // 2
+        state.write_bytes(
+            {
+                "cut": whole[:middle],
+                "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+                "empty": b"",
+                "another file": b"text",
+            }[damage]
+        )
+    log = Log(("gradients", 3))
+    with pytest.raises(InterruptedError):
+        calibrate(model, TEXTS, PLAN, tmp_path, log)
+    assert log.stage("gradients") == [0, 1, 2, 3]
+    (record,) = caplog.records
+    assert str(state) in record.getMessage()
+    assert state.read_bytes() != whole  # of three segments now
+    again = Log(("gradients", 3))
+    with pytest.raises(InterruptedError):
+        calibrate(model, TEXTS, PLAN, tmp_path, again)
+    assert again.stage("gradients") == [3]
+
+
+def test_a_second_calibration_into_a_folder_replaces_the_first(
+    model: Model, tmp_path: Path
+) -> None:
+    first = load_profile(calibrate(model, TEXTS, PLAN, tmp_path, Log()))
+    again = load_profile(calibrate(model, TEXTS, PLAN, tmp_path, Log()))
+    other = load_profile(calibrate(model, TEXTS, replace(PLAN, seed=1), tmp_path, Log()))
+    assert first.profile_id == again.profile_id != other.profile_id
+    stem = model.model_id.hex()
+    assert {p.name for p in tmp_path.iterdir()} == {f"{stem}{SUFFIX}", f"{stem}.state.npz"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context": 1 << 20}, r"exceed the model's \d+ positions"),
+        ({"num_segments": 1, "context": 5, "continuation": 1}, "too few for heads"),
+    ],
+)
+def test_a_plan_that_does_not_fit_the_model_is_refused_at_once(
+    model: Model, tmp_path: Path, changes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        calibrate(model, TEXTS, replace(PLAN, **changes), tmp_path / "new", Log())
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_told_by_name(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="file"):
+        calibrate(model, TEXTS, PLAN, tmp_path / "file", Log())
 
 
 def test_another_plan_starts_anew(model: Model, tmp_path: Path) -> None:

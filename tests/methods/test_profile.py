@@ -1,11 +1,13 @@
 """Profiles on disk: what is saved comes back, and what is no profile is refused by name."""
 
 import io
+import logging
 import shutil
+import tracemalloc
 import zipfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -71,6 +73,23 @@ def test_saving_replaces_and_strides_do_not_count(tmp_path: Path, profile: Profi
     assert load_profile(path).profile_id == same.profile_id == profile.profile_id
 
 
+def test_a_profile_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.npz"
+    profile.save(path)
+
+    def full(file: BinaryIO, **_: np.ndarray) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="No space"):
+        make_profile(1, 1, 8).save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+    assert load_profile(path).profile_id == profile.profile_id
+
+
 def test_the_id_depends_on_every_number_but_not_on_the_note(profile: Profile) -> None:
     def nudged(tensor: torch.Tensor) -> torch.Tensor:
         return tensor + torch.finfo(tensor.dtype).eps * tensor.abs().amax()
@@ -131,10 +150,14 @@ VARIANTS: dict[str, Any] = {
     "infinite rate": lambda a: {"rates": _bad_number(a["rates"], np.inf)},
     "negative rate": lambda a: {"rates": _bad_number(a["rates"], -1)},
     "no rates": lambda a: {"rates": a["rates"][:0]},
+    "thresholds that fall": lambda a: {"rates": a["rates"][::-1]},
     "rates of two columns": lambda a: {"rates": a["rates"][:, :2]},
     "double mean": lambda a: {"value_mean": a["value_mean"].astype(np.float64)},
     "flat mean": lambda a: {"value_mean": a["value_mean"].ravel()},
     "other heads": lambda a: {"key_pre_mean": a["key_pre_mean"][:, :1]},
+    "first layer before any": lambda a: {"first_layer": np.array(-1)},
+    "no layers": lambda a: {n: t[:0] for n, t in a.items() if n.startswith(("key_", "value_"))},
+    "basis without inverse": lambda a: {"value_basis": np.zeros_like(a["value_basis"])},
     "complex rates": lambda a: {"rates": np.array("x")},
 }
 
@@ -205,6 +228,40 @@ def test_arrays_that_unpack_to_too_much_are_refused(
     assert "larger than any profile" in _refusal(path)
 
 
+def _array_bytes(shape: tuple[int, ...], data: bytes) -> bytes:
+    """Return a float64 array that tells ``shape`` and holds ``data``."""
+    file = io.BytesIO()
+    header = {"descr": "<f8", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + data
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((1 << 40,), 24), ((1 << 62, 1 << 62), 24), ((1, 3), 16), ((1, 3), 32), ((-1, -3), 24)],
+)
+def test_an_array_that_tells_another_size_is_refused_before_it_is_allocated(
+    shape: tuple[int, ...], size: int, profile: Profile, tmp_path: Path
+) -> None:
+    path = _rewritten(profile, tmp_path / "a.npz", rates=None)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("rates.npy", _array_bytes(shape, np.ones(size // 8).tobytes()))
+    tracemalloc.start()
+    try:
+        _refusal(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_other_compressions_are_refused(method: int, profile: Profile, tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("version.npy", b"x")
+    assert "unknown method" in _refusal(path)
+
+
 @settings(
     deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -249,6 +306,35 @@ def test_thresholds_are_monotone_and_end_with_the_measured_range(
         assert ask(target) == pytest.approx(threshold, rel=0.006)
 
 
+UNSTEADY = np.array(
+    [[0.1, 4.0, 1e-3], [0.2, 2.0, 3e-3], [0.4, 3.0, 2e-3], [0.8, 1.5, 9e-3], [1.6, 1.8, 5e-3]]
+)
+
+
+@pytest.mark.parametrize(
+    ("bits", "threshold"),
+    # Between 4 and 2 bits the first two rows count, though the third, of 3 bits, is coarser.
+    [(9, 0.1), (4, 0.1), (8**0.5, 0.141), (2, 0.2), (3 / 2**0.75, 0.673), (1.5, 0.8), (1, 0.8)],
+)
+def test_of_sizes_that_do_not_fall_steadily_the_finest_is_taken(
+    profile: Profile, bits: float, threshold: float
+) -> None:
+    unsteady = replace(profile, rates=UNSTEADY)
+    assert unsteady.threshold_for_bits(bits) == pytest.approx(threshold, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("max_kl", "threshold"),
+    # 2e-3 was also measured at .4, but between .1 and .4 it is exceeded.
+    [(1e-4, 0.1), (1e-3, 0.1), (3**0.5 * 1e-3, 0.141), (2.99e-3, 0.2), (4.24e-3, 0.566), (1, 1.6)],
+)
+def test_no_threshold_below_the_one_for_a_divergence_has_a_larger_one(
+    profile: Profile, max_kl: float, threshold: float
+) -> None:
+    unsteady = replace(profile, rates=UNSTEADY)
+    assert unsteady.threshold_for_kl(max_kl) == pytest.approx(threshold, rel=0.005)
+
+
 def test_thresholds_have_three_digits_and_survive_the_disk(profile: Profile, saved: Path) -> None:
     for bits in np.linspace(0.9, 4.1, 40).tolist():
         threshold = profile.threshold_for_bits(bits)
@@ -273,6 +359,23 @@ def test_a_store_finds_profiles_by_model_and_by_hash(
     assert store.by_id(profile.profile_id) is found
     assert store.of_model(OTHER_MODEL) is None
     assert ProfileStore([tmp_path]).by_id(profile.profile_id).profile_id == profile.profile_id
+
+
+def test_a_damaged_file_is_left_out_by_name_unless_it_is_the_one_asked_for(
+    profile: Profile, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = Path(shutil.copy(saved, tmp_path / f"b{SUFFIX}"))
+    for name, contents in (("a", whole.read_bytes()[:-9]), ("c", b"")):
+        (tmp_path / f"{name}{SUFFIX}").write_bytes(contents)
+    with caplog.at_level(logging.WARNING):
+        store = ProfileStore([tmp_path])
+        assert store.by_id(profile.profile_id).profile_id == profile.profile_id
+    told = "\n".join(record.getMessage() for record in caplog.records)
+    assert len(caplog.records) == 2
+    assert all(str(tmp_path / f"{name}{SUFFIX}") in told for name in "ac")
+    shutil.copy(tmp_path / f"a{SUFFIX}", tmp_path / f"{OTHER_MODEL.hex()}{SUFFIX}")
+    with pytest.raises(ProfileError, match=OTHER_MODEL.hex()):
+        store.of_model(OTHER_MODEL)
 
 
 def test_an_unknown_hash_says_what_to_do(tmp_path: Path) -> None:
