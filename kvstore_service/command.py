@@ -49,6 +49,10 @@ def main(
     ttl_s: Annotated[
         float, typer.Option(help="How long an unused block stays in Redis.")
     ] = 86_400.0,
+    ssd_path: Annotated[
+        str, typer.Option(help="Folder of the ssd tier: empty, or one that a store has made.")
+    ] = "",
+    ssd: Annotated[str, typer.Option(help="Bound of the ssd tier, such as 100GiB.")] = "16GiB",
     drain_s: Annotated[
         float, typer.Option(help="How long stopping waits for running calls.")
     ] = 10.0,
@@ -63,6 +67,8 @@ def main(
             redis_url=redis_url or None,
             redis_bytes=parse_size(redis_bytes),
             ttl_s=ttl_s,
+            ssd_path=ssd_path or None,
+            ssd_bytes=parse_size(ssd),
             drain_s=drain_s,
         )
         asyncio.run(serve_until_stopped(config))

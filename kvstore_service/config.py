@@ -44,6 +44,8 @@ class StoreConfig:
         redis_timeout_s: Time limit of one Redis command.
         redis_connections: Bound of the connection pool.
         redis_probe_s: Pause between probes while Redis is down.
+        ssd_path: Folder of the ssd tier, on a local disk, of this process alone; none without it.
+        ssd_bytes: Bound of the ssd tier.
         drain_s: How long stopping waits for running calls.
         limits: What one request may ask for.
     """
@@ -56,6 +58,8 @@ class StoreConfig:
     redis_timeout_s: float = 1.0
     redis_connections: int = 16
     redis_probe_s: float = 1.0
+    ssd_path: str | None = None
+    ssd_bytes: int = 16 * GIB
     drain_s: float = 10.0
     limits: StoreLimits = StoreLimits()
 
@@ -68,6 +72,7 @@ class StoreConfig:
             "redis_timeout_s",
             "redis_connections",
             "redis_probe_s",
+            "ssd_bytes",
         )
         bad = [f"{name}={getattr(self, name)}" for name in positive if getattr(self, name) <= 0]
         bad += [

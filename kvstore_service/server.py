@@ -13,6 +13,7 @@ from kvstrata.kvstore_service.dram_tier import DramTier
 from kvstrata.kvstore_service.redis_connection import RedisConnection
 from kvstrata.kvstore_service.redis_tier import RedisTier
 from kvstrata.kvstore_service.service import SERVICE_NAME, StoreService, store_handlers
+from kvstrata.kvstore_service.ssd_tier import SsdTier
 from kvstrata.kvstore_service.store import BlockStore
 from kvstrata.kvstore_service.tier import Tier
 from kvstrata.kvstore_service.workload import Workload
@@ -60,7 +61,8 @@ async def start_store(config: StoreConfig) -> RunningStore:
     """Start a store and return it when it serves.
 
     Raises:
-        ConfigurationError: A bad setting, an occupied port, or a Redis that does not answer.
+        ConfigurationError: A bad setting, an occupied port, a Redis that does not answer, an ssd
+            folder that cannot be had.
     """
     config.validate()
     store = BlockStore(DramTier(config.dram_bytes), await _lower_tiers(config))
@@ -72,10 +74,22 @@ async def start_store(config: StoreConfig) -> RunningStore:
 
 
 async def _lower_tiers(config: StoreConfig) -> list[Tier]:
-    if not config.redis_url:
-        return []
+    tiers: list[Tier] = []
+    try:
+        if config.redis_url:
+            tiers.append(await _redis_tier(config, config.redis_url))
+        if config.ssd_path:
+            tiers.append(await _ssd_tier(config, config.ssd_path))
+    except BaseException:
+        for tier in tiers:
+            await tier.close()
+        raise
+    return tiers
+
+
+async def _redis_tier(config: StoreConfig, url: str) -> RedisTier:
     connection = RedisConnection(
-        config.redis_url,
+        url,
         timeout_s=config.redis_timeout_s,
         max_connections=config.redis_connections,
         probe_s=config.redis_probe_s,
@@ -85,14 +99,21 @@ async def _lower_tiers(config: StoreConfig) -> list[Tier]:
     except ConfigurationError:
         await connection.close()
         raise
-    return [
-        RedisTier(
-            connection,
-            capacity_bytes=config.redis_bytes,
-            ttl_s=config.ttl_s,
-            max_stratum_bytes=config.limits.max_block_bytes,
-        )
-    ]
+    return RedisTier(
+        connection,
+        capacity_bytes=config.redis_bytes,
+        ttl_s=config.ttl_s,
+        max_stratum_bytes=config.limits.max_block_bytes,
+    )
+
+
+async def _ssd_tier(config: StoreConfig, path: str) -> SsdTier:
+    tier = SsdTier(
+        path,
+        capacity_bytes=config.ssd_bytes,
+        max_stratum_bytes=config.limits.max_block_bytes,
+    )
+    return await tier.open()
 
 
 async def _serve(config: StoreConfig, store: BlockStore) -> RunningStore:

@@ -2,12 +2,14 @@
 
 import random
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from kvstrata.kvstore_service.dram_tier import DramTier
 from kvstrata.kvstore_service.redis_connection import RedisConnection
 from kvstrata.kvstore_service.redis_tier import RedisTier
+from kvstrata.kvstore_service.ssd_tier import SsdTier
 from kvstrata.kvstore_service.testing import RedisServer
 from kvstrata.kvstore_service.tier import Tier
 from kvstrata.protos.errors import CapacityError
@@ -20,11 +22,19 @@ def key(number: int) -> BlockKey:
     return BlockKey(ScopeDigest(b"s" * 16), BlockHash(number.to_bytes(16, "big")))
 
 
-@pytest.fixture(params=["dram", "redis"])
-async def tier(request: pytest.FixtureRequest) -> AsyncIterator[Tier]:
+@pytest.fixture(params=["dram", "redis", "ssd"])
+async def tier(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Tier]:
     made: Tier
     if request.param == "dram":
         made = DramTier(CAPACITY)
+    elif request.param == "ssd":
+        made = await SsdTier(
+            str(tmp_path / "ssd"),
+            capacity_bytes=CAPACITY,
+            max_stratum_bytes=CAPACITY,
+            allocation_bytes=1,
+            fsync=False,
+        ).open()
     else:
         server: RedisServer = request.getfixturevalue("redis")
         made = RedisTier(
