@@ -28,20 +28,21 @@ from codec_measures import ALL, Sample, beaten_by, measure, refer, rows
 from codec_peers import paper_peers
 from codec_plot import draw
 from codec_schemes import PeerScheme, Prefilled, Scheme, choose, our_schemes
-from codec_texts import Context, Text, TextTooShortError, read_files, read_texts
+from codec_texts import PLANTED, Context, Text, TextTooShortError, read_files, read_texts
 
 from kvstrata.engine.model import Model
 from kvstrata.methods.profile import Profile
 from kvstrata.protos.identity import BLOCK_TOKENS
 
-CONTEXT, CONTINUATION, SEGMENTS = 1536, 256, 2
-# Longer contexts, as far as the time allows; with those of 1536 tokens they hold 200 facts.
-LONG = {
+CONTEXT, CONTINUATION = 1536, 256
+# Other lengths, for ours and few peers; with the contexts of 1536 tokens they hold over 200 facts.
+OTHER_LENGTHS = {
+    1024: PLANTED,
     4096: ("technical", "source", "genesis", "alice", "play", "faq"),
     7872: ("technical", "source", "genesis"),
 }
+FEW_PEERS = ("fp8", "kivi-4", "kivi-2", "turboquant-like-3")
 QUICK_TEXTS = ("technical", "source")
-QUICK_PEERS = ("fp8", "kivi-4", "kivi-2", "turboquant-like-3")
 PACKAGES = ("transformers", "optimum-quanto", "hqq", "numba")
 COLUMNS = {
     "scheme": "scheme",
@@ -62,6 +63,9 @@ COLUMNS = {
 DIGITS = {"kl": 5, "kl_se": 5, "recall": 3, "top1": 3}
 
 
+Job = tuple[Context, Sequence[Scheme]]
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -70,7 +74,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE")
     parser.add_argument("--context", type=int, action="append", default=[], metavar="TOKENS")
     parser.add_argument("--continuation", type=int, default=CONTINUATION, metavar="TOKENS")
-    parser.add_argument("--segments", type=int, help=f"contexts per text (default {SEGMENTS})")
+    parser.add_argument("--segments", type=int, help="contexts per text (default 1)")
     parser.add_argument("--schemes", default="", metavar="A,B", help="default: all")
     parser.add_argument("--texts", default="", metavar="A,B", help="names of default texts")
     parser.add_argument("--seed", type=int, default=0)
@@ -95,7 +99,7 @@ def plan(
     model: Model, texts: Sequence[Text], options: argparse.Namespace
 ) -> tuple[list[Context], list[str]]:
     """Return the contexts to measure, and a sentence for each that its text is too short for."""
-    segments = options.segments or (1 if options.quick else SEGMENTS)
+    segments = options.segments or 1
     wanted = [
         (text, length, segment)
         for length in options.context or [CONTEXT]
@@ -103,7 +107,12 @@ def plan(
         for segment in range(segments)
     ]
     if not (options.context or options.quick or options.text):
-        wanted += [(t, n, 0) for n, names in LONG.items() for t in texts if t.name in names]
+        wanted += [
+            (text, length, 0)
+            for length, names in OTHER_LENGTHS.items()
+            for text in texts
+            if text.name in names
+        ]
     contexts, short = [], []
     for number, (text, length, segment) in enumerate(wanted):
         try:
@@ -133,14 +142,21 @@ def schemes_here(
     every: list[Scheme] = [*our_schemes(profile), *(PeerScheme(*item) for item in peers.items())]
     names = [name for name in options.schemes.split(",") if name]
     if options.quick and not names:
-        names = [s.name for s in every if not s.peer or s.name in QUICK_PEERS]
+        names = [s.name for s in every if not s.peer or s.name in FEW_PEERS]
     chosen = choose(every, names)
     return chosen, missing | {s.name: "not asked for" for s in every if s not in chosen}
 
 
-def run(
-    model: Model, contexts: Sequence[Context], schemes: Sequence[Scheme], seed: int, *, quiet: bool
-) -> Iterator[list[Sample]]:
+def jobs_of(
+    contexts: Sequence[Context], schemes: Sequence[Scheme], options: argparse.Namespace
+) -> list[Job]:
+    """Return what is measured where: of the peers only few at the lengths that nobody asked for."""
+    few = [scheme for scheme in schemes if not scheme.peer or scheme.name in FEW_PEERS]
+    asked = options.context or [CONTEXT]
+    return [(c, schemes if len(c.prompt) in asked else few) for c in contexts]
+
+
+def run(model: Model, jobs: Sequence[Job], seed: int, *, quiet: bool) -> Iterator[list[Sample]]:
     """Yield the samples of one context after the other."""
     progress = Progress(
         TextColumn("{task.description}"),
@@ -153,12 +169,13 @@ def run(
     )
     with progress:
         # Kernels are compiled and tables made at the first use, which is not what is timed.
-        first = Prefilled.of(model, contexts[0].prompt[: 2 * BLOCK_TOKENS], seed)
-        for scheme in schemes:
+        first = Prefilled.of(model, jobs[0][0].prompt[: 2 * BLOCK_TOKENS], seed)
+        for scheme in jobs[0][1]:
             scheme.store(first)
         # Work is counted in tokens: a long context takes longer in every step.
-        bar = progress.add_task("", total=sum(len(c.prompt) for c in contexts) * (len(schemes) + 3))
-        for context in contexts:
+        total = sum(len(context.prompt) * (len(schemes) + 3) for context, schemes in jobs)
+        bar = progress.add_task("", total=total)
+        for context, schemes in jobs:
             place = f"{context.text} {len(context.prompt)}"
             progress.update(bar, description=f"{place} prefill")
             prompt = Prefilled.of(model, context.prompt, seed)
@@ -231,7 +248,9 @@ def main() -> int:
         return 2
     samples: list[Sample] = []
     found: list[dict[str, Any]] = []
-    for measured in run(model, contexts, schemes, options.seed, quiet=options.json):
+    jobs = jobs_of(contexts, schemes, options)
+    measurements = run(model, jobs, options.seed, quiet=options.json)
+    for done, measured in enumerate(measurements, start=1):
         samples += measured
         found = rows(samples)
         if not options.no_save:
@@ -244,10 +263,14 @@ def main() -> int:
                 profile=model.profile.profile_id if model.profile else None,
                 seed=options.seed,
                 continuation=options.continuation,
-                contexts_done=f"{len(samples) // len(schemes)} of {len(contexts)}",
+                contexts_done=f"{done} of {len(jobs)}",
                 left_out=[*missing, *short],
             )
-            draw([row for row in found if row["context"] == 0], records.FOLDER / "codec.png")
+            length = len(jobs[0][0].prompt)
+            draw(
+                [row for row in found if row["text"] == ALL and row["context"] == length],
+                records.FOLDER / "codec.png",
+            )
     report(found, as_json=options.json)
     return 0
 

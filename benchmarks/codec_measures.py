@@ -4,6 +4,7 @@ One ``Sample`` is one scheme on one context; ``rows`` sums samples up for the ta
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -170,8 +171,10 @@ class _Group:
 def rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
     """Return one row per scheme, text and context, then per scheme and context, then per scheme.
 
-    The rows over all texts have the text "all", those over all contexts the context 0.
+    The rows over all texts have the text "all", those over all contexts the context 0; a scheme
+    that was not measured everywhere has none of the latter.
     """
+    counts = Counter(sample.scheme for sample in samples)
     groups: dict[tuple[int, str, str, int], _Group] = {}
     for sample in samples:
         for level, text, num_prompt in (
@@ -179,6 +182,8 @@ def rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
             (1, ALL, sample.num_prompt),
             (2, ALL, 0),
         ):
+            if level == 2 and counts[sample.scheme] < max(counts.values()):
+                continue
             key = (level, sample.scheme, text, num_prompt)
             groups.setdefault(key, _Group()).samples.append(sample)
     ordered = sorted(groups.items(), key=lambda item: item[0][0])

@@ -73,7 +73,7 @@ class Side:
         )
         self.tokens = tokens_of(made, blocks).flatten(0, 1)
         escaped = torch.rand(self.tokens.shape[:3]) < ESCAPE_SHARE[name]
-        mid = (torch.rand(self.tokens.shape[:3]) < MID_SHARE) & ~escaped
+        mid = (torch.rand(self.tokens.shape[:3]) < MID_SHARE[name]) & ~escaped
         self.classes: TokenClasses = token_classes(to_mask(mid), to_mask(escaped))
         self.weights = torch.rand(self.tokens.shape[:3])
 

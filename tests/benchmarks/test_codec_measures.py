@@ -161,6 +161,29 @@ def test_only_a_whole_run_is_saved_and_says_which_schemes_it_has_not() -> None:
     assert not {"fallback", "fp8"} & set(missing)
 
 
+def test_lengths_that_nobody_asked_for_are_measured_with_few_peers(context: Context) -> None:
+    chosen, _ = bench_codec.schemes_here(bench_codec.parse([]), None)
+
+    def measured(*arguments: str) -> set[str]:
+        ((_, schemes),) = bench_codec.jobs_of([context], chosen, bench_codec.parse(arguments))
+        return {scheme.name for scheme in schemes}
+
+    every = {scheme.name for scheme in chosen}
+    assert measured("--context", "1024") == every
+    ours = {scheme.name for scheme in chosen if not scheme.peer}
+    assert measured() == ours | {*bench_codec.FEW_PEERS} < every
+
+
+def test_a_scheme_that_was_not_measured_everywhere_has_no_row_over_all_lengths(
+    prompt: Prefilled, context: Context
+) -> None:
+    reference = refer(prompt, context)
+    one, other = (measure(s, prompt, context, reference) for s in every_scheme()[:2])
+    found = rows([one, other, replace(one, num_prompt=2048)])
+    assert {row["scheme"] for row in found if row["context"] == 0} == {one.scheme}
+    assert {row["scheme"] for row in found if row["context"] == 1024} == {one.scheme, other.scheme}
+
+
 def test_schemes_are_stored_once_before_they_are_timed(model: Model, context: Context) -> None:
     lengths = []
 
@@ -170,5 +193,5 @@ def test_schemes_are_stored_once_before_they_are_timed(model: Model, context: Co
             return super().store(prompt)
 
     scheme = Counting("fp8", paper_peers(0)["fp8"])
-    assert len(list(bench_codec.run(model, [context], [scheme], 0, quiet=True))) == 1
+    assert len(list(bench_codec.run(model, [(context, [scheme])], 0, quiet=True))) == 1
     assert lengths == [128, 1024]
