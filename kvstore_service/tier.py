@@ -1,6 +1,7 @@
 """What a storage tier promises: the contract that the test suite holds every tier to.
 
-A tier keeps blocks: for each key a few strata, each the bytes of one frame. It never looks inside.
+A tier keeps blocks: for each key a few strata, each the bytes of one frame. It looks no further
+inside than the header, for the block before.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,11 @@ class TierUsage:
 
 
 class Tier(Protocol):
-    """A bounded place for blocks, least recently used out first, pinned blocks exempt.
+    """A bounded place for blocks, pinned blocks exempt from eviction.
+
+    Among blocks that were used equally often, are of equal size and of which none comes before
+    another in a prompt, the least recently used goes first. What else counts, a tier says itself.
+    To make room it may also shed FINE and MID of other blocks, never BASE and EXACT.
 
     Every method but ``usage`` and ``close`` may raise ``TierUnavailableError``; it then did nothing
     that a reader could see, or nothing but losing blocks.

@@ -1,0 +1,312 @@
+"""Every policy against a readable model; floods, time and memory; ages and what they teach."""
+
+import random
+import time
+import tracemalloc
+from collections.abc import Callable
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from kvstrata.kvstore_service.eviction import EvictionPolicy
+from kvstrata.kvstore_service.eviction_gittins import GittinsPolicy
+from kvstrata.kvstore_service.eviction_lru import LruPolicy
+from kvstrata.kvstore_service.eviction_s3fifo import S3FifoPolicy
+from kvstrata.kvstore_service.ghost_queue import GhostQueue
+from kvstrata.kvstore_service.reuse_ages import (
+    NUM_BUCKETS,
+    ReuseAges,
+    age_bucket,
+    bucket_begin,
+    gittins,
+)
+
+POLICIES: dict[str, Callable[[], EvictionPolicy[int]]] = {
+    "lru": LruPolicy,
+    "s3-fifo": S3FifoPolicy,
+    "gittins": GittinsPolicy,
+}
+KEYS = st.integers(0, 39)
+
+
+def parent_of(key: int) -> int | None:
+    """A tree of three children each, some of whose blocks are foreign."""
+    return None if key % 7 == 0 else (key - 1) // 3
+
+
+def nobody(key: int) -> bool:
+    return False
+
+
+@pytest.fixture(params=POLICIES)
+def policy(request: pytest.FixtureRequest) -> EvictionPolicy[int]:
+    return POLICIES[request.param]()
+
+
+class PolicyMachine(RuleBasedStateMachine):
+    """The model is a dict of sizes; ``parent_of`` says who is below whom."""
+
+    make: Callable[[], EvictionPolicy[int]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy = type(self).make()
+        self.sizes: dict[int, int] = {}
+
+    @rule(key=KEYS, size=st.integers(0, 9))
+    def insert(self, key: int, size: int) -> None:
+        self.policy.insert(key, parent_of(key), size)
+        self.sizes[key] = size
+
+    @rule(key=KEYS)
+    def touch(self, key: int) -> None:
+        self.policy.touch(key)
+
+    @rule(key=KEYS, size=st.integers(0, 9))
+    def resize(self, key: int, size: int) -> None:
+        self.policy.resize(key, size)
+        if key in self.sizes:
+            self.sizes[key] = size
+
+    @rule(key=KEYS)
+    def remove(self, key: int) -> None:
+        self.policy.remove(key)
+        self.sizes.pop(key, None)
+
+    @rule(wanted=st.integers(0, 60), exempt=st.sets(KEYS, max_size=8))
+    def evict(self, wanted: int, exempt: set[int]) -> None:
+        loose = {key: size for key, size in self.sizes.items() if key not in exempt}
+        victims = self.policy.evict(wanted, exempt.__contains__)
+        if victims is None:
+            assert sum(loose.values()) < wanted
+            return
+        assert not exempt & set(victims)
+        freed = 0
+        for victim in victims:
+            assert freed < wanted, "more than was asked for"
+            self.assert_is_next(victim, exempt)
+            freed += self.sizes.pop(victim)
+        assert freed >= wanted
+
+    def assert_is_next(self, victim: int, exempt: set[int]) -> None:
+        """Nobody but exempt blocks is below it; then only if nothing else could have gone."""
+        children = [key for key in self.sizes if parent_of(key) == victim]
+        assert set(children) <= exempt
+        if children:
+            loose = self.sizes.keys() - exempt
+            assert all(self.shelters(key, exempt) for key in loose)
+
+    def shelters(self, key: int, exempt: set[int]) -> bool:
+        children = [child for child in self.sizes if parent_of(child) == key]
+        return any(child in exempt or self.shelters(child, exempt) for child in children)
+
+    @invariant()
+    def agrees(self) -> None:
+        assert len(self.policy) == len(self.sizes)
+        self.policy.check_integrity()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_agrees_with_the_model(name: str) -> None:
+    machine = type(f"{name}Machine", (PolicyMachine,), {"make": staticmethod(POLICIES[name])})
+    case = machine.TestCase
+    case.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+    case().runTest()
+
+
+def test_a_chain_goes_last_block_first(policy: EvictionPolicy[int]) -> None:
+    for key in range(10):
+        policy.insert(key, key - 1 if key else None, 1)
+    assert policy.evict(4, nobody) == [9, 8, 7, 6]
+    assert policy.evict(1, lambda key: key == 5) == [4], "the rest goes when a pin is in the way"
+
+
+def test_a_parent_that_comes_after_its_child_is_its_parent(policy: EvictionPolicy[int]) -> None:
+    policy.insert(2, 1, 1)
+    policy.insert(1, None, 1)
+    assert policy.evict(2, nobody) == [2, 1]
+
+
+def test_what_cannot_be_freed_changes_nothing(policy: EvictionPolicy[int]) -> None:
+    for key in range(6):
+        policy.insert(key, key - 1 if key % 3 else None, 2)
+    assert policy.evict(11, lambda key: key == 2) is None
+    policy.check_integrity()
+    assert set(policy.evict(12, nobody) or ()) == set(range(6))
+
+
+def test_lru_agrees_with_a_list() -> None:
+    source, lru = random.Random(3), LruPolicy[int]()
+    order: list[int] = []
+    for _ in range(3000):
+        key = source.randrange(40)
+        if key in order:
+            order.remove(key)
+            lru.touch(key)
+        else:
+            lru.insert(key, None, 1)
+        order.append(key)
+        if source.random() < 0.3:
+            count = source.randrange(min(4, len(order)))
+            assert lru.evict(count, nobody) == order[:count]
+            del order[:count]
+
+
+def test_a_use_of_the_last_block_keeps_the_whole_chain() -> None:
+    lru = LruPolicy[str]()
+    for key, parent in (("a", None), ("b", "a"), ("x", None), ("y", "x")):
+        lru.insert(key, parent, 1)
+    lru.touch("b")
+    assert lru.evict(4, lambda key: False) == ["y", "x", "b", "a"]
+
+
+def test_s3_fifo_keeps_what_was_used_twice_and_what_came_back() -> None:
+    s3 = S3FifoPolicy[int]()
+    for key in range(20):
+        s3.insert(key, None, 1)
+    for _ in range(2):
+        s3.touch(3)
+    assert s3.evict(5, nobody) == [0, 1, 2, 4, 5]
+    s3.insert(0, None, 1)
+    assert s3.evict(13, nobody) == [*range(6, 19)]
+
+
+def hits_in_flood(policy: EvictionPolicy[int], capacity: int = 1000) -> float:
+    """Share of hits on 200 hot blocks, one of them read after every 8 blocks read only once.
+
+    Between two reads of a hot block lie 1,600 others, more than fit. Counted once that is learned.
+    """
+    held: set[int] = set()
+    hits = 0
+    for step in range(6000):
+        hits += step >= 4000 and step % 200 in held
+        for key in (step % 200, *range(1000 + 8 * step, 1008 + 8 * step)):
+            if key in held:
+                policy.touch(key)
+                continue
+            policy.insert(key, None, 1)
+            held.add(key)
+            if len(held) > capacity:
+                held.difference_update(policy.evict(1, key.__eq__) or ())
+    return hits / 2000
+
+
+def test_a_flood_of_one_hit_blocks_does_not_wash_out_the_hot_ones() -> None:
+    assert hits_in_flood(LruPolicy()) == 0
+    assert hits_in_flood(GittinsPolicy()) > 0.9
+
+
+def test_bytes_weigh_against_tokens() -> None:
+    gittins_policy = GittinsPolicy[int]()
+    for key in range(40):
+        gittins_policy.insert(key, None, 100 if key == 33 else 10)
+    assert gittins_policy.evict(1, nobody) == [33]
+
+
+def test_uses_in_quick_succession_are_one() -> None:
+    gittins_policy = GittinsPolicy[int]()
+    for key in range(640):
+        gittins_policy.insert(key, None, 1)
+    for _ in range(5):
+        gittins_policy.touch(600)
+    gittins_policy.touch(5)
+    for key in range(640, 700):
+        gittins_policy.insert(key, None, 1)
+    gittins_policy.touch(600)
+    uses = {key: node.uses for key, node in gittins_policy._nodes.items()}
+    assert (uses[600], uses[5], uses[6]) == (2, 1, 0)
+
+
+def test_deleting_without_evicting_leaves_nothing_behind(policy: EvictionPolicy[int]) -> None:
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for key in range(30_000):
+        policy.insert(key, None, 1)
+        policy.remove(key)
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert len(policy) == 0
+    assert grown < 200_000
+
+
+def test_the_metadata_of_a_block_is_bounded(policy: EvictionPolicy[int]) -> None:
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for key in range(8000):
+        policy.insert(key, key - 1 if key % 10 else None, 1)
+        if key >= 1000:
+            policy.evict(1, key.__eq__)
+    a_block = (tracemalloc.get_traced_memory()[0] - before) / len(policy)
+    tracemalloc.stop()
+    assert a_block < 1600
+
+
+def seconds_a_call(policy: EvictionPolicy[int], first: int) -> float:
+    began = time.perf_counter()
+    for key in range(first, first + 2000):
+        policy.touch(key - 500)
+        policy.insert(key, key - 1 if key % 10 else None, 1)
+        policy.evict(1, key.__eq__)
+    return (time.perf_counter() - began) / 2000
+
+
+@pytest.mark.slow
+def test_time_does_not_grow_with_the_number_of_blocks(policy: EvictionPolicy[int]) -> None:
+    best = {}
+    filled = 0
+    for size in (10_000, 200_000):
+        for key in range(filled, size):
+            policy.insert(key, key - 1 if key % 10 else None, 1)
+        best[size] = min(seconds_a_call(policy, size + 2000 * i) for i in range(5))
+        filled = size + 10_000
+    assert best[200_000] < 6 * best[10_000]
+
+
+def test_buckets_are_contiguous_and_grow() -> None:
+    begins = [bucket_begin(b) for b in range(NUM_BUCKETS)]
+    assert begins == sorted(set(begins))
+    for bucket, begin in enumerate(begins):
+        assert age_bucket(begin) == bucket
+        assert age_bucket(max(begin - 1, 0)) == max(bucket - 1, 0)
+    assert age_bucket(1 << 60) == NUM_BUCKETS - 1
+
+
+def test_the_index_is_the_best_rate_over_all_times_to_give_up() -> None:
+    source = random.Random(1)
+    for _ in range(50):
+        ended = [source.choice([0.0, 0.0, 1.0, 5.0]) for _ in range(NUM_BUCKETS)]
+        begun = sum(ended) + source.choice([0.0, 3.0, 100.0])
+        times, left = [], begun
+        for bucket, here in enumerate(ended):
+            width = bucket_begin(bucket + 1) - bucket_begin(bucket)
+            times.append(width * (left - here / 2) or 1.0)
+            left -= here
+        for bucket, index in enumerate(gittins(begun, ended)):
+            best = max(
+                sum(ended[bucket:end]) / sum(times[bucket:end])
+                for end in range(bucket + 1, NUM_BUCKETS + 1)
+            )
+            assert index == pytest.approx(best)
+
+
+def test_an_age_before_the_return_is_worth_more_than_a_young_one() -> None:
+    ages = ReuseAges(1, 1.0)
+    for _ in range(1000):
+        ages.begin(0)
+        ages.end(0, 4500)
+    ages.learn()
+    worth = ages.worth[0]
+    assert worth[age_bucket(4000)] > 3 * worth[age_bucket(100)]
+    assert worth[age_bucket(4000)] > 3 * worth[age_bucket(20_000)]
+
+
+def test_ghosts_are_bounded_oldest_out_first() -> None:
+    ghosts = GhostQueue()
+    for key in range(5):
+        ghosts.add(key, 10 * key)
+    ghosts.add(0, 7)
+    ghosts.shrink(3)
+    assert [ghosts.pop(key) for key in range(5)] == [7, None, None, 30, 40]
+    assert len(ghosts) == 0
