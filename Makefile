@@ -5,7 +5,7 @@ PYTHON ?= python3
 BASE ?= main
 
 BIN := $(abspath $(VENV))/bin
-PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/pip install -qq --disable-pip-version-check --no-compile -c constraints.txt
 STAMP := $(VENV)/.installed
 ROOMS := $(patsubst %/__init__.py,%,$(wildcard */__init__.py))
 FARM := build/types/kvstrata

@@ -9,6 +9,7 @@ HITS = "hits_total"  # tier
 MISSES = "misses_total"  # reason
 PUTS = "puts_total"  # outcome, reason
 EVICTIONS = "evictions_total"  # tier
+SHED_BYTES = "shed_bytes_total"  # tier
 CORRUPT = "corrupt_total"  # tier
 TIER_ERRORS = "tier_errors_total"  # tier
 RECEIVED_BYTES = "received_bytes_total"
@@ -17,6 +18,7 @@ WAITS = "waits_total"  # outcome
 LOOKUPS = "lookups_total"
 LOOKUP_BLOCKS = "lookup_blocks_total"  # result
 SHARED_READS = "shared_reads_total"
+WRITTEN_BEHIND = "written_behind_total"  # tier, outcome
 
 
 class Counters:

@@ -36,8 +36,7 @@ class DramTier:
         policy: Decides which blocks go; its own, and new. ``GittinsPolicy`` without it.
 
     Attributes:
-        shed_bytes: Bytes of refinements given up under pressure since the start.
-        on_shed: Called with each block that lost a refinement under pressure.
+        on_shed: Called with each block that lost a refinement under pressure, and its bytes.
     """
 
     name = "dram"
@@ -56,8 +55,7 @@ class DramTier:
         self._num_bytes = 0
         self._evictions = 0
         self._pins = PinTable(clock) if clock else PinTable()
-        self.shed_bytes = 0
-        self.on_shed: Callable[[BlockKey], None] = _ignore
+        self.on_shed: Callable[[BlockKey, int], None] = _ignore
 
     async def get(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
         """Return the strata that are here; see ``Tier.get``."""
@@ -112,8 +110,7 @@ class DramTier:
                 self._cold.put(key, self._blocks[key])
             return None
         for key, _, frame in shed:
-            self.shed_bytes += len(frame)
-            self.on_shed(key)
+            self.on_shed(key, len(frame))
         for victim in victims:
             self._drop_block(victim)
         self._evictions += len(victims)
@@ -219,7 +216,7 @@ class DramTier:
         self._num_bytes = 0
 
 
-def _ignore(key: BlockKey) -> None:
+def _ignore(key: BlockKey, num_bytes: int) -> None:
     """Nobody listens."""
 
 

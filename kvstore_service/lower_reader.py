@@ -52,6 +52,11 @@ class LowerReader:
         self._flights: dict[tuple[BlockKey, int], asyncio.Task[Read]] = {}
         self._partial: set[BlockKey] = set()
         self._evicted: OrderedDict[BlockKey, None] = OrderedDict()
+        dram.on_shed = self._shed
+
+    def _shed(self, key: BlockKey, num_bytes: int) -> None:
+        self._counters.add(names.SHED_BYTES, num_bytes, tier=self._dram.name)
+        self._partial.add(key)
 
     def is_partial(self, key: BlockKey) -> bool:
         """Return whether dram may hold fewer strata of the block than a tier below."""

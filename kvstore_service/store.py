@@ -22,7 +22,8 @@ from kvstrata.kvstore_service.dram_tier import DramTier
 from kvstrata.kvstore_service.lower_reader import LowerReader, Piece, Read
 from kvstrata.kvstore_service.pin_table import Clock, PinTable
 from kvstrata.kvstore_service.tier import StratumSizes, Tier, TierUnavailableError
-from kvstrata.protos.errors import CapacityError
+from kvstrata.kvstore_service.write_behind import WriteBehind
+from kvstrata.protos.errors import CapacityError, InvalidRequestError
 from kvstrata.protos.identity import BlockKey
 from kvstrata.protos.kvstore_pb2 import PutOutcome
 
@@ -53,10 +54,15 @@ class BlockStore:
         dram: The nearest tier.
         lower: Further tiers, nearest first.
         clock: Monotonic seconds, for pins.
+        max_behind_bytes: Bound, per tier, on blocks that it gets later.
     """
 
     def __init__(
-        self, dram: DramTier, lower: Sequence[Tier] = (), clock: Clock = time.monotonic
+        self,
+        dram: DramTier,
+        lower: Sequence[Tier] = (),
+        clock: Clock = time.monotonic,
+        max_behind_bytes: int = 256 << 20,
     ) -> None:
         self.dram = dram
         self.tiers: tuple[Tier, ...] = (dram, *lower)
@@ -64,46 +70,93 @@ class BlockStore:
         self.pins = PinTable(clock)
         self.arrivals = Arrivals()
         self._lower = LowerReader(dram, tuple(lower), self.counters)
+        self._behind = {
+            tier.name: WriteBehind(tier, self._write_behind, self.counters, max_behind_bytes)
+            for tier in lower
+        }
 
-    async def put(self, key: BlockKey, frames: Mapping[int, bytes]) -> PutResult:
+    async def put(
+        self, key: BlockKey, frames: Mapping[int, bytes], durability: str = ""
+    ) -> PutResult:
         """Commit the block in every tier that takes it; visible all at once in each.
 
-        Committed if one tier took it; the reason then names those that did not. Idempotent.
+        Committed if one tier took it; the reason then names those that did not. A tier that does
+        not answer gets the block when it does again. Idempotent.
+
+        Args:
+            key: The block.
+            frames: Its strata.
+            durability: The last tier to wait for; those below get the block afterwards. All of
+                them without it.
+
+        Raises:
+            InvalidRequestError: The store has no such tier.
         """
+        now, later = self._split(durability)
         try:
             check_block(key, frames)
         except BlockRejectedError as error:
             self.counters.add(names.PUTS, outcome="rejected", reason=error.kind)
             return PutResult(PutOutcome.PUT_OUTCOME_REJECTED, error.message)
-        results = await asyncio.gather(*(self._put_in(tier, key, frames) for tier in self.tiers))
+        for tier in now:
+            if tier.name in self._behind:
+                await self._behind[tier.name].forget([key])
+        results = await asyncio.gather(*(self._put_in(tier, key, frames) for tier in now))
         self._lower.forget([key])
-        held = tuple(t.name for t, problem in zip(self.tiers, results, strict=True) if not problem)
-        written = [tier for tier, result in zip(self.tiers, results, strict=True) if result == ""]
+        held = tuple(t.name for t, problem in zip(now, results, strict=True) if not problem)
+        written = [tier for tier, result in zip(now, results, strict=True) if result == ""]
         problems = [problem for problem in results if problem]
         reason = "; ".join(problems)
         if not held:
             self.counters.add(names.PUTS, outcome="rejected", reason="no_tier")
             return PutResult(PutOutcome.PUT_OUTCOME_REJECTED, f"no_tier: {reason}")
+        for tier in later:
+            self._behind[tier.name].submit(key, frames)
         self.arrivals.committed(key)
         outcome = "committed" if written else "exists"
         code = PutOutcome.Value(f"PUT_OUTCOME_{outcome.upper()}")
         self.counters.add(names.PUTS, outcome=outcome, reason="partial" if problems else "")
         return PutResult(code, reason, held)
 
+    def _split(self, durability: str) -> tuple[Sequence[Tier], Sequence[Tier]]:
+        """Return the tiers to wait for and those that get a block afterwards."""
+        if not durability:
+            return self.tiers, ()
+        for count, tier in enumerate(self.tiers, start=1):
+            if tier.name == durability:
+                return self.tiers[:count], self.tiers[count:]
+        raise InvalidRequestError(
+            f"this store has no tier {durability!r} to wait for",
+            f"use one of {', '.join(tier.name for tier in self.tiers)}",
+        )
+
     async def _put_in(self, tier: Tier, key: BlockKey, frames: Mapping[int, bytes]) -> str | None:
         """Return "" when written, None when it was there already, else what went wrong."""
         try:
-            (sizes,) = await tier.contains([key])
-            if sizes is not None and frames.keys() <= sizes.keys():
-                return None
-            victims = await tier.put(key, frames)
+            return "" if await self._write(tier, key, frames) else None
         except TierUnavailableError as error:
             self.counters.add(names.TIER_ERRORS, tier=tier.name)
+            if tier.name in self._behind:
+                self._behind[tier.name].submit(key, frames)
             return f"{tier.name}: {error.message}"
         except CapacityError as error:
             return f"{tier.name}: {error.message}"
-        self.evicted(tier, victims)
-        return ""
+
+    async def _write(self, tier: Tier, key: BlockKey, frames: Mapping[int, bytes]) -> bool:
+        """Put the block there unless it is there; return whether it was written."""
+        (sizes,) = await tier.contains([key])
+        if sizes is not None and frames.keys() <= sizes.keys():
+            return False
+        self.evicted(tier, await tier.put(key, frames))
+        return True
+
+    async def _write_behind(self, tier: Tier, key: BlockKey, frames: Mapping[int, bytes]) -> None:
+        await self._write(tier, key, frames)
+
+    def behind_bytes(self, tier_name: str) -> int:
+        """Return the bytes of blocks that the tier is still to get."""
+        behind = self._behind.get(tier_name)
+        return behind.num_bytes if behind else 0
 
     def evicted(self, tier: Tier, victims: Sequence[BlockKey]) -> None:
         """Account for blocks that ``tier`` gave up to make room."""
@@ -232,14 +285,22 @@ class BlockStore:
                 self.pins.remove(key)
         self._lower.forget(keys)
         for tier in tiers:
+            if tier.name in self._behind:
+                await self._behind[tier.name].forget(keys)
             try:
                 await tier.delete(keys)
             except TierUnavailableError:
                 self.counters.add(names.TIER_ERRORS, tier=tier.name)
         return deleted
 
+    async def flush(self, timeout_s: float) -> bool:
+        """Wait until every tier has got what it is to get; False when the time was over first."""
+        behind = self._behind.values()
+        return all(await asyncio.gather(*(queue.flush(timeout_s) for queue in behind)))
+
     async def close(self) -> None:
         """Close every tier. Idempotent."""
+        await asyncio.gather(*(queue.close() for queue in self._behind.values()))
         await self._lower.close()
         for tier in self.tiers:
             await tier.close()
