@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass
 
 from kvstrata.cluster.gateway_server import salt_from_environment, start_gateway
-from kvstrata.cluster.model_check import load_model
+from kvstrata.cluster.model_check import load_served_model
 from kvstrata.cluster.workers import RayWorkers, Replicas, connect, deploy, is_deployed
 from kvstrata.engine.model import Model
 from kvstrata.prefill_node.worker import WorkerConfig
@@ -38,7 +38,7 @@ def run_gateway(config: GatewayConfig) -> None:
         ConfigurationError: The Ray cluster cannot be joined, the model cannot be served, or the
             port is taken.
     """
-    model = load_model(config.model, config.dtype)
+    model = load_served_model(config.model, config.dtype)
     # Ray puts the driver's folder on its workers' paths: an empty one shadows nothing.
     with tempfile.TemporaryDirectory(prefix="kvs-") as folder:
         os.chdir(folder)

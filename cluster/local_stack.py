@@ -97,9 +97,10 @@ async def _start(
     cleanup.push_async_callback(store.stop)
     pids["store"] = store.pid
     with progress.step("model"):
-        from kvstrata.cluster.model_check import load_model
+        from kvstrata.cluster.model_check import load_served_model
 
-        tokenizer = (await asyncio.to_thread(load_model, config.model, config.dtype)).tokenizer
+        model = await asyncio.to_thread(load_served_model, config.model, config.dtype)
+        tokenizer = model.tokenizer
     with progress.step("Ray and workers"):
         workers, infos = await _start_workers(config, runtime, store_address)
     pids |= {kind: info.pid for kind, info in infos.items()}

@@ -2,6 +2,7 @@
 
 from kvstrata.engine.errors import ModelNotFoundError, UnsupportedModelError
 from kvstrata.engine.model import Model
+from kvstrata.methods.profile import ProfileError
 from kvstrata.protos.errors import ConfigurationError, UnknownModelError
 
 
@@ -18,3 +19,18 @@ def load_model(source: str | None, dtype: str) -> Model:
         raise UnknownModelError(str(error), "give --model a folder or a hub id") from error
     except (UnsupportedModelError, ValueError) as error:
         raise ConfigurationError(str(error), "choose another model or dtype") from error
+
+
+def load_served_model(source: str | None, dtype: str) -> Model:
+    """Return a model whose profile, if it has one, can be used.
+
+    Raises:
+        UnknownModelError: Nothing at ``source``.
+        ConfigurationError: As of ``load_model``, or the profile is damaged.
+    """
+    model = load_model(source, dtype)
+    try:
+        _ = model.profile
+    except ProfileError as error:
+        raise ConfigurationError(str(error), "remove it, or run `kvstrata calibrate`") from error
+    return model
