@@ -222,10 +222,8 @@ def decode_block_planes(
     backend = backend_of(words, layout.widths)
     if backend == "numba" and layout.dim % KEPT_MULTIPLE == 0:
         from kvstrata.kernels.block_planes_numba import decode_block_planes_numba as decode
-    elif backend == "triton" and mid is None:
-        from kvstrata.kernels.block_planes_triton import decode_base_triton
-
-        return decode_base_triton(words, layout, dtype)
+    elif backend == "triton":
+        from kvstrata.kernels.block_planes_triton import decode_block_planes_triton as decode
     else:
         decode = decode_block_planes_reference
     return decode(words, layout, mid, dtype)

@@ -114,10 +114,15 @@ def encode_tokens(
     check_weights(weights, basis.layout)
     if out is not None:
         _check_out(out, tuple(x.shape), product_dtype(x.dtype))
-    if backend_of(x, basis.mean, weights) == "numba" and shape[2] % KEPT_MULTIPLE == 0:
+    backend, quick = backend_of(x, basis.mean, weights), shape[2] % KEPT_MULTIPLE == 0
+    if backend == "numba" and quick:
         from kvstrata.kernels.component_basis_numba import encode_tokens_numba
 
         return encode_tokens_numba(x, basis, weights, out)
+    if backend == "triton" and quick:
+        from kvstrata.kernels.component_basis_triton import encode_tokens_triton
+
+        return encode_tokens_triton(x, basis, weights, out)
     y = to_components(x, basis)
     y = y if out is None else out.copy_(y)
     return y, *encode_block_planes(y, basis.layout, weights)
@@ -171,8 +176,11 @@ def expand(
         rows = decode_value_bias(bias).transpose(0, 1) / basis.deviation[:, None]
         shift = torch.baddbmm(basis.mean[:, None], rows, basis.inverse)
     quick = dim % KEPT_MULTIPLE == 0 and dim >= _SMALLEST
-    if backend_of(words, basis.mean) == "numba" and quick:
+    backend = backend_of(words, basis.mean)
+    if backend == "numba" and quick:
         from kvstrata.kernels.component_basis_numba import expand_numba as run
+    elif backend == "triton" and quick:
+        from kvstrata.kernels.component_basis_triton import expand_triton as run
     else:
         run = expand_reference
     run(words, basis, classes, mid, shift, escapes, rotation, out)

@@ -1,12 +1,14 @@
 """Tokens that quantise badly, as int8: turned by a Hadamard matrix, one bf16 scale per token.
 
-Rows go block by block, heads ascending, tokens ascending; masks tell which tokens they are.
+Rows go block by block, heads ascending, tokens ascending; masks tell which tokens they are. There
+are few, so a CPU takes them through torch.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from kvstrata.kernels.backend import backend_of
 from kvstrata.kernels.hadamard import hadamard
 from kvstrata.kernels.quantize import dequantize_int8, quantize_int8
 from kvstrata.kernels.token_masks import TOKENS, check_masks, count_tokens, to_flags
@@ -48,9 +50,20 @@ def pack_escape_rows(x: torch.Tensor, masks: torch.Tensor) -> EscapeRows:
     if x.ndim != 4 or x.shape[2] != TOKENS:
         raise ValueError(f"tokens must be (heads, blocks, {TOKENS}, dim), not {tuple(x.shape)}")
     check_masks("escape masks", masks, x.shape[0], x.shape[1])
-    n, h, t = to_flags(masks.T).nonzero(as_tuple=True)
-    codes, scales = quantize_int8(x[h, n, t].float() @ hadamard(x.shape[3]).to(x.device))
+    if backend_of(x, masks) == "triton":
+        from kvstrata.kernels.escape_rows_triton import pack_escape_rows_triton as pack
+    else:
+        pack = pack_escape_rows_reference
+    codes, scales = pack(x, masks)
     return EscapeRows(masks, scales, codes, row_starts(masks)[:: x.shape[0]])
+
+
+def pack_escape_rows_reference(
+    x: torch.Tensor, masks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int8 codes (E, D) and bf16 scales (E,); the definition."""
+    n, h, t = to_flags(masks.T).nonzero(as_tuple=True)
+    return quantize_int8(x[h, n, t].float() @ hadamard(x.shape[3]).to(x.device))
 
 
 def check_escape_rows(rows: EscapeRows, num_heads: int, num_blocks: int, dim: int) -> None:
@@ -75,6 +88,15 @@ def check_escape_rows(rows: EscapeRows, num_heads: int, num_blocks: int, dim: in
 
 def unpack_escape_rows(rows: EscapeRows) -> torch.Tensor:
     """Return float32 (E, D): the escaped tokens in the order of their rows."""
+    if backend_of(rows.codes, rows.scales) == "triton":
+        from kvstrata.kernels.escape_rows_triton import unpack_escape_rows_triton
+
+        return unpack_escape_rows_triton(rows)
+    return unpack_escape_rows_reference(rows)
+
+
+def unpack_escape_rows_reference(rows: EscapeRows) -> torch.Tensor:
+    """Return what ``unpack_escape_rows`` returns; the definition."""
     values = dequantize_int8(rows.codes, rows.scales)
     return values @ hadamard(rows.codes.shape[1]).to(values.device)
 
@@ -86,5 +108,14 @@ def scatter_escape_rows(rows: EscapeRows, out: torch.Tensor) -> None:
         ValueError: The rows do not fit ``out``.
     """
     check_escape_rows(rows, out.shape[0], out.shape[1], out.shape[3])
+    if backend_of(rows.codes, rows.scales, out) == "triton":
+        from kvstrata.kernels.escape_rows_triton import scatter_escape_rows_triton as scatter
+    else:
+        scatter = scatter_escape_rows_reference
+    scatter(rows, out)
+
+
+def scatter_escape_rows_reference(rows: EscapeRows, out: torch.Tensor) -> None:
+    """Do what ``scatter_escape_rows`` does; the definition."""
     n, h, t = to_flags(rows.masks.T).nonzero(as_tuple=True)
-    out[h, n, t] = unpack_escape_rows(rows).to(out.dtype)
+    out[h, n, t] = unpack_escape_rows_reference(rows).to(out.dtype)

@@ -35,6 +35,8 @@ def pack_mid_rows(y: torch.Tensor, masks: torch.Tensor, layout: PlaneLayout) -> 
     backend = backend_of(y, masks)
     if backend == "numba" and layout.dim % KEPT_MULTIPLE == 0:
         from kvstrata.kernels.mid_rows_numba import pack_mid_rows_numba as pack
+    elif backend == "triton":
+        from kvstrata.kernels.mid_rows_triton import pack_mid_rows_triton as pack
     else:
         pack = pack_mid_rows_reference
     return MidRows(masks, pack(y, masks, layout, starts), starts[:: layout.num_heads])

@@ -21,10 +21,10 @@ from kvstrata.kernels.block_planes import (
 )
 from kvstrata.kernels.token_masks import check_masks, to_flags
 
-_LOWEST, _HIGHEST = -8, 7
+LOWEST, HIGHEST = -8, 7
 # Tables, because exp2 and log2 differ in the last bit between machines, and blocks must not.
-_STEPS = (0.0, *(2.0 ** ((s - 192) / 16) for s in range(1, 256)))
-_BORDERS = tuple(2.0 ** ((s + 0.5 - 192) / 16) for s in range(1, 255))
+STEPS = (0.0, *(2.0 ** ((s - 192) / 16) for s in range(1, 256)))
+BORDERS = tuple(2.0 ** ((s + 0.5 - 192) / 16) for s in range(1, 255))
 
 
 class ValueBias(NamedTuple):
@@ -68,11 +68,15 @@ def encode_value_bias(
     if deviation.shape != layout.widths.shape or deviation.dtype != torch.float32:
         raise ValueError(f"deviation must be float32 {tuple(layout.widths.shape)}")
     backend = backend_of(y, words, weights, base, deviation)
+    if backend == "triton":
+        from kvstrata.kernels.value_bias_triton import encode_value_bias_triton
+
+        return encode_value_bias_triton(y, words, layout, weights, base, deviation)
     if backend == "numba" and layout.dim % KEPT_MULTIPLE == 0:
         from kvstrata.kernels.value_bias_numba import mean_errors_numba as mean_errors
     else:
         mean_errors = mean_errors_reference
-    return _to_nibbles(mean_errors(y, words, layout, weights, base) * deviation[:, None])
+    return to_nibbles_reference(mean_errors(y, words, layout, weights, base) * deviation[:, None])
 
 
 def mean_errors_reference(
@@ -90,17 +94,17 @@ def mean_errors_reference(
     return (chosen[..., None] * rest).sum(2) / chosen.sum(2)[..., None]
 
 
-def _to_nibbles(bias: torch.Tensor) -> ValueBias:
+def to_nibbles_reference(bias: torch.Tensor) -> ValueBias:
     """Return the codes of float32 (H, N, D)."""
     bias = bias.transpose(0, 1)
     peak = bias.abs().amax(-1)
     usable = torch.isfinite(peak) & (peak > 0)
-    borders = torch.tensor(_BORDERS, dtype=torch.float32, device=bias.device)
-    scales = (1 + torch.bucketize(peak / _HIGHEST, borders, right=True)).masked_fill_(~usable, 0)
-    steps = torch.tensor(_STEPS, dtype=torch.float32, device=bias.device)
+    borders = torch.tensor(BORDERS, dtype=torch.float32, device=bias.device)
+    scales = (1 + torch.bucketize(peak / HIGHEST, borders, right=True)).masked_fill_(~usable, 0)
+    steps = torch.tensor(STEPS, dtype=torch.float32, device=bias.device)
     step = steps[scales].masked_fill_(~usable, 1.0)
     codes = (bias.masked_fill(~usable[..., None], 0.0) / step[..., None]).round_()
-    codes = (codes.clamp_(_LOWEST, _HIGHEST) - _LOWEST).to(torch.uint8)
+    codes = (codes.clamp_(LOWEST, HIGHEST) - LOWEST).to(torch.uint8)
     low, high = codes.chunk(2, -1)
     return ValueBias(low | high << 4, scales.to(torch.uint8))
 
@@ -116,6 +120,16 @@ def decode_value_bias(bias: ValueBias) -> torch.Tensor:
         raise ValueError(f"nibbles must be uint8 (N, H, D/2), not {tuple(nibbles.shape)}")
     if scales.dtype != torch.uint8 or scales.shape != nibbles.shape[:2]:
         raise ValueError(f"scales must be uint8 {tuple(nibbles.shape[:2])}")
-    steps = torch.tensor(_STEPS, dtype=torch.float32, device=scales.device)
+    if backend_of(nibbles, scales) == "triton":
+        from kvstrata.kernels.value_bias_triton import decode_value_bias_triton
+
+        return decode_value_bias_triton(bias)
+    return decode_value_bias_reference(bias)
+
+
+def decode_value_bias_reference(bias: ValueBias) -> torch.Tensor:
+    """Return what ``decode_value_bias`` returns; the definition."""
+    nibbles, scales = bias
+    steps = torch.tensor(STEPS, dtype=torch.float32, device=scales.device)
     codes = torch.cat([nibbles & 15, nibbles >> 4], -1).float()
-    return codes.add_(_LOWEST).mul_(steps[scales.long()][..., None])
+    return codes.add_(LOWEST).mul_(steps[scales.long()][..., None])

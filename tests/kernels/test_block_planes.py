@@ -16,9 +16,13 @@ from kvstrata.kernels.block_planes_numba import (
     decode_block_planes_numba,
     encode_block_planes_numba,
 )
-from kvstrata.kernels.block_planes_triton import decode_base_triton, encode_block_planes_triton
+from kvstrata.kernels.block_planes_triton import (
+    decode_block_planes_triton,
+    encode_block_planes_triton,
+)
 from kvstrata.kernels.mid_rows import pack_mid_rows, pack_mid_rows_reference
 from kvstrata.kernels.mid_rows_numba import pack_mid_rows_numba
+from kvstrata.kernels.mid_rows_triton import pack_mid_rows_triton
 from kvstrata.kernels.sign_codes import fine_levels, thresholds
 from kvstrata.kernels.token_masks import count_tokens, to_flags, to_mask
 from tests.kernels.calibrated_layer import DIMS, make_layout
@@ -76,10 +80,28 @@ def test_triton_s_words_and_values_are_the_reference_s(
     expected, expected_error = encode_block_planes_reference(y.to(dtype), layout, weights)
     assert torch.equal(words, expected)
     torch.testing.assert_close(error, expected_error, rtol=1e-5, atol=1e-5)
-    found = decode_base_triton(words, layout, dtype)
-    told = decode_block_planes_reference(words, layout, None, dtype)
-    # The interpreter cuts bf16 off where a GPU rounds it.
-    torch.testing.assert_close(found, told, rtol=0 if dtype == torch.float32 else 2**-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "blocks", "dim", "share"),
+    [(1, 1, 32, 0.3), (2, 3, 80, 0.3), (1, 2, 24, 1.0), (3, 1, 64, 0.0), (2, 1, 256, 0.5)],
+)
+def test_triton_s_rows_and_values_are_the_reference_s(
+    heads: int, blocks: int, dim: int, share: float, dtype: torch.dtype
+) -> None:
+    y, layout, weights = make(heads, blocks, dim)
+    words, _ = encode_block_planes_reference(y, layout, weights)
+    masks = to_mask(torch.rand(heads, blocks, 64) < share)
+    masks[-1, -1] |= -1 << 63  # where the share is 0, the last token alone has a row
+    mid = pack_mid_rows(y.to(dtype), masks, layout)
+    starts = layout.mid_starts(masks)
+    assert torch.equal(pack_mid_rows_triton(y.to(dtype), masks, layout, starts), mid.rows)
+    for rows in (None, mid):
+        found = decode_block_planes_triton(words, layout, rows, dtype)
+        told = decode_block_planes_reference(words, layout, rows, dtype)
+        # The interpreter cuts bf16 off where a GPU rounds it.
+        torch.testing.assert_close(found, told, rtol=0 if dtype == torch.float32 else 2**-7, atol=0)
 
 
 def test_what_comes_back_lies_in_the_cell_of_what_went_in() -> None:

@@ -6,6 +6,14 @@ from typing import Any
 import pytest
 import torch
 
+from kvstrata.kernels import (
+    block_planes,
+    component_basis,
+    component_basis_triton,
+    escape_rows,
+    mid_rows,
+    value_bias,
+)
 from kvstrata.kernels.block_planes import PlaneLayout, encode_block_planes
 from kvstrata.kernels.component_basis import (
     ComponentBasis,
@@ -14,6 +22,7 @@ from kvstrata.kernels.component_basis import (
     expand_reference,
     to_components,
 )
+from kvstrata.kernels.component_basis_triton import encode_tokens_triton, expand_triton
 from kvstrata.kernels.escape_rows import pack_escape_rows, scatter_escape_rows
 from kvstrata.kernels.mid_rows import pack_mid_rows
 from kvstrata.kernels.token_masks import to_flags, token_classes
@@ -21,7 +30,6 @@ from kvstrata.kernels.value_bias import (
     ValueBias,
     decode_value_bias,
     encode_value_bias,
-    mean_errors_reference,
 )
 from tests.kernels.calibrated_layer import DIMS, Layer, make_layer
 
@@ -89,6 +97,94 @@ def test_expanding_is_the_reference_s(
             assert error <= TOLERANCE[dtype] * expected.abs().max()
 
 
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Triton's interpreter multiply float32: it takes bf16 for integers."""
+    monkeypatch.setattr(component_basis_triton, "product_dtype", lambda _: torch.float32)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("heads", "blocks", "dim", "dtype"),
+    [
+        (1, 1, 32, torch.float32),
+        (3, 1, 64, torch.bfloat16),
+        (2, 3, 80, torch.float16),
+        (1, 2, 96, torch.float32),
+        (1, 1, 128, torch.bfloat16),
+        (1, 1, 256, torch.float32),
+    ],
+    ids=str,
+)
+def test_triton_expands_like_the_reference(
+    heads: int, blocks: int, dim: int, dtype: torch.dtype
+) -> None:
+    layer = make_layer(heads, blocks, dim, dtype)
+    parts = stored(layer)
+    shift = layer.basis.mean[:, None] + torch.randn(heads, blocks, dim)
+    turns = tables(blocks * 64, dim)
+    for mid, bias, escapes, rotation in (
+        (None, None, None, None),
+        (parts["mid"], shift, parts["escapes"], turns),
+        (None, shift, None, turns),
+        (parts["mid"], None, parts["escapes"], None),
+    ):
+        arguments = parts["words"], layer.basis, layer.classes, mid, bias, escapes, rotation
+        expected = torch.empty(layer.tokens.shape)
+        expand_reference(*arguments, expected)
+        found = torch.full_like(layer.tokens, torch.nan)
+        expand_triton(*arguments, found)
+        error = (found.float() - expected).abs().max()
+        assert error <= TOLERANCE[dtype] * expected.abs().max()
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("escape", [0, -1])
+@pytest.mark.parametrize("mid", [0, -1])
+def test_triton_expands_blocks_of_one_class(mid: int, escape: int) -> None:
+    layer = make_layer(2, 1, 32)
+    layer.classes = token_classes(torch.full((2, 1), mid), torch.full((2, 1), escape))
+    parts = stored(layer)
+    arguments = parts["words"], layer.basis, layer.classes, parts["mid"], None, parts["escapes"]
+    expected, found = torch.empty(2, 2, 1, 64, 32).fill_(torch.nan)
+    expand_reference(*arguments, None, expected)
+    expand_triton(*arguments, None, found)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_gpu_stores_and_reads_what_a_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op of the codec finds its kernel, and they fit together."""
+    layer = make_layer(2, 2, 64)
+
+    def store_and_read() -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        parts = stored(layer)
+        y = block_planes.decode_block_planes(parts["words"], layer.basis.layout, parts["mid"])
+        rotation, dtype = tables(2 * 64, 64), torch.float32
+        found = expand(
+            basis=layer.basis, classes=layer.classes, rotation=rotation, dtype=dtype, **parts
+        )
+        scatter_escape_rows(parts["escapes"], found)
+        return parts, y, found
+
+    of_cpu, of_planes, expected = store_and_read()
+    called = []
+    for module in (block_planes, component_basis, escape_rows, mid_rows, value_bias):
+        monkeypatch.setattr(
+            module, "backend_of", lambda *_, name=module.__name__: called.append(name) or "triton"
+        )
+    of_gpu, y, found = store_and_read()
+    assert len(set(called)) == 5
+    # Sums of components differ in the last bits, and so may what lies next to a border.
+    for cpu, gpu in ((of_cpu["words"], of_gpu["words"]), (of_cpu["mid"].rows, of_gpu["mid"].rows)):
+        assert cpu.shape == gpu.shape
+        assert (cpu != gpu).float().mean() < 0.01
+    assert torch.equal(of_cpu["bias"].scales, of_gpu["bias"].scales)
+    assert (y - of_planes).square().mean() < 1e-4
+    assert (found - expected).square().mean() < 1e-4 * expected.square().mean()
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("heads", "blocks", "dim"), SHAPES)
 def test_encoding_is_that_of_its_components(
@@ -102,6 +198,40 @@ def test_encoding_is_that_of_its_components(
     expected_words, expected_error = encode_block_planes(y, layer.basis.layout, layer.weights)
     assert torch.equal(words, expected_words)
     assert torch.equal(error, expected_error)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("heads", "blocks", "dim", "dtype"),
+    [
+        (1, 1, 32, torch.float32),
+        (2, 2, 80, torch.bfloat16),
+        (1, 1, 96, torch.float16),
+        (1, 1, 256, torch.float32),
+    ],
+    ids=str,
+)
+def test_triton_encodes_what_are_its_components(
+    heads: int, blocks: int, dim: int, dtype: torch.dtype
+) -> None:
+    layer = make_layer(heads, blocks, dim, dtype)
+    strided = layer.tokens.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+    room = torch.full(strided.shape, torch.nan)
+    y, words, error = encode_tokens_triton(strided, layer.basis, layer.weights, room)
+    assert y is room
+    assert (_error(y, layer) <= 1).all()
+    expected_words, expected_error = encode_block_planes(y, layer.basis.layout, layer.weights)
+    assert torch.equal(words, expected_words)
+    torch.testing.assert_close(error, expected_error, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
+def test_triton_refuses_tokens_that_are_not_finite() -> None:
+    layer = make_layer(1, 1, 32)
+    layer.tokens[0, 0, 63, 31] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        encode_tokens_triton(layer.tokens, layer.basis, layer.weights, None)
 
 
 def _error(y: torch.Tensor, layer: Layer) -> torch.Tensor:
@@ -185,50 +315,6 @@ def test_blocks_of_one_class_work(mid: int, escape: int) -> None:
     if escape and not mid:
         peak = layer.tokens.abs().max()
         assert (found - layer.tokens).abs().max() < peak * 64**0.5 / 127
-
-
-def test_escapes_come_back_in_their_places() -> None:
-    layer = make_layer(3, 4, 80)
-    rows = pack_escape_rows(layer.tokens, layer.classes.escape)
-    out = torch.zeros_like(layer.tokens)
-    scatter_escape_rows(rows, out)
-    flags = to_flags(layer.classes.escape)
-    assert not out[~flags].any()
-    assert rows.block_offsets.tolist()[-1] == int(flags.sum()) == len(rows.scales)
-    # An int8 step is at most norm / 127, and half of it in each of D turned channels.
-    norm = layer.tokens[flags].norm(dim=-1)
-    assert ((out - layer.tokens)[flags].norm(dim=-1) <= norm / 127 * 0.51 * 80**0.5).all()
-
-
-@pytest.mark.parametrize("dim", [64, 80])
-def test_bias_is_the_weighted_mean_error_within_half_a_step(dim: int) -> None:
-    layer = make_layer(3, 5, dim, torch.bfloat16)
-    y, words, _ = encode_tokens(layer.tokens, layer.basis, layer.weights)
-    layout, deviation = layer.basis.layout, layer.basis.deviation
-    weights = torch.rand(y.shape[:3])
-    weights[0, 0] = 0
-    bias = encode_value_bias(
-        y, words, layout, weights=weights, base=layer.classes.base, deviation=deviation
-    )
-    told = mean_errors_reference(y, words, layout, weights, layer.classes.base)
-    told = (told * deviation[:, None]).transpose(0, 1)
-    read = decode_value_bias(bias)
-    assert int(bias.scales[0, 0]) == 0
-    assert not read[0, 0].any()
-    told[0, 0] = 0
-    step = told.abs().amax(-1, keepdim=True) / 7 * 2 ** (1 / 32)
-    # the largest may be cut off by up to half a sixteenth of an octave
-    assert ((read - told).abs() <= step * 0.5 + told.abs() * (1 - 2 ** (-1 / 32)) + 1e-6).all()
-
-
-def test_every_bias_byte_decodes_to_its_step() -> None:
-    scales = torch.arange(256, dtype=torch.uint8).view(256, 1)
-    nibbles = torch.full((256, 1, 1), 0x9 | 0x0 << 4, dtype=torch.uint8)
-    read = decode_value_bias(ValueBias(nibbles, scales))
-    assert not read[0].any()
-    assert read[192, 0].tolist() == [1.0, -8.0]
-    torch.testing.assert_close(read[208, 0], torch.tensor([2.0, -16.0]))
-    assert torch.isfinite(read).all()
 
 
 def test_parts_that_do_not_belong_together_are_refused() -> None:
