@@ -7,13 +7,13 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kvstrata.client.connection import Endpoint, channel_options
+from kvstrata.client.connection import Endpoint
 from kvstrata.client.request import MAX_UINT32
 from kvstrata.client.validation import check_seconds
 from kvstrata.protos import admin_pb2, admin_pb2_grpc, frame_pb2, kvstore_pb2
+from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
 from kvstrata.protos.errors import InvalidRequestError
 from kvstrata.protos.identity import BlockHash, BlockKey, ScopeDigest
-from kvstrata.protos.service import CALL_METADATA
 
 MISSES = "misses_total"
 PAGE_SIZE = 1000
@@ -25,9 +25,11 @@ class Admin:
     Every method raises ``KVStrataError`` where the server cannot be reached or refuses.
     """
 
-    def __init__(self, address: str, timeout_s: float) -> None:
-        self._endpoint = Endpoint(address, timeout_s, timeout_s)
-        self._channel = grpc.insecure_channel(address, options=channel_options(timeout_s))
+    def __init__(
+        self, address: str, timeout_s: float, credentials: ClientCredentials = ANONYMOUS
+    ) -> None:
+        self._endpoint = Endpoint(address, timeout_s, timeout_s, credentials)
+        self._channel = self._endpoint.open()
         self._stub: Any = admin_pb2_grpc.AdminStub(self._channel)  # type: ignore[no-untyped-call]
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
@@ -79,7 +81,7 @@ class Admin:
     def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         limit_s = self._endpoint.time_limit(timeout_s)
         try:
-            return method(request, timeout=limit_s, metadata=CALL_METADATA)
+            return method(request, timeout=limit_s, metadata=self._endpoint.metadata)
         except grpc.RpcError as error:
             raise self._endpoint.error(error) from None
 

@@ -10,13 +10,13 @@ from typing import Any, Self, Unpack
 import grpc
 
 from kvstrata.client.chat import Conversation
-from kvstrata.client.connection import CONNECT_TIMEOUT_S, TIMEOUT_S, Endpoint, channel_options
+from kvstrata.client.connection import CONNECT_TIMEOUT_S, TIMEOUT_S, Endpoint
 from kvstrata.client.request import GenerateOptions, Prompt, build_request
 from kvstrata.client.results import Chunk, Completion, ModelInfo
 from kvstrata.client.transcript import Transcript
 from kvstrata.protos import inference_pb2, inference_pb2_grpc
+from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
 from kvstrata.protos.errors import InvalidRequestError
-from kvstrata.protos.service import CALL_METADATA
 
 
 class AsyncStream(AsyncIterator[Chunk]):
@@ -139,12 +139,13 @@ class AsyncClient:
         *,
         timeout_s: float = TIMEOUT_S,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        credentials: ClientCredentials = ANONYMOUS,
     ) -> None:
         self._closed = False
         self._channel: grpc.aio.Channel | None = None
         self._stub: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._endpoint = Endpoint(address, timeout_s, connect_timeout_s)
+        self._endpoint = Endpoint(address, timeout_s, connect_timeout_s, credentials)
 
     async def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
         """Return the whole continuation of text, token ids or messages; see ``GenerateOptions``."""
@@ -167,7 +168,7 @@ class AsyncClient:
             reply = await stub.GetModel(
                 inference_pb2.GetModelRequest(),
                 timeout=self._endpoint.time_limit(timeout_s),
-                metadata=CALL_METADATA,
+                metadata=self._endpoint.metadata,
             )
         except grpc.RpcError as error:
             raise self._endpoint.error(error) from None
@@ -190,7 +191,7 @@ class AsyncClient:
         call = self._connect().Generate(
             request,
             timeout=self._endpoint.time_limit(options.get("timeout_s")),
-            metadata=CALL_METADATA,
+            metadata=self._endpoint.metadata,
         )
         return AsyncStream(call, self._endpoint, self, on_completion)
 
@@ -201,8 +202,7 @@ class AsyncClient:
         loop = asyncio.get_running_loop()
         if self._channel is None:
             self._loop = loop
-            options = channel_options(self._endpoint.connect_timeout_s)
-            self._channel = grpc.aio.insecure_channel(self._endpoint.address, options=options)
+            self._channel = self._endpoint.open_async()
             self._stub = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         if self._loop is not loop:
             raise InvalidRequestError(

@@ -1,10 +1,13 @@
 """What both clients need to reach a server: channel options, and statuses as our errors."""
 
+from typing import Any
+
 import grpc
 
 from kvstrata.client.validation import check_address, check_seconds
+from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
 from kvstrata.protos.errors import KVStrataError, UnavailableError, from_rpc_error
-from kvstrata.protos.service import CHANNEL_OPTIONS
+from kvstrata.protos.service import CHANNEL_OPTIONS, call_metadata, open_channel
 
 TIMEOUT_S = 120.0
 CONNECT_TIMEOUT_S = 10.0
@@ -26,17 +29,42 @@ def channel_options(connect_timeout_s: float) -> list[tuple[str, int]]:
 
 
 class Endpoint:
-    """A checked address with its time limits.
+    """A checked address with its time limits, and what is shown there.
+
+    Attributes:
+        metadata: Headers of every call.
 
     Raises:
-        ConfigurationError: The address can be no gRPC target.
+        ConfigurationError: The address can be no gRPC target, or a file of the credentials is bad.
         LimitError: A time limit is not positive and finite.
     """
 
-    def __init__(self, address: str, timeout_s: float, connect_timeout_s: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        timeout_s: float,
+        connect_timeout_s: float,
+        credentials: ClientCredentials = ANONYMOUS,
+    ) -> None:
         self.address = check_address(address)
         self.timeout_s = check_seconds("timeout_s", timeout_s)
         self.connect_timeout_s = check_seconds("connect_timeout_s", connect_timeout_s)
+        self.metadata = call_metadata(credentials)
+        self._credentials = credentials
+        self._tls = credentials.channel()
+
+    def open(self) -> Any:
+        """Return a blocking channel; nothing connects before the first call."""
+        options = channel_options(self.connect_timeout_s)
+        if self._tls is None:
+            return grpc.insecure_channel(self.address, options=options)
+        return grpc.secure_channel(self.address, self._tls, options=options)
+
+    def open_async(self) -> grpc.aio.Channel:
+        """Return a channel of the running event loop; nothing connects before the first call."""
+        return open_channel(
+            self.address, self._credentials, channel_options(self.connect_timeout_s)
+        )
 
     def time_limit(self, timeout_s: float | None) -> float:
         """Return one call's time limit in seconds: its own if given, else the client's."""

@@ -14,6 +14,10 @@ from kvstrata.client.terminal import (
     Address,
     ErrorReportingGroup,
     Json,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    credentials,
     report,
     run,
 )
@@ -31,17 +35,28 @@ Timeout = Annotated[float, typer.Option(help="Time limit in seconds.")]
 Key = Annotated[str, typer.Argument(help="A block key as `kvctl ls` prints it.")]
 
 
+@app.callback()
+def _root(
+    ctx: typer.Context, tls_ca: TlsCa = "", tls_cert: TlsCert = "", tls_key: TlsKey = ""
+) -> None:
+    ctx.obj = credentials(tls_ca, tls_cert, tls_key)
+
+
 @app.command()
 def stats(
-    address: Address = DEFAULT_ADDRESS, timeout: Timeout = 10.0, json_output: Json = False
+    ctx: typer.Context,
+    address: Address = DEFAULT_ADDRESS,
+    timeout: Timeout = 10.0,
+    json_output: Json = False,
 ) -> None:
     """Show tiers, hits, misses and counters since start."""
-    with Admin(address, timeout) as admin:
+    with Admin(address, timeout, ctx.obj) as admin:
         _show(admin.stats(), json_output, tables.show_stats)
 
 
 @app.command()
 def ls(
+    ctx: typer.Context,
     limit: Annotated[int, typer.Option(help="At most this many blocks; 0 lists all.")] = 100,
     scope: Annotated[str, typer.Option(help="Only this scope, 32 hex digits.")] = "",
     address: Address = DEFAULT_ADDRESS,
@@ -51,12 +66,13 @@ def ls(
     """List blocks, most recently used first."""
     check_integer("--limit", limit, 0, 2**31)
     wanted = _parse_scope(scope)
-    with Admin(address, timeout) as admin:
+    with Admin(address, timeout, ctx.obj) as admin:
         _show(admin.list_blocks(limit, wanted), json_output, tables.show_blocks)
 
 
 @app.command()
 def inspect(
+    ctx: typer.Context,
     key: Key,
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = 10.0,
@@ -64,17 +80,20 @@ def inspect(
 ) -> None:
     """Show everything about one block except its values."""
     block_key = parse_key(key)
-    with Admin(address, timeout) as admin:
+    with Admin(address, timeout, ctx.obj) as admin:
         _show(admin.inspect(block_key), json_output, tables.show_block)
 
 
 @app.command()
 def health(
-    address: Address = DEFAULT_ADDRESS, timeout: Timeout = 10.0, json_output: Json = False
+    ctx: typer.Context,
+    address: Address = DEFAULT_ADDRESS,
+    timeout: Timeout = 10.0,
+    json_output: Json = False,
 ) -> None:
     """Tell whether the server serves and is whole; exits 1 and says why where it is not."""
     try:
-        with Admin(address, timeout) as admin:
+        with Admin(address, timeout, ctx.obj) as admin:
             found = _health(admin.serving_status(), admin.stats())
     except (UnavailableError, DeadlineError) as error:
         if not json_output:
@@ -88,6 +107,7 @@ def health(
 
 @app.command()
 def evict(
+    ctx: typer.Context,
     keys: Annotated[list[str] | None, typer.Argument(help="Block keys.")] = None,
     all_blocks: Annotated[bool, typer.Option("--all", help="Every block instead.")] = False,
     tier: Annotated[str, typer.Option(help="Only from this tier; else from all.")] = "",
@@ -102,18 +122,19 @@ def evict(
             "name block keys, or say --all",
         )
     block_keys = [parse_key(key) for key in keys or ()]
-    with Admin(address, timeout) as admin:
+    with Admin(address, timeout, ctx.obj) as admin:
         _show(admin.evict(block_keys, tier), json_output, tables.show_evicted)
 
 
 @app.command()
 def drain(
+    ctx: typer.Context,
     timeout: Annotated[float, typer.Option(help="Seconds that running work may take.")] = 30.0,
     address: Address = DEFAULT_ADDRESS,
     json_output: Json = False,
 ) -> None:
     """Stop the server from taking new work; exits 1 if work still runs when the time is over."""
-    with Admin(address, 10.0) as admin:
+    with Admin(address, 10.0, ctx.obj) as admin:
         found = admin.drain(timeout)
     _show(found, json_output, tables.show_drained)
     if not found["drained"]:

@@ -14,7 +14,16 @@ from kvstrata.client.plugins import PluginGroup
 from kvstrata.client.request import ChatMessage, GenerateOptions, Prompt
 from kvstrata.client.results import Completion
 from kvstrata.client.sync_client import Client, Stream
-from kvstrata.client.terminal import DEFAULT_ADDRESS, Address, Json, run
+from kvstrata.client.terminal import (
+    DEFAULT_ADDRESS,
+    Address,
+    Json,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    credentials,
+    run,
+)
 from kvstrata.protos.errors import InvalidRequestError, MalformedMessageError, printable
 
 app = typer.Typer(
@@ -73,6 +82,9 @@ def generate(
     ] = False,
     system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
     timeout: Annotated[float, typer.Option(help="Time limit in seconds.")] = 120.0,
+    tls_ca: TlsCa = "",
+    tls_cert: TlsCert = "",
+    tls_key: TlsKey = "",
     json_output: Json = False,
 ) -> None:
     """Continue a prompt; text goes to stdout as it comes, a line about the cache to stderr."""
@@ -86,7 +98,8 @@ def generate(
         "stop": stop,
     }
     asked = _as_prompt(_read_prompt(prompt, file), chat=chat, system=system)
-    with Client(address, timeout_s=timeout) as client:
+    shown = credentials(tls_ca, tls_cert, tls_key)
+    with Client(address, timeout_s=timeout, credentials=shown) as client:
         start_s = time.monotonic()
         with client.stream(asked, **options) as stream:
             write: Callable[[str], None] = (lambda _: None) if json_output else _write

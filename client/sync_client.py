@@ -9,13 +9,13 @@ from typing import Any, Self, Unpack
 import grpc
 
 from kvstrata.client.chat import Conversation
-from kvstrata.client.connection import CONNECT_TIMEOUT_S, TIMEOUT_S, Endpoint, channel_options
+from kvstrata.client.connection import CONNECT_TIMEOUT_S, TIMEOUT_S, Endpoint
 from kvstrata.client.request import GenerateOptions, Prompt, build_request
 from kvstrata.client.results import Chunk, Completion, ModelInfo
 from kvstrata.client.transcript import Transcript
 from kvstrata.protos import inference_pb2, inference_pb2_grpc
+from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
 from kvstrata.protos.errors import InvalidRequestError
-from kvstrata.protos.service import CALL_METADATA
 
 
 class Stream(Iterator[Chunk]):
@@ -123,9 +123,11 @@ class Client:
         address: The gateway's gRPC address, "host:port".
         timeout_s: Time limit of a whole call, the streaming included.
         connect_timeout_s: Time limit of one attempt to connect.
+        credentials: The gateway's CA, and this client's certificate and token;
+            ``ClientCredentials.from_environment()`` reads them. Plaintext without any.
 
     Raises:
-        ConfigurationError: The address can be no gRPC target.
+        ConfigurationError: The address can be no gRPC target, or a file of the credentials is bad.
         LimitError: A time limit is not positive and finite.
     """
 
@@ -135,10 +137,11 @@ class Client:
         *,
         timeout_s: float = TIMEOUT_S,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        credentials: ClientCredentials = ANONYMOUS,
     ) -> None:
         self._closed = True
-        self._endpoint = Endpoint(address, timeout_s, connect_timeout_s)
-        self._channel = grpc.insecure_channel(address, options=channel_options(connect_timeout_s))
+        self._endpoint = Endpoint(address, timeout_s, connect_timeout_s, credentials)
+        self._channel = self._endpoint.open()
         self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._closed = False
 
@@ -163,7 +166,7 @@ class Client:
             reply = self._stub.GetModel(
                 inference_pb2.GetModelRequest(),
                 timeout=self._endpoint.time_limit(timeout_s),
-                metadata=CALL_METADATA,
+                metadata=self._endpoint.metadata,
             )
         except grpc.RpcError as error:
             raise self._endpoint.error(error) from None
@@ -186,7 +189,7 @@ class Client:
         call = self._stub.Generate(
             request,
             timeout=self._endpoint.time_limit(options.get("timeout_s")),
-            metadata=CALL_METADATA,
+            metadata=self._endpoint.metadata,
         )
         return Stream(call, self._endpoint, self, on_completion)
 

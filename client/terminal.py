@@ -12,6 +12,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from kvstrata.protos.credentials import (
+    CA_VARIABLE,
+    CERT_VARIABLE,
+    KEY_VARIABLE,
+    TOKEN_VARIABLE,
+    ClientCredentials,
+)
 from kvstrata.protos.errors import (
     ConfigurationError,
     InvalidRequestError,
@@ -40,7 +47,21 @@ Address = Annotated[
     str, typer.Option(envvar="KVSTRATA_ADDRESS", help="gRPC address of the server, host:port.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object with stable keys.")]
+TlsCa = Annotated[
+    str, typer.Option("--tls-ca", envvar=CA_VARIABLE, help="The server's CA, PEM: TLS.")
+]
+TlsCert = Annotated[
+    str, typer.Option("--tls-cert", envvar=CERT_VARIABLE, help="Own certificate: mutual TLS.")
+]
+TlsKey = Annotated[
+    str, typer.Option("--tls-key", envvar=KEY_VARIABLE, help="Its private key, PEM.")
+]
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+
+def credentials(tls_ca: str, tls_cert: str, tls_key: str) -> ClientCredentials:
+    """Return what the options say; the token from ``KVSTRATA_TOKEN``: command lines are visible."""
+    return ClientCredentials(tls_ca, tls_cert, tls_key, os.environ.get(TOKEN_VARIABLE, ""))
 
 
 class ErrorReportingGroup(TyperGroup):

@@ -7,7 +7,27 @@ import typer
 
 from kvstrata.cluster.stack_config import MIB, StackConfig
 from kvstrata.cluster.supervisor import die_with_parent, supervise
+from kvstrata.protos.credentials import (
+    CA_VARIABLE,
+    CERT_VARIABLE,
+    KEY_VARIABLE,
+    TOKEN_VARIABLE,
+    ClientCredentials,
+    ServerTls,
+    server_tls,
+)
 
+TlsCert = Annotated[str, typer.Option(help="The gateway's certificate, PEM: TLS.")]
+TlsKey = Annotated[str, typer.Option(help="Its private key, PEM.")]
+TlsClientCa = Annotated[
+    str, typer.Option(help="Admit only clients with a certificate of this CA: mutual TLS.")
+]
+TenantsFile = Annotated[
+    str, typer.Option("--tenants", help="File of tenants, TOML; SIGHUP reads it again.")
+]
+UpTenants = Annotated[
+    str, typer.Option("--tenants", help="File of the gateway's tenants, TOML; see its README.")
+]
 REDIS_VARIABLE = "KVSTRATA_REDIS_URL"
 PARENT_VARIABLE = "KVSTRATA_PARENT"  # pid of a process that `up` shall not outlive
 
@@ -34,6 +54,10 @@ def up(
     ttl_s: Annotated[float, typer.Option(help="How long an unused block stays in Redis.")] = 86_400,
     prefill_workers: Annotated[int, typer.Option(help="Prefill workers.")] = 1,
     decode_workers: Annotated[int, typer.Option(help="Decode workers.")] = 1,
+    tls_cert: TlsCert = "",
+    tls_key: TlsKey = "",
+    tls_client_ca: TlsClientCa = "",
+    tenants: UpTenants = "",
 ) -> None:
     """Start Redis, the store, Ray and the gateway on this machine; Ctrl-C ends them all."""
     config = StackConfig(
@@ -47,6 +71,8 @@ def up(
         ttl_s=ttl_s,
         prefill_workers=prefill_workers,
         decode_workers=decode_workers,
+        tls=absolute_tls(tls_cert, tls_key, tls_client_ca),
+        tenants=absolute(tenants),
     )
     config.validate()
     parent = os.environ.pop(PARENT_VARIABLE, "")
@@ -68,6 +94,22 @@ def gateway(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     prefill_workers: Annotated[int, typer.Option(help="Prefill workers to deploy.")] = 1,
     decode_workers: Annotated[int, typer.Option(help="Decode workers to deploy.")] = 1,
+    tls_cert: TlsCert = "",
+    tls_key: TlsKey = "",
+    tls_client_ca: TlsClientCa = "",
+    tenants: TenantsFile = "",
+    store_admin: Annotated[
+        str, typer.Option(help="host:port of the store's Admin, where it has one of its own.")
+    ] = "",
+    store_tls_ca: Annotated[
+        str, typer.Option(envvar=CA_VARIABLE, help="The store's CA, PEM: TLS to the store.")
+    ] = "",
+    store_tls_cert: Annotated[
+        str, typer.Option(envvar=CERT_VARIABLE, help="Certificate to show the store.")
+    ] = "",
+    store_tls_key: Annotated[
+        str, typer.Option(envvar=KEY_VARIABLE, help="Its private key, PEM.")
+    ] = "",
 ) -> None:
     """Deploy the workers on a running Ray cluster, unless they are there, and serve a gateway."""
     from kvstrata.cluster.gateway_process import GatewayConfig, run_gateway
@@ -80,8 +122,30 @@ def gateway(
         dtype=dtype,
         prefill_workers=prefill_workers,
         decode_workers=decode_workers,
+        tls=absolute_tls(tls_cert, tls_key, tls_client_ca),
+        store_credentials=ClientCredentials(
+            absolute(store_tls_ca),
+            absolute(store_tls_cert),
+            absolute(store_tls_key),
+            os.environ.get(TOKEN_VARIABLE, ""),
+        ),
+        store_admin_address=store_admin,
+        tenants=absolute(tenants),
     )
     run_gateway(config)
+
+
+def absolute(path: str) -> str:
+    """Return an absolute path, because what reads the file runs elsewhere; empty for none."""
+    return os.path.abspath(path) if path else ""
+
+
+def absolute_tls(cert: str, key: str, client_ca: str) -> ServerTls | None:
+    """Return the gateway's TLS setting, checked, or None without one."""
+    tls = server_tls(absolute(cert), absolute(key), absolute(client_ca))
+    if tls:
+        tls.credentials()
+    return tls
 
 
 def model_source(model: str) -> str | None:

@@ -12,6 +12,8 @@ from kvstrata.cluster.admission import Admission
 from kvstrata.cluster.router import Route, Router
 from kvstrata.cluster.workers import WorkerLostError, Workers
 from kvstrata.kvstore_service.counters import Counters
+from kvstrata.kvstore_service.quota import Quotas
+from kvstrata.kvstore_service.tenants import Tenants
 from kvstrata.methods.presets import PRESETS
 from kvstrata.prefill_node.task import Task
 from kvstrata.protos import inference_pb2_grpc
@@ -25,6 +27,7 @@ from kvstrata.protos.inference_pb2 import (
     GetModelRequest,
 )
 from kvstrata.protos.report import ReportClock, merge_reports
+from kvstrata.protos.service import metadata_of
 
 MAX_REPLAYS = 8
 UNREACHABLE = ("store_unavailable", "store_timeout")
@@ -34,15 +37,26 @@ logger = logging.getLogger(__name__)
 
 
 class Gateway(inference_pb2_grpc.InferenceServicer):
-    """Serves ``Inference``. One per process; any number may share the workers and the store."""
+    """Serves ``Inference``. One per process; any number may share the workers and the store.
+
+    The caller's tenant decides the salt of its cache scopes: the blocks of two tenants have nothing
+    in common, not even a name.
+    """
 
     def __init__(
-        self, admission: Admission, router: Router, workers: Workers, counters: Counters
+        self,
+        admission: Admission,
+        router: Router,
+        workers: Workers,
+        counters: Counters,
+        tenants: Tenants | None = None,
     ) -> None:
         self._admission = admission
         self._router = router
         self._workers = workers
         self._counters = counters
+        self._tenants = tenants or Tenants()
+        self._quotas = Quotas(counters)
         self._running = 0
         self._running_bytes = 0
         self.draining = False
@@ -63,10 +77,13 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         clock = ReportClock("gateway")
         held = 0
         try:
+            tenant = self._tenants.identify(metadata_of(context))
+            self._quotas.count_request(tenant)
             with clock.stage("route"):
                 task = await asyncio.to_thread(
                     self._admission.admit, request, context.time_remaining()
                 )
+                task = replace(task, salt=tenant.scope_salt(task.salt))
                 logger.info("request %s of session %r", task.request_id, task.session_id)
                 held = self._reserve(task)
                 route = await self._router.route(task)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -27,11 +27,13 @@ class GatewayAdmin(admin_pb2_grpc.AdminServicer):
         counters: Counters,
         store: grpc.aio.Channel,
         on_drain: Callable[[], Awaitable[None]],
+        metadata: Sequence[tuple[str, str]] = CALL_METADATA,
     ) -> None:
         self._gateway = gateway
         self._counters = counters
         self._store: Any = admin_pb2_grpc.AdminStub(store)  # type: ignore[no-untyped-call]
         self._on_drain = on_drain
+        self._metadata = metadata
         self._started = time.monotonic()
 
     async def Stats(self, request: pb.StatsRequest, context: Any) -> pb.StatsReply:  # noqa: N802
@@ -75,6 +77,6 @@ class GatewayAdmin(admin_pb2_grpc.AdminServicer):
 
     async def _ask(self, method: Any, request: Any) -> Any:
         try:
-            return await method(request, timeout=STORE_TIMEOUT_S, metadata=CALL_METADATA)
+            return await method(request, timeout=STORE_TIMEOUT_S, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, "store") from error

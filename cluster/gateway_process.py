@@ -12,6 +12,7 @@ from kvstrata.cluster.model_check import load_served_model
 from kvstrata.cluster.workers import RayWorkers, Replicas, connect, deploy, is_deployed
 from kvstrata.engine.model import Model
 from kvstrata.prefill_node.worker import WorkerConfig
+from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials, ServerTls
 from kvstrata.protos.errors import ConfigurationError
 
 STOP_GRACE_S = 30.0
@@ -29,6 +30,10 @@ class GatewayConfig:
     dtype: str
     prefill_workers: int
     decode_workers: int
+    tls: ServerTls | None = None
+    store_credentials: ClientCredentials = ANONYMOUS
+    store_admin_address: str = ""
+    tenants: str = ""
 
 
 def run_gateway(config: GatewayConfig) -> None:
@@ -56,7 +61,13 @@ def run_gateway(config: GatewayConfig) -> None:
 
 def _deploy(config: GatewayConfig) -> RayWorkers:
     return deploy(
-        WorkerConfig(config.store_address, config.model, config.dtype, warm_up=True),
+        WorkerConfig(
+            config.store_address,
+            config.model,
+            config.dtype,
+            warm_up=True,
+            credentials=config.store_credentials,
+        ),
         Replicas(config.prefill_workers, config.decode_workers),
     )
 
@@ -78,7 +89,14 @@ async def _serve(config: GatewayConfig, workers: RayWorkers, model: Model) -> No
         info=info,
         tokenizer=model.tokenizer,
         salt=salt_from_environment(),
+        tls=config.tls,
+        store_credentials=config.store_credentials,
+        store_admin_address=config.store_admin_address,
+        tenants=config.tenants,
     )
+    if config.tenants:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, gateway.tenants.reload)
     print(json.dumps({"event": "ready", "address": gateway.address}), flush=True)
     await stopping.wait()
     await gateway.stop(STOP_GRACE_S)

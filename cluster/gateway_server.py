@@ -15,10 +15,18 @@ from kvstrata.cluster.router import Router
 from kvstrata.cluster.workers import Workers
 from kvstrata.kvstore_service.client import StoreClient
 from kvstrata.kvstore_service.counters import Counters
+from kvstrata.kvstore_service.tenants import Tenants
 from kvstrata.prefill_node.worker import WorkerInfo
 from kvstrata.protos import admin_pb2_grpc, inference_pb2_grpc
+from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials, ServerTls
 from kvstrata.protos.errors import ConfigurationError
-from kvstrata.protos.service import SERVER_OPTIONS, ContractInterceptor, bind, open_channel
+from kvstrata.protos.service import (
+    SERVER_OPTIONS,
+    ContractInterceptor,
+    bind,
+    call_metadata,
+    open_channel,
+)
 
 SALT_VARIABLE = "KVSTRATA_SALT"
 SERVICES = ("kvstrata.v1.Inference", "kvstrata.v1.Admin")
@@ -31,10 +39,12 @@ class GatewayServer:
 
     Attributes:
         address: ``host:port`` that it listens on.
+        tenants: Who may call.
     """
 
     address: str
     gateway: Gateway
+    tenants: Tenants
     _server: grpc.aio.Server
     _client: StoreClient
     _channel: grpc.aio.Channel
@@ -60,27 +70,54 @@ async def start_gateway(
     info: WorkerInfo,
     tokenizer: Any,
     salt: bytes = b"",
+    tls: ServerTls | None = None,
+    store_credentials: ClientCredentials = ANONYMOUS,
+    store_admin_address: str = "",
+    tenants: str = "",
 ) -> GatewayServer:
     """Start a gateway and return it when it serves.
 
+    Args:
+        listen: ``host:port``; port 0 takes a free one.
+        store_address: Of the store's KVStore.
+        workers: The nodes.
+        info: What they serve.
+        tokenizer: The model's.
+        salt: The deployment's secret part of every cache scope.
+        tls: Of the port; plaintext without it.
+        store_credentials: Shown to the store; of an admin tenant there, if Admin is to work here.
+        store_admin_address: Of the store's Admin, where that has a port of its own.
+        tenants: File of tenants; without it everybody is one tenant and needs no token.
+
     Raises:
-        ConfigurationError: The port is taken or the address is not local.
+        ConfigurationError: The port is taken, the address is not local, or a file of certificates
+            or tenants is bad.
     """
-    client = StoreClient(store_address, timeout_s=LOOKUP_TIMEOUT_S)
-    channel = open_channel(store_address)
+    known = Tenants(tenants)
+    client = StoreClient(store_address, timeout_s=LOOKUP_TIMEOUT_S, credentials=store_credentials)
+    channel = open_channel(store_admin_address or store_address, store_credentials)
     counters = Counters()
-    gateway = Gateway(Admission(info, tokenizer, salt), Router(client, info), workers, counters)
+    admission = Admission(info, tokenizer, salt)
+    gateway = Gateway(admission, Router(client, info), workers, counters, known)
     health_service = health.aio.HealthServicer()
-    server = grpc.aio.server(interceptors=[ContractInterceptor()], options=SERVER_OPTIONS)
+    server = grpc.aio.server(
+        interceptors=[ContractInterceptor(known.authorize)], options=SERVER_OPTIONS
+    )
     inference_pb2_grpc.add_InferenceServicer_to_server(gateway, server)  # type: ignore[no-untyped-call]
-    admin = GatewayAdmin(gateway, counters, channel, health_service.enter_graceful_shutdown)
+    admin = GatewayAdmin(
+        gateway,
+        counters,
+        channel,
+        health_service.enter_graceful_shutdown,
+        call_metadata(store_credentials),
+    )
     admin_pb2_grpc.add_AdminServicer_to_server(admin, server)  # type: ignore[no-untyped-call]
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     reflection.enable_server_reflection(
         [*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server
     )
     try:
-        port = bind(server, listen)
+        port = bind(server, listen, tls)
     except ConfigurationError:
         await client.close()
         await channel.close()
@@ -88,4 +125,6 @@ async def start_gateway(
     await server.start()
     for name in ("", *SERVICES):
         await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return GatewayServer(f"{listen.rpartition(':')[0]}:{port}", gateway, server, client, channel)
+    return GatewayServer(
+        f"{listen.rpartition(':')[0]}:{port}", gateway, known, server, client, channel
+    )

@@ -20,9 +20,11 @@ from typing import Any
 
 from rich.console import Console
 
-from kvstrata.cluster.processes import check_listen, start_redis, start_store
+from kvstrata.cluster.processes import check_listen, service_tenant, start_redis, start_store
 from kvstrata.cluster.stack_config import StackConfig
 from kvstrata.cluster.supervisor import adopt_orphans, die_with_parent, end_descendants
+from kvstrata.kvstore_service.tenants import read_tenants
+from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
 from kvstrata.protos.errors import ConfigurationError, KVStrataError
 
 STOP_GRACE_S = 5.0
@@ -78,6 +80,8 @@ async def _start(
     config: StackConfig, runtime: Path, cleanup: contextlib.AsyncExitStack
 ) -> dict[str, Any]:
     check_listen(config.listen)
+    if config.tenants:
+        read_tenants(config.tenants)  # a bad file ends it before anything is started
     progress = Progress()
     pids: dict[str, int] = {}
     redis_url = config.redis_url
@@ -86,6 +90,7 @@ async def _start(
             redis, redis_url = await start_redis(runtime, config.redis_bytes)
         cleanup.push_async_callback(redis.stop)
         pids["redis"] = redis.pid
+    store_tenants, credentials = service_tenant(runtime) if config.tenants else ("", ANONYMOUS)
     with progress.step("store"):
         store, store_address = await start_store(
             runtime,
@@ -93,6 +98,7 @@ async def _start(
             redis_url=redis_url,
             redis_bytes=config.redis_bytes,
             ttl_s=config.ttl_s,
+            tenants=store_tenants,
         )
     cleanup.push_async_callback(store.stop)
     pids["store"] = store.pid
@@ -102,7 +108,7 @@ async def _start(
         model = await asyncio.to_thread(load_served_model, config.model, config.dtype)
         tokenizer = model.tokenizer
     with progress.step("Ray and workers"):
-        workers, infos = await _start_workers(config, runtime, store_address)
+        workers, infos = await _start_workers(config, runtime, store_address, credentials)
     pids |= {kind: info.pid for kind, info in infos.items()}
     from kvstrata.cluster.gateway_server import salt_from_environment, start_gateway
 
@@ -114,6 +120,9 @@ async def _start(
             info=infos["decode"],
             tokenizer=tokenizer,
             salt=salt_from_environment(),
+            tls=config.tls,
+            store_credentials=credentials,
+            tenants=config.tenants,
         )
     cleanup.push_async_callback(gateway.stop, STOP_GRACE_S)
     return {
@@ -127,7 +136,9 @@ async def _start(
     }
 
 
-async def _start_workers(config: StackConfig, runtime: Path, store_address: str) -> tuple[Any, Any]:
+async def _start_workers(
+    config: StackConfig, runtime: Path, store_address: str, credentials: ClientCredentials
+) -> tuple[Any, Any]:
     from kvstrata.cluster import workers
     from kvstrata.prefill_node.worker import WorkerConfig
 
@@ -136,7 +147,9 @@ async def _start_workers(config: StackConfig, runtime: Path, store_address: str)
     def deploy() -> workers.RayWorkers:
         num_cpus = max(os.cpu_count() or 1, config.prefill_workers + config.decode_workers + 1)
         workers.connect(None, runtime_dir=str(runtime / "ray"), num_cpus=num_cpus)
-        worker_config = WorkerConfig(store_address, config.model, config.dtype, warm_up=True)
+        worker_config = WorkerConfig(
+            store_address, config.model, config.dtype, warm_up=True, credentials=credentials
+        )
         return workers.deploy(worker_config, replicas)
 
     try:

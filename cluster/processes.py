@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import os
+import secrets
 import socket
 import sys
 from asyncio.subprocess import Process
@@ -12,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from kvstrata.kvstore_service.redis_binary import find_redis_server, free_port
+from kvstrata.protos.credentials import ClientCredentials
 from kvstrata.protos.errors import ConfigurationError
 
 START_TIMEOUT_S = 60.0
@@ -114,8 +117,26 @@ async def start_redis(runtime: Path, max_bytes: int) -> tuple[Child, str]:
     return child, f"redis://127.0.0.1:{port}/0"
 
 
+def service_tenant(runtime: Path) -> tuple[str, ClientCredentials]:
+    """Return a file with one tenant of a random token, for our own store, and what to show it."""
+    token = secrets.token_hex(32)
+    path = runtime / "store-tenants.toml"
+    path.touch(mode=0o600)
+    path.write_text(
+        f'[tenants.stack]\ntoken_sha256 = "{hashlib.sha256(token.encode()).hexdigest()}"\n'
+        f'salt_seed = "{secrets.token_hex(32)}"\nadmin = true\n'
+    )
+    return str(path), ClientCredentials(token=token)
+
+
 async def start_store(
-    runtime: Path, *, dram_bytes: int, redis_url: str | None, redis_bytes: int, ttl_s: float
+    runtime: Path,
+    *,
+    dram_bytes: int,
+    redis_url: str | None,
+    redis_bytes: int,
+    ttl_s: float,
+    tenants: str = "",
 ) -> tuple[Child, str]:
     """Start the store on a free loopback port; return it and its address."""
     address = "127.0.0.1:0"
@@ -128,6 +149,7 @@ async def start_store(
                 *(sys.executable, "-P", "-m", "kvstrata.kvstore_service"),
                 *("--listen", address, "--dram", str(dram_bytes)),
                 *("--redis-bytes", str(redis_bytes), "--ttl-s", str(ttl_s)),
+                *(("--tenants", tenants) if tenants else ()),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=errors,

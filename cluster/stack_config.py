@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import dataclass
 
+from kvstrata.protos.credentials import ServerTls
 from kvstrata.protos.errors import ConfigurationError
 
 MIB = 1 << 20
@@ -25,6 +26,8 @@ class StackConfig:
         ttl_s: How long an unused block stays in Redis.
         prefill_workers: Prefill nodes to run.
         decode_workers: Decode nodes to run.
+        tenants: File of the gateway's tenants; without it everybody is one and needs no token.
+        tls: Of the gateway's port; plaintext without it. What is behind it keeps to the loopback.
     """
 
     listen: str = "127.0.0.1:0"
@@ -37,6 +40,8 @@ class StackConfig:
     ttl_s: float = 86_400.0
     prefill_workers: int = 1
     decode_workers: int = 1
+    tls: ServerTls | None = None
+    tenants: str = ""
 
     def validate(self) -> None:
         """Raise ``ConfigurationError`` naming the first bad value."""
@@ -61,4 +66,6 @@ class StackConfig:
     @classmethod
     def decode(cls, text: str, redis_url: str | None) -> "StackConfig":
         """Return the settings that ``encode`` wrote."""
-        return cls(**{**json.loads(text), "redis_url": redis_url})
+        values = json.loads(text)
+        tls = ServerTls(**values["tls"]) if values["tls"] else None
+        return cls(**{**values, "redis_url": redis_url, "tls": tls})

@@ -7,10 +7,11 @@ from collections.abc import (
     AsyncIterable,
     AsyncIterator,
     Iterable,
+    Iterator,
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,12 +21,18 @@ from kvstrata.kvstore_service.data_codec import decode_get_reply, encode_put_req
 from kvstrata.kvstore_service.frame_assembly import FrameAssembly
 from kvstrata.kvstore_service.wire import key_message, key_of, size_messages, stratum_enum
 from kvstrata.protos import kvstore_pb2 as pb
-from kvstrata.protos.errors import CorruptFrameError, UnavailableError, from_rpc_error
+from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
+from kvstrata.protos.errors import (
+    CorruptFrameError,
+    UnavailableError,
+    from_rpc_error,
+)
 from kvstrata.protos.frame import Frame
 from kvstrata.protos.identity import BlockHash, BlockKey, ScopeDigest
 from kvstrata.protos.kvstore_pb2_grpc import KVStoreStub
-from kvstrata.protos.service import CALL_METADATA, CHUNK_BYTES, open_channel
+from kvstrata.protos.service import CHUNK_BYTES, call_metadata, open_channel
 
+THROTTLED = "throttled: "
 Blocks = Iterable[tuple[BlockKey, Mapping[int, bytes]]]
 AsyncBlocks = AsyncIterable[tuple[BlockKey, Mapping[int, bytes]]]
 
@@ -94,15 +101,29 @@ class StoreClient:
         address: ``host:port``.
         timeout_s: Deadline of each call; ``put`` and ``get`` take their own.
         max_frame_bytes: A frame announced larger than this is refused before anything is allocated.
+        credentials: How the store is known, and what is shown to it; plaintext without any.
+
+    Attributes:
+        dropped_puts: Blocks that the store refused for the present; nothing else came of it.
+
+    Raises:
+        ConfigurationError: A file of ``credentials`` is bad.
     """
 
     def __init__(
-        self, address: str, timeout_s: float = 10.0, *, max_frame_bytes: int = 256 << 20
+        self,
+        address: str,
+        timeout_s: float = 10.0,
+        *,
+        max_frame_bytes: int = 256 << 20,
+        credentials: ClientCredentials = ANONYMOUS,
     ) -> None:
         self.address = address
+        self.dropped_puts = 0
         self._timeout_s = timeout_s
         self._max_frame_bytes = max_frame_bytes
-        self._channel = open_channel(address)
+        self._metadata = call_metadata(credentials)
+        self._channel = open_channel(address, credentials)
         self._stub: Any = KVStoreStub(self._channel)  # type: ignore[no-untyped-call]
         self._put: Any = self._channel.stream_stream(
             "/kvstrata.v1.KVStore/Put",
@@ -145,13 +166,18 @@ class StoreClient:
 
         Returns one outcome a block, in order. If it raises, blocks may have been committed: putting
         them again is harmless. An error of ``blocks`` itself ends the stream and is raised.
+
+        A store that refuses more for the present raises nothing: what it did not commit is
+        "rejected" as "throttled" and counted in ``dropped_puts``; so is the rest of ``blocks``,
+        but of an asynchronous iterable no more is taken.
         """
         failures: list[Exception] = []
         sent: list[BlockKey] = []
+        source = iter(blocks) if isinstance(blocks, Iterable) else blocks
 
         async def requests() -> AsyncIterator[pb.PutRequest | memoryview]:
             try:
-                async for key, frames in _iterate(blocks):
+                async for key, frames in _iterate(source):
                     sent.append(key)
                     for request in _put_requests(key, frames):
                         yield request
@@ -159,8 +185,18 @@ class StoreClient:
                 failures.append(error)
                 call.cancel()
 
-        call = self._put(requests(), timeout=timeout_s or self._timeout_s, metadata=CALL_METADATA)
-        outcomes = [_outcome(reply) async for reply in self._replies(call, failures)]
+        call = self._put(requests(), timeout=timeout_s or self._timeout_s, metadata=self._metadata)
+        outcomes: list[PutOutcome] = []
+        async with contextlib.aclosing(self._replies(call, failures)) as replies:
+            async for reply in replies:
+                outcomes.append(_outcome(reply))
+                if outcomes[-1].reason.startswith(THROTTLED):
+                    break
+        if outcomes and outcomes[-1].reason.startswith(THROTTLED):
+            rest = source if isinstance(source, Iterator) else ()
+            unsent = [*sent[len(outcomes) :], *(key for key, _ in rest)]
+            self.dropped_puts += 1 + len(unsent)
+            return outcomes + [replace(outcomes[-1], key=key) for key in unsent]
         if failures:
             raise failures[0]
         if len(outcomes) != len(sent):
@@ -201,7 +237,7 @@ class StoreClient:
             wait_ms=wait_ms,
         )
         deadline_s = (timeout_s or self._timeout_s) + wait_ms / 1000
-        call = self._get(request, timeout=deadline_s, metadata=CALL_METADATA)
+        call = self._get(request, timeout=deadline_s, metadata=self._metadata)
         assembly: FrameAssembly | None = None
         async with contextlib.aclosing(self._replies(call)) as replies:
             async for reply, data in replies:
@@ -233,7 +269,7 @@ class StoreClient:
 
     async def _call(self, method: Any, request: Any) -> Any:
         try:
-            return await method(request, timeout=self._timeout_s, metadata=CALL_METADATA)
+            return await method(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise from_rpc_error(error, self.address) from error
 

@@ -12,6 +12,7 @@ import typer
 
 from kvstrata.kvstore_service.config import StoreConfig
 from kvstrata.kvstore_service.server import start_store
+from kvstrata.protos.credentials import server_tls
 from kvstrata.protos.errors import ConfigurationError, KVStrataError
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -53,9 +54,30 @@ def main(
         str, typer.Option(help="Folder of the ssd tier: empty, or one that a store has made.")
     ] = "",
     ssd: Annotated[str, typer.Option(help="Bound of the ssd tier, such as 100GiB.")] = "16GiB",
+    object_url: Annotated[
+        str,
+        typer.Option(
+            help="Object tier: s3://bucket/prefix, gs://, az:// or file:///folder. "
+            "Credentials come from the environment only."
+        ),
+    ] = "",
+    object_: Annotated[
+        str, typer.Option("--object", help="Bound of the object tier, such as 1TiB.")
+    ] = "64GiB",
     drain_s: Annotated[
         float, typer.Option(help="How long stopping waits for running calls.")
     ] = 10.0,
+    tls_cert: Annotated[str, typer.Option(help="The port's certificate, PEM: TLS.")] = "",
+    tls_key: Annotated[str, typer.Option(help="Its private key, PEM.")] = "",
+    tls_client_ca: Annotated[
+        str, typer.Option(help="Admit only clients with a certificate of this CA: mutual TLS.")
+    ] = "",
+    tenants: Annotated[
+        str, typer.Option(help="File of tenants, TOML; SIGHUP reads it again. See the README.")
+    ] = "",
+    admin_listen: Annotated[
+        str, typer.Option(help="host:port of Admin alone; default: beside all else.")
+    ] = "",
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
 ) -> None:
     """Run a store until SIGTERM or SIGINT. One JSON line says when it serves; logs go to stderr."""
@@ -69,7 +91,12 @@ def main(
             ttl_s=ttl_s,
             ssd_path=ssd_path or None,
             ssd_bytes=parse_size(ssd),
+            object_url=object_url or None,
+            object_bytes=parse_size(object_),
             drain_s=drain_s,
+            tls=server_tls(tls_cert, tls_key, tls_client_ca),
+            tenants=tenants,
+            admin_listen=admin_listen,
         )
         asyncio.run(serve_until_stopped(config))
     except KVStrataError as error:
@@ -84,7 +111,12 @@ async def serve_until_stopped(config: StoreConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     running = await start_store(config)
-    print(json.dumps({"event": "ready", "address": running.address}), flush=True)
+    if config.tenants:
+        loop.add_signal_handler(signal.SIGHUP, running.tenants.reload)
+    ready = {"event": "ready", "address": running.address}
+    if config.admin_listen:
+        ready["admin_address"] = running.admin_address
+    print(json.dumps(ready), flush=True)
     await stopping.wait()
     await running.stop(config.drain_s)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from kvstrata.protos.credentials import ServerTls
 from kvstrata.protos.errors import ConfigurationError
 
 MIB = 1 << 20
@@ -46,8 +47,15 @@ class StoreConfig:
         redis_probe_s: Pause between probes while Redis is down.
         ssd_path: Folder of the ssd tier, on a local disk, of this process alone; none without it.
         ssd_bytes: Bound of the ssd tier.
+        object_url: ``s3://``, ``gs://``, ``az://`` or ``file://`` of the object tier; none without
+            it. Credentials are the environment's.
+        object_bytes: Bound of the object tier; give every process that shares the URL the same.
+        object_timeout_s: Time limit of one request to the object store.
         drain_s: How long stopping waits for running calls.
         limits: What one request may ask for.
+        tls: Of every port; plaintext without it.
+        tenants: File of tenants; without it everybody is one tenant and needs no token.
+        admin_listen: ``host:port`` of Admin; the same port as all else without it.
     """
 
     listen: str = "127.0.0.1:0"
@@ -60,8 +68,14 @@ class StoreConfig:
     redis_probe_s: float = 1.0
     ssd_path: str | None = None
     ssd_bytes: int = 16 * GIB
+    object_url: str | None = None
+    object_bytes: int = 64 * GIB
+    object_timeout_s: float = 10.0
     drain_s: float = 10.0
     limits: StoreLimits = StoreLimits()
+    tls: ServerTls | None = None
+    tenants: str = ""
+    admin_listen: str = ""
 
     def validate(self) -> None:
         """Raise ``ConfigurationError`` that names every bad value."""
@@ -73,6 +87,8 @@ class StoreConfig:
             "redis_connections",
             "redis_probe_s",
             "ssd_bytes",
+            "object_bytes",
+            "object_timeout_s",
         )
         bad = [f"{name}={getattr(self, name)}" for name in positive if getattr(self, name) <= 0]
         bad += [
@@ -80,9 +96,10 @@ class StoreConfig:
             for name in StoreLimits.__slots__
             if getattr(self.limits, name) <= 0
         ]
-        host, colon, port = self.listen.rpartition(":")
-        if not colon or not host or not port.isdecimal() or int(port) > 65_535:
-            bad.append(f"listen={self.listen!r}")
+        for name in ("listen", "admin_listen") if self.admin_listen else ("listen",):
+            host, colon, port = getattr(self, name).rpartition(":")
+            if not colon or not host or not port.isdecimal() or int(port) > 65_535:
+                bad.append(f"{name}={getattr(self, name)!r}")
         if self.drain_s < 0:
             bad.append(f"drain_s={self.drain_s}")
         if self.limits.max_in_flight_bytes < self.limits.max_block_bytes:

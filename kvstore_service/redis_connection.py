@@ -6,18 +6,14 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
-from redis.asyncio import Redis
-from redis.asyncio.connection import ConnectionPool
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import (
-    ConnectionError as RedisConnectionError,
-)
-from redis.exceptions import (
-    OutOfMemoryError,
-    RedisError,
-)
+from redis.exceptions import OutOfMemoryError, RedisError
 
+from kvstrata.kvstore_service.redis_client import (
+    ClientLimits,
+    close_client,
+    is_cluster,
+    make_client,
+)
 from kvstrata.kvstore_service.redis_url import mask_url
 from kvstrata.kvstore_service.tier import TierUnavailableError
 from kvstrata.protos.errors import CapacityError, ConfigurationError
@@ -31,8 +27,11 @@ class RedisConnection:
     After a failure nothing is sent but a PING every ``probe_s``; recovery needs nobody's help. At
     most ``max_connections`` commands run at a time, further ones queue.
 
+    Attributes:
+        is_cluster: Whether a command may only name keys of one slot.
+
     Args:
-        url: ``redis://``, ``rediss://`` or ``unix://``; its secrets reach no message and no log.
+        url: See ``redis_client.parse_place``; its secrets reach no message and no log.
         timeout_s: Time limit of connecting and of each read and write.
         max_connections: Bound of the pool.
         probe_s: Pause between probes while Redis is down.
@@ -48,23 +47,17 @@ class RedisConnection:
     ) -> None:
         self.masked_url = mask_url(url)
         self._probe_s = probe_s
+        self.is_cluster = is_cluster(url)
         self._slots = asyncio.Semaphore(max_connections)
         self._probe: asyncio.Task[None] | None = None
         self._detail = ""
         try:
-            pool = ConnectionPool.from_url(
-                url,
-                max_connections=max_connections,
-                socket_timeout=timeout_s,
-                socket_connect_timeout=timeout_s / 2,
-                socket_read_size=1 << 18,
-                retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
-                protocol=2,
-            )
-            self._redis = Redis(connection_pool=pool)
+            self._redis = make_client(url, ClientLimits(timeout_s, max_connections))
         except (ValueError, TypeError):
             raise ConfigurationError(  # the cause may quote the password
-                f"not a Redis URL: {self.masked_url}", "write redis://[user:password@]host:port/db"
+                f"not a Redis URL: {self.masked_url}",
+                "write redis://[user:password@]host:port/db, redis+cluster://host:port,host:port "
+                "or redis+sentinel://host:port,host:port/service; rediss for TLS",
             ) from None
 
     @property
@@ -83,7 +76,7 @@ class RedisConnection:
             ) from None
 
     @contextlib.asynccontextmanager
-    async def use(self) -> AsyncIterator["Redis"]:
+    async def use(self) -> AsyncIterator[Any]:
         """Give the client for one command or pipeline.
 
         Raises:
@@ -136,8 +129,7 @@ class RedisConnection:
             self._probe.cancel()
             await asyncio.gather(self._probe, return_exceptions=True)
         with contextlib.suppress(RedisError, OSError):
-            await self._redis.aclose()
-            await self._redis.connection_pool.disconnect()
+            await close_client(self._redis)
 
 
 def _reason(error: Exception) -> str:

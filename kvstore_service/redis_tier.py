@@ -103,7 +103,7 @@ class RedisTier:
                     if stratum in frames:
                         pipe.set(value_key(key, stratum), frames[stratum], px=self._ttl_ms)
                     else:
-                        pipe.unlink(value_key(key, stratum))
+                        pipe.execute_command("UNLINK", value_key(key, stratum))
                 await pipe.execute()
             await self._eval(scripts.RECORD, key.encode(), entry)
         except CapacityError:
@@ -139,10 +139,14 @@ class RedisTier:
         async with self._connection.use() as redis:
             pipe = redis.pipeline(transaction=False)
             pipe.hmget(scripts.SIZES_KEY, [key.encode() for key in keys])
-            pipe.exists(*(name for key in keys for name in _value_keys(key)))
-            entries, num_values = await pipe.execute()
+            if self._connection.is_cluster:  # a block's keys share a slot, those of several do not
+                for key in keys:
+                    pipe.execute_command("EXISTS", *_value_keys(key))
+            else:
+                pipe.exists(*(name for key in keys for name in _value_keys(key)))
+            entries, *counts = await pipe.execute()
         sizes = [_parse_entry(entry) for entry in entries]
-        if sum(map(len, sizes)) != num_values:
+        if sum(map(len, sizes)) != sum(counts):
             sizes = await self._reconcile(keys)
         return [found or None for found in sizes]
 
@@ -246,7 +250,7 @@ class RedisTier:
         async with self._connection.use() as redis:
             pipe = redis.pipeline(transaction=False)
             for key in keys:
-                pipe.unlink(*_value_keys(key))
+                pipe.execute_command("UNLINK", *_value_keys(key))
             await pipe.execute()
 
 

@@ -8,7 +8,7 @@ def mask_url(url: str) -> str:
     'redis://***@10.0.0.7:6379/0'
     """
     scheme, separator, rest = url.partition("://")
-    if not separator or not scheme.isalnum():
+    if not separator or not scheme.replace("+", "").isalnum():
         return "***"
     before, _, query = rest.partition("?")
     if "@" in query:  # a raw "?" or "@" in a password: nobody can tell where the secret ends

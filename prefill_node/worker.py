@@ -16,6 +16,7 @@ from kvstrata.engine.sequence import dtype_name
 from kvstrata.kernels.warmup import WORKER_OPS, warm_up
 from kvstrata.kvstore_service.client import FetchedStratum, StoreClient
 from kvstrata.methods.framing import SealedBlock
+from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
 from kvstrata.protos.errors import DeadlineError, KVStrataError
 from kvstrata.protos.frame import Frame
 from kvstrata.protos.frame_pb2 import Stratum
@@ -41,6 +42,7 @@ class WorkerConfig:
         device: "auto", "cpu" or "cuda".
         store_timeout_s: Longest silence of the store before computing instead.
         warm_up: Compile the CPU kernels, or load them from disk, before the first request.
+        credentials: Shown to the store; the files must be there on the node.
     """
 
     store_address: str
@@ -50,6 +52,7 @@ class WorkerConfig:
     device: str = "auto"
     store_timeout_s: float = 5.0
     warm_up: bool = False
+    credentials: ClientCredentials = ANONYMOUS
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,9 @@ class Worker:
         """The store client; made on first use, because it belongs to the running event loop."""
         if self._store is None:
             self._store = StoreClient(
-                self.config.store_address, timeout_s=self.config.store_timeout_s
+                self.config.store_address,
+                timeout_s=self.config.store_timeout_s,
+                credentials=self.config.credentials,
             )
         return self._store
 

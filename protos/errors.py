@@ -13,8 +13,11 @@
     . BlockNotFoundError
   - ProtocolVersionError        FAILED_PRECONDITION
   - ConfigurationError          FAILED_PRECONDITION   raised at start-up: bad URL, occupied port
+  - UnauthenticatedError        UNAUTHENTICATED       no token, or one that nobody has
+  - PermissionDeniedError       PERMISSION_DENIED     a tenant that may not do this
   - MessageTooLargeError        RESOURCE_EXHAUSTED
   - CapacityError               RESOURCE_EXHAUSTED
+    . ThrottledError            RESOURCE_EXHAUSTED    a tenant's quota or rate is used up
   - UnavailableError            UNAVAILABLE           a peer cannot be reached
     . DrainingError
   - DeadlineError               DEADLINE_EXCEEDED
@@ -22,7 +25,8 @@
   - InternalError               INTERNAL              a defect of ours
 
 On the wire an error is a ``google.rpc.Status`` with one ``google.rpc.ErrorInfo`` detail: ``reason``
-is the class name, ``domain`` is "kvstrata", ``metadata["remedy"]`` says what to do.
+is the class name, ``domain`` is "kvstrata", ``metadata["remedy"]`` says what to do. A throttled
+call's ``metadata["retry_after_s"]`` is told as ``google.rpc.RetryInfo`` too, for other libraries.
 """
 
 from typing import ClassVar
@@ -34,6 +38,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 DOMAIN = "kvstrata"
+RETRY_AFTER = "retry_after_s"
 
 
 class KVStrataError(Exception):
@@ -136,6 +141,18 @@ class ConfigurationError(KVStrataError):
     code = grpc.StatusCode.FAILED_PRECONDITION
 
 
+class UnauthenticatedError(KVStrataError):
+    """A call without a token, or with one that belongs to no tenant."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDeniedError(KVStrataError):
+    """A call that the caller's tenant may not make."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
 class MessageTooLargeError(KVStrataError):
     """A message beyond the server's size limit."""
 
@@ -146,6 +163,18 @@ class CapacityError(KVStrataError):
     """No room or no slot at present; trying again later may succeed."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class ThrottledError(CapacityError):
+    """A tenant has used up what it may at present; ``retry_after_s`` says when to come again."""
+
+    @property
+    def retry_after_s(self) -> float:
+        """Seconds to wait before another attempt; 0 if the server did not say."""
+        try:
+            return max(0.0, float(self.metadata.get(RETRY_AFTER, "0")))
+        except ValueError:
+            return 0.0
 
 
 class UnavailableError(KVStrataError):
@@ -194,12 +223,14 @@ _BY_STATUS: dict[grpc.StatusCode, type[KVStrataError]] = {
     grpc.StatusCode.OUT_OF_RANGE: PromptTooLongError,
     grpc.StatusCode.UNIMPLEMENTED: ProtocolVersionError,
     grpc.StatusCode.INTERNAL: InternalError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
 }
 _REMEDIES: dict[grpc.StatusCode, str] = {
     grpc.StatusCode.UNAVAILABLE: "check the address and that the server runs",
     grpc.StatusCode.DEADLINE_EXCEEDED: "raise the timeout or ask for fewer tokens",
     grpc.StatusCode.RESOURCE_EXHAUSTED: "send a smaller message",
     grpc.StatusCode.UNIMPLEMENTED: "use a client and a server of the same version",
+    grpc.StatusCode.UNAUTHENTICATED: "set KVSTRATA_TOKEN, or check the certificates",
 }
 
 
@@ -210,10 +241,16 @@ def to_status(error: KVStrataError) -> status_pb2.Status:
         domain=DOMAIN,
         metadata={"remedy": error.remedy, **error.metadata},
     )
-    detail = any_pb2.Any()
-    detail.Pack(info)
+    details = [info]
+    if isinstance(error, ThrottledError) and error.retry_after_s:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        details.append(retry)
+    packed = [any_pb2.Any() for _ in details]
+    for target, detail in zip(packed, details, strict=True):
+        target.Pack(detail)
     number = code_pb2.Code.Value(error.code.name)
-    return status_pb2.Status(code=number, message=error.message, details=[detail])
+    return status_pb2.Status(code=number, message=error.message, details=packed)
 
 
 def from_rpc_error(error: grpc.RpcError, peer: str = "") -> KVStrataError:

@@ -270,6 +270,27 @@ def open_head(buffer: Buffer) -> tuple[FrameHeader, int, int]:
     return header, frame_bytes, head_bytes
 
 
+def under_scope(frame: Buffer, old: bytes, new: bytes) -> bytes:
+    """Return the same frame with scope ``new`` in its header; segments are copied unread.
+
+    Raises:
+        CorruptFrameError: Not a frame of scope ``old``, or its header is not as we write it.
+    """
+    header, _, head_bytes = open_head(frame)
+    if header.scope != old:
+        raise CorruptFrameError("the frame belongs to another scope")
+    header.scope = new
+    head = header.SerializeToString(deterministic=True)
+    if PRELUDE_BYTES + len(head) != head_bytes:
+        raise CorruptFrameError(
+            "the header is not in canonical form", "encode it with this release"
+        )
+    view = memoryview(frame)
+    prelude = view[: _PRELUDE.size]
+    checksum = _CHECKSUM.pack(_head_checksum(prelude, head))
+    return b"".join((prelude, checksum, head, view[head_bytes:]))
+
+
 def _check_table(
     entries: Iterable[Segment | Attachment], head_bytes: int, frame_bytes: int
 ) -> None:

@@ -82,6 +82,9 @@ class KVStoreServicer:
         A block becomes visible to readers, all its strata at once, only after every byte has arrived and
         every checksum holds. Re-putting a block whose strata are all present changes nothing (EXISTS).
         A broken stream commits the blocks already acknowledged and nothing of the one in flight.
+        Beyond a tenant's limits a block is REJECTED as "throttled: ..." before its bytes are kept, no
+        further one is taken, and the stream ends as RESOURCE_EXHAUSTED, with RetryInfo, once the client has
+        stopped writing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -6,17 +6,19 @@ of our tree with the right status and details; the handlers themselves just rais
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
+from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials, ServerTls
 from kvstrata.protos.errors import (
     ConfigurationError,
     InternalError,
     KVStrataError,
+    LimitError,
     MalformedMessageError,
     ProtocolVersionError,
     to_status,
@@ -25,6 +27,8 @@ from kvstrata.protos.errors import (
 PROTOCOL_VERSION = "1"
 VERSION_KEY = "kvstrata-protocol"
 MAX_MESSAGE_BYTES = 4 << 20
+MAX_METADATA_BYTES = 16 << 10
+MAX_HEADERS = 64
 CHUNK_BYTES = 1 << 20  # the size at which gRPC streams are fastest
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
@@ -38,14 +42,29 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", -1),
     ("grpc.so_reuseport", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.max_concurrent_streams", 1024),  # of one connection
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
 ]
 CALL_METADATA: tuple[tuple[str, str], ...] = ((VERSION_KEY, PROTOCOL_VERSION),)
 
 logger = logging.getLogger(__name__)
 
 
+Metadata = tuple[tuple[str, str | bytes], ...]
+Authorize = Callable[[str, Metadata], object]
+"""Raises unless the caller with this metadata may call this method."""
+
+
 class ContractInterceptor(grpc.aio.ServerInterceptor):
-    """Parses requests, checks the protocol version, and turns raised errors into gRPC statuses."""
+    """Parses requests, checks the protocol version, and turns raised errors into gRPC statuses.
+
+    Args:
+        authorize: Asked before every call of our services, before its request is read.
+    """
+
+    def __init__(self, authorize: Authorize | None = None) -> None:
+        self._authorize = authorize
 
     async def intercept_service(
         self,
@@ -54,12 +73,29 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         """Return the handler with the contract wrapped around it; foreign services pass through."""
         handler = await continuation(handler_call_details)
-        if handler is None or not str(handler_call_details.method).startswith("/kvstrata."):
+        method = str(handler_call_details.method)
+        if handler is None or not method.startswith("/kvstrata."):
             return handler
-        return _guard(handler)
+
+        def check(context: Any) -> None:
+            check_version(context)
+            if self._authorize is not None:
+                self._authorize(method, metadata_of(context))
+
+        return _guard(handler, check)
 
 
-def _guard(handler: Any) -> Any:
+def metadata_of(context: Any) -> Metadata:
+    """Return the caller's headers; ``LimitError`` if there are more than ``MAX_HEADERS``."""
+    metadata: Metadata = tuple(context.invocation_metadata() or ())
+    if len(metadata) > MAX_HEADERS:
+        raise LimitError(
+            f"{len(metadata)} headers exceed the limit of {MAX_HEADERS}", "send fewer headers"
+        )
+    return metadata
+
+
+def _guard(handler: Any, check: Callable[[Any], None]) -> Any:
     parse = handler.request_deserializer
 
     def read(message: bytes) -> Any:
@@ -81,7 +117,7 @@ def _guard(handler: Any) -> Any:
 
     async def unary(request: Any, context: Any) -> Any:
         try:
-            check_version(context)
+            check(context)
             return await inner(read_all(request) if streams_in else read(request), context)
         except KVStrataError as error:
             await abort(context, error)
@@ -90,7 +126,7 @@ def _guard(handler: Any) -> Any:
 
     async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            check_version(context)
+            check(context)
             replies = inner(read_all(request) if streams_in else read(request), context)
             async with contextlib.aclosing(replies):
                 async for reply in replies:
@@ -115,7 +151,7 @@ def _guard(handler: Any) -> Any:
 
 def check_version(context: Any) -> None:
     """Raise ``ProtocolVersionError`` if the caller names another protocol version than ours."""
-    for key, value in context.invocation_metadata() or ():
+    for key, value in metadata_of(context):
         if key == VERSION_KEY and value != PROTOCOL_VERSION:
             raise ProtocolVersionError(
                 f"the client speaks protocol version {str(value)[:32]!r}, "
@@ -139,15 +175,20 @@ async def _abort_defect(context: Any) -> None:
     await abort(context, InternalError("internal error", "see the server's log"))
 
 
-def bind(server: grpc.aio.Server, listen: str) -> int:
+def bind(server: grpc.aio.Server, listen: str, tls: ServerTls | None = None) -> int:
     """Have ``server`` listen at ``host:port`` and return the port, which is another one for port 0.
 
     Raises:
-        ConfigurationError: The port is taken or the address is not local.
+        ConfigurationError: The port is taken, the address is not local, or a file of ``tls`` is
+            bad; nothing was opened.
     """
+    credentials = tls.credentials() if tls else None
     port = 0
     with contextlib.suppress(RuntimeError):
-        port = server.add_insecure_port(listen)
+        if credentials is None:
+            port = server.add_insecure_port(listen)
+        else:
+            port = server.add_secure_port(listen, credentials)
     if not port:
         raise ConfigurationError(
             f"cannot listen at {listen}", "choose a free port (0 takes any) and a local address"
@@ -155,6 +196,24 @@ def bind(server: grpc.aio.Server, listen: str) -> int:
     return port
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """Return an asynchronous channel with our limits; nothing connects before the first call."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+def open_channel(
+    address: str,
+    credentials: ClientCredentials = ANONYMOUS,
+    options: Sequence[tuple[str, int]] = CHANNEL_OPTIONS,
+) -> grpc.aio.Channel:
+    """Return an asynchronous channel with our limits; nothing connects before the first call.
+
+    The token of ``credentials`` goes with each call, as ``call_metadata``.
+
+    Raises:
+        ConfigurationError: A file of ``credentials`` is bad.
+    """
+    tls = credentials.channel()
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, tls, options=options)
+
+
+def call_metadata(credentials: ClientCredentials) -> tuple[tuple[str, str], ...]:
+    """Return the headers of a call: protocol version, and the token if there is one."""
+    return (*CALL_METADATA, *credentials.metadata)

@@ -19,9 +19,10 @@ from kvstrata.protos import (
     inference_pb2_grpc,
     kvstore_pb2,
 )
+from kvstrata.protos.credentials import ServerTls
 from kvstrata.protos.errors import BlockNotFoundError, KVStrataError, UnknownPresetError
 from kvstrata.protos.identity import BLOCK_TOKENS
-from kvstrata.protos.service import SERVER_OPTIONS, ContractInterceptor
+from kvstrata.protos.service import SERVER_OPTIONS, ContractInterceptor, bind
 
 PRESETS = ("balanced", "exact", "near-lossless", "small")
 SCOPE = bytes(range(16))
@@ -57,14 +58,14 @@ class Gateway(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServicer
         self.blocks = {bytes([i]) * 16: self._headers(bytes([i]) * 16) for i in range(5)}
         self.pinned = {bytes([1]) * 16}
 
-    async def serve(self) -> grpc.aio.Server:
+    async def serve(self, tls: ServerTls | None = None) -> grpc.aio.Server:
         server = grpc.aio.server(interceptors=[ContractInterceptor()], options=SERVER_OPTIONS)
         inference_pb2_grpc.add_InferenceServicer_to_server(self, server)
         admin_pb2_grpc.add_AdminServicer_to_server(self, server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
-        self.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        self.address = f"127.0.0.1:{bind(server, '127.0.0.1:0', tls)}"
         await server.start()
         return server
 

@@ -1,12 +1,14 @@
-"""A Redis shared by this folder's tests, emptied before each."""
+"""A Redis and an S3 service shared by this folder's tests, empty for each."""
 
 import socket
 from collections.abc import Iterator
 
 import pytest
 
+from kvstrata.kvstore_service.object_testing import S3Server
 from kvstrata.kvstore_service.testing import RedisServer
 from kvstrata.protos.identity import CacheScope, ScopeDigest
+from tests.kvstore_service.redis_servers import RedisClusterServers, redis_cluster
 
 
 @pytest.fixture(scope="session")
@@ -23,11 +25,38 @@ def redis(shared_redis: RedisServer) -> RedisServer:
     return shared_redis
 
 
+@pytest.fixture(scope="session")
+def shared_cluster() -> Iterator[RedisClusterServers]:
+    with redis_cluster() as servers:
+        yield servers
+
+
+@pytest.fixture
+def cluster(shared_cluster: RedisClusterServers) -> RedisClusterServers:
+    """Three masters, emptied."""
+    shared_cluster.flush()
+    return shared_cluster
+
+
 @pytest.fixture
 def own_redis() -> Iterator[RedisServer]:
     """A Redis that the test may kill."""
     with RedisServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def shared_s3() -> Iterator[S3Server]:
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_url(shared_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty bucket; how to reach it is in the environment."""
+    for name, value in shared_s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{shared_s3.make_bucket()}/some/prefix"
 
 
 @pytest.fixture

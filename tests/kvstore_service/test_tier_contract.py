@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from kvstrata.kvstore_service.dram_tier import DramTier
+from kvstrata.kvstore_service.object_service import ObjectService
+from kvstrata.kvstore_service.object_tier import ObjectTier
 from kvstrata.kvstore_service.redis_connection import RedisConnection
 from kvstrata.kvstore_service.redis_tier import RedisTier
 from kvstrata.kvstore_service.ssd_tier import SsdTier
@@ -14,6 +16,7 @@ from kvstrata.kvstore_service.testing import RedisServer
 from kvstrata.kvstore_service.tier import Tier
 from kvstrata.protos.errors import CapacityError
 from kvstrata.protos.identity import BlockHash, BlockKey, ScopeDigest
+from tests.kvstore_service.redis_servers import RedisClusterServers
 
 CAPACITY = 1000
 
@@ -22,7 +25,7 @@ def key(number: int) -> BlockKey:
     return BlockKey(ScopeDigest(b"s" * 16), BlockHash(number.to_bytes(16, "big")))
 
 
-@pytest.fixture(params=["dram", "redis", "ssd"])
+@pytest.fixture(params=["dram", "redis", "cluster", "ssd", "object-folder", "object-s3"])
 async def tier(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Tier]:
     made: Tier
     if request.param == "dram":
@@ -35,8 +38,14 @@ async def tier(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
             allocation_bytes=1,
             fsync=False,
         ).open()
+    elif request.param.startswith("object"):
+        is_folder = request.param == "object-folder"
+        url = tmp_path.as_uri() if is_folder else request.getfixturevalue("s3_url")
+        made = await ObjectTier(
+            ObjectService(url), capacity_bytes=CAPACITY, max_stratum_bytes=CAPACITY
+        ).open()
     else:
-        server: RedisServer = request.getfixturevalue("redis")
+        server: RedisServer | RedisClusterServers = request.getfixturevalue(request.param)
         made = RedisTier(
             RedisConnection(server.url),
             capacity_bytes=CAPACITY,
@@ -124,10 +133,12 @@ async def test_keys_come_most_recently_used_first(tier: Tier) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-async def test_random_operations_agree_with_a_dict(tier: Tier, seed: int) -> None:
+async def test_random_operations_agree_with_a_dict(
+    tier: Tier, seed: int, request: pytest.FixtureRequest
+) -> None:
     source = random.Random(seed)
     model: dict[BlockKey, dict[int, bytes]] = {}
-    for _ in range(120):
+    for _ in range(30 if "s3" in request.node.name else 120):
         chosen = key(source.randrange(8))
         action = source.choice(["put", "put", "get", "drop", "delete", "contains"])
         if action == "put":
@@ -154,9 +165,9 @@ async def test_random_operations_agree_with_a_dict(tier: Tier, seed: int) -> Non
     assert (await tier.usage()).blocks == len(model)
 
 
-async def test_the_bound_holds_under_churn(tier: Tier) -> None:
+async def test_the_bound_holds_under_churn(tier: Tier, request: pytest.FixtureRequest) -> None:
     source = random.Random(5)
-    for number in range(150):
+    for number in range(40 if "s3" in request.node.name else 150):
         await tier.put(key(number), {1: bytes(source.randrange(1, 400))})
         assert (await tier.usage()).num_bytes <= CAPACITY
     await tier.check_integrity()

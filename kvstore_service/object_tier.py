@@ -1,0 +1,365 @@
+"""The last tier: blocks in a cloud's object store or a folder, shared by several processes.
+
+``object_index`` accounts, ``object_listing`` keeps the index up to date, ``object_service`` sends
+requests; this module orders them: changes of one block come one after another.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from typing import Any, Self, TypeVar
+from weakref import WeakValueDictionary
+
+from kvstrata.kvstore_service.object_index import ObjectIndex
+from kvstrata.kvstore_service.object_listing import ObjectListing
+from kvstrata.kvstore_service.object_name import ROOT, ObjectName
+from kvstrata.kvstore_service.object_service import ObjectService, ReadFailedError
+from kvstrata.kvstore_service.pin_table import Clock, PinTable
+from kvstrata.kvstore_service.tier import StratumSizes, TierUnavailableError, TierUsage
+from kvstrata.protos.errors import CapacityError
+from kvstrata.protos.identity import BlockKey
+
+logger = logging.getLogger(__name__)
+
+_MAX_READS = 4  # of a block that is replaced again and again
+
+T = TypeVar("T")
+
+
+class ObjectTier:
+    """Blocks in one bucket and prefix, or one folder; keeps ``Tier``. One event loop owns it.
+
+    What ``put`` has returned from is as durable as the service makes it. The index is a cache of
+    the listing: other processes' blocks are found by a listing every ``relist_s`` and, before that,
+    by a request for a block that is asked for; their deletions are misses. So the bound holds for
+    what this process knew at its last put or listing; what others wrote since, and a block's old
+    object while it is replaced, come on top. The order of use and pins are this process's own;
+    after a start, blocks count as last used when they were written.
+
+    Args:
+        service: The way to the objects; the tier closes it.
+        capacity_bytes: The bound; give every process that shares the prefix the same.
+        max_stratum_bytes: No larger stratum is written or read.
+        relist_s: Pause between listings.
+        absent_s: How long a block that was not found is not asked for again.
+        max_probes: Unknown blocks that one ``contains`` asks the service for.
+        find_s: How long ``contains`` waits for those answers.
+        clock: Monotonic seconds, for pins and ``absent_s``.
+    """
+
+    name = "object"
+    resident = False
+
+    def __init__(
+        self,
+        service: ObjectService,
+        *,
+        capacity_bytes: int,
+        max_stratum_bytes: int,
+        relist_s: float = 300.0,
+        absent_s: float = 5.0,
+        max_probes: int = 32,
+        find_s: float = 1.0,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._service = service
+        self._capacity_bytes = capacity_bytes
+        self._max_stratum_bytes = max_stratum_bytes
+        self._max_probes = max_probes
+        self._find_s = find_s
+        self._writer = secrets.token_hex(4)
+        self._evictions = 0
+        self._pins = PinTable(clock)
+        self._index = ObjectIndex(capacity_bytes, absent_s, clock)
+        self._listing = ObjectListing(
+            service,
+            self._index,
+            max_stratum_bytes=max_stratum_bytes,
+            relist_s=relist_s,
+            evict=self._evict_surplus,
+        )
+        self._lister: asyncio.Task[None] | None = None
+        self._changes: set[asyncio.Task[Any]] = set()
+        self._locks: WeakValueDictionary[BlockKey, asyncio.Lock] = WeakValueDictionary()
+        self._released = asyncio.Event()
+
+    async def open(self) -> Self:
+        """Check that the service can be used, begin to list it, and return the tier.
+
+        Raises:
+            ConfigurationError: It does not answer, or does not let itself be written and listed.
+        """
+        try:
+            await self._service.check()
+        except BaseException:
+            await self.close()
+            raise
+        self._lister = asyncio.create_task(self._listing.run())
+        return self
+
+    async def get(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
+        """Return the strata that are here, all of one writing; see ``Tier.get``.
+
+        An unknown block is asked for, once in ``absent_s``.
+        """
+        self._service.refuse_if_down()
+        if not self._index.knows(key):
+            await self._to_its_end(self._look(key))
+        for _ in range(_MAX_READS):
+            found = self._index.use(key)
+            if found is None:
+                return {}
+            frames = await self._read(found, strata)
+            if frames is not None:
+                return frames
+        return {}
+
+    async def _read(self, found: ObjectName, strata: Sequence[int]) -> dict[int, bytes] | None:
+        """Return the strata of a writing; None if it is not what the index now says."""
+        places = {s: place for s, place in found.places().items() if s in strata}
+        if not places:
+            return {}
+        failure = ""
+        parts: list[bytes] | None = None
+        try:
+            parts = await self._service.read(found.path, list(places.values()))
+        except ReadFailedError as error:
+            failure = str(error)
+        frames = dict(zip(places, parts or (), strict=False))
+        if parts is not None and all(len(frames[s]) == size for s, (_, size) in places.items()):
+            return frames
+        now = await self._to_its_end(self._look(found.key, instead_of=found))
+        if now == found and failure:
+            raise self._service.mark_down(failure)
+        return None
+
+    async def _look(self, key: BlockKey, instead_of: ObjectName | None = None) -> ObjectName | None:
+        """Ask the service for the block unless the index has learned of it; return the object."""
+        async with self._changing(key):
+            held = self._index.get(key)
+            if held != instead_of or (instead_of is None and self._index.knows(key)):
+                return held
+            return await self._listing.find(key)
+
+    async def put(self, key: BlockKey, frames: Mapping[int, bytes]) -> list[BlockKey]:
+        """Replace the block; the service has it when this returns. See ``Tier.put``."""
+        assert frames, "a block without strata"
+        self._service.refuse_if_down()
+        if max(map(len, frames.values())) > self._max_stratum_bytes:
+            raise self._no_room(key, "the limit of one stratum")
+        return await self._to_its_end(self._put(key, dict(frames)))
+
+    async def _put(self, key: BlockKey, frames: Mapping[int, bytes]) -> list[BlockKey]:
+        async with self._changing(key):
+            if not self._index.knows(key):
+                await self._listing.find(key)
+            victims = await self._write(key, frames, time.time_ns())
+            return [victim.key for victim in victims]
+
+    async def _write(
+        self, key: BlockKey, frames: Mapping[int, bytes], number: int
+    ) -> list[ObjectName]:
+        """Write an object that supersedes the block's present one; return whom it evicted."""
+        old = self._index.get(key)
+        number = max(number, old.number + 1 if old else 0)
+        new = ObjectName.of(key, number, self._writer, frames)
+        victims = await self._choose_victims(key, new.num_bytes)
+        for victim in victims:
+            self._index.remove(victim.key)
+        freed_bytes = sum(victim.num_bytes for victim in victims)
+        with self._reserve(max(new.num_bytes, freed_bytes)):
+            await self._service.remove([victim.path for victim in victims])
+            self._evictions += len(victims)
+            content = b"".join(frames[stratum] for stratum, _ in new.extents)
+            await self._service.write(new.path, content)
+            self._index.add(new)
+        if old is not None:
+            await self._remove_superseded(old)
+        return victims
+
+    async def _remove_superseded(self, old: ObjectName) -> None:
+        """Remove what a reader no longer sees; the next listing does it if this cannot."""
+        with contextlib.suppress(TierUnavailableError):
+            await self._service.remove([old.path])
+
+    async def _choose_victims(self, key: BlockKey, num_bytes: int) -> list[ObjectName]:
+        """Return whom to evict for ``num_bytes`` of ``key``, once other changes leave the room."""
+        while True:
+            self._service.refuse_if_down()
+            old = self._index.get(key)
+            more_bytes = num_bytes - (old.num_bytes if old else 0)
+            victims = self._index.victims(more_bytes, self._is_exempt)
+            if victims is not None:
+                return victims
+            if num_bytes > self._capacity_bytes or not self._index.num_reservations:
+                raise self._no_room(key, f"{self._capacity_bytes} bytes")
+            self._released.clear()
+            await self._released.wait()
+
+    async def _evict_surplus(self) -> None:
+        """Give up what a listing found beyond the bound."""
+        surplus = self._index.surplus(self._is_exempt)
+        for victim in surplus:
+            self._index.remove(victim.key)
+        with self._reserve(0):
+            await self._service.remove([victim.path for victim in surplus])
+        self._evictions += len(surplus)
+
+    def _is_exempt(self, key: BlockKey) -> bool:
+        return key in self._locks or self._pins.holds(key)
+
+    def _no_room(self, key: BlockKey, limit: str) -> CapacityError:
+        return CapacityError(
+            f"tier object has no room for block {key.encode()} within {limit}",
+            "raise the store's --object, or unpin blocks",
+            tier=self.name,
+            block_key=key.encode(),
+        )
+
+    async def contains(self, keys: Sequence[BlockKey]) -> list[StratumSizes | None]:
+        """Return strata and sizes, from the index; see ``Tier.contains``.
+
+        The first ``max_probes`` blocks that the index does not know are asked for, and count as
+        absent if the answer takes longer than ``find_s``; further unknown ones count as absent.
+        """
+        self._service.refuse_if_down()
+        found = [self._index.get(key) for key in keys]
+        missing = [key for key, name in zip(keys, found, strict=True) if name is None]
+        unknown = [key for key in missing if not self._index.knows(key)]
+        if unknown:
+            asked = list(dict.fromkeys(unknown))[: self._max_probes]
+            looks = [self._start(self._look(key)) for key in asked]
+            await asyncio.wait(looks, timeout=self._find_s)
+            self._service.refuse_if_down()
+            found = [self._index.get(key) for key in keys]
+        return [None if name is None else name.sizes for name in found]
+
+    async def delete(self, keys: Sequence[BlockKey]) -> int:
+        """Forget blocks, every writing of them, at a request or two each. See ``Tier.delete``."""
+        self._service.refuse_if_down()
+        for key in keys:
+            self._pins.remove(key)
+        deletions = [self._start(self._delete(key)) for key in dict.fromkeys(keys)]
+        return sum(await asyncio.gather(*map(asyncio.shield, deletions)))
+
+    async def _delete(self, key: BlockKey) -> bool:
+        async with self._changing(key):
+            paths = await self._listing.writings(key)
+            await self._service.remove(paths)
+            was_here = self._index.get(key) is not None or bool(paths)
+            self._index.note_absent(key)
+            self._released.set()
+            return was_here
+
+    async def drop(self, key: BlockKey, stratum: int) -> None:
+        """Forget one stratum, by writing the others anew; see ``Tier.drop``.
+
+        A newer writing of another process stays what it is.
+        """
+        self._service.refuse_if_down()
+        await self._to_its_end(self._drop(key, stratum))
+
+    async def _drop(self, key: BlockKey, stratum: int) -> None:
+        async with self._changing(key):
+            old = self._index.get(key)
+            if old is None or stratum not in old.sizes:
+                return
+            places = {s: place for s, place in old.places().items() if s != stratum}
+            kept: dict[int, bytes] = {}
+            if places:
+                with contextlib.suppress(ReadFailedError):
+                    parts = await self._service.read(old.path, list(places.values()))
+                    kept = dict(zip(places, parts or (), strict=False))
+            kept = {s: frame for s, frame in kept.items() if len(frame) == places[s][1]}
+            if kept:
+                await self._write(key, kept, old.number + 1)
+                return
+            await self._service.remove([old.path])
+            self._index.note_absent(key)
+
+    async def keys(self, limit: int) -> list[BlockKey]:
+        """Return keys, most recently used first; see ``Tier.keys``."""
+        self._service.refuse_if_down()
+        return self._index.keys(limit)
+
+    async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> None:
+        """Exempt blocks from eviction by this process; see ``Tier.pin``."""
+        self._service.refuse_if_down()
+        for key in keys:
+            if self._index.get(key) is not None:
+                self._pins.add(key, ttl_s)
+
+    async def unpin(self, keys: Sequence[BlockKey]) -> None:
+        """End pins; see ``Tier.unpin``."""
+        for key in keys:
+            self._pins.remove(key)
+
+    async def usage(self) -> TierUsage:
+        """Return what is known to be held; the detail also says that a listing runs."""
+        detail = self._service.detail
+        healthy = not detail
+        if healthy and self._listing.num_listed is not None:
+            detail = f"listing, {self._listing.num_listed} blocks so far"
+        held_bytes = self._index.num_bytes
+        return TierUsage(
+            *(len(self._index), held_bytes, self._capacity_bytes, self._evictions),
+            *(healthy, detail),
+        )
+
+    async def check_integrity(self) -> None:
+        """Compare the index with the bucket, while nobody changes it; see ``Tier``."""
+        content: dict[str, int] = {}
+        async for page in self._service.list(ROOT):
+            content |= {item["path"]: item["size"] for item in page}
+        objects = self._index.objects()
+        named = {found.path: found.num_bytes for found in objects}
+        ours = {path: size for path, size in content.items() if ObjectName.parse(path)}
+        assert named == ours, f"object tier accounts {named}, holds {ours}"
+        held = sum(named.values())
+        assert held == self._index.num_bytes, f"object tier accounts {self._index.num_bytes} bytes"
+        assert held <= self._capacity_bytes, f"object tier holds {held} of {self._capacity_bytes}"
+
+    async def close(self) -> None:
+        """Wait for changes that are under way, each within its limit. Idempotent."""
+        if self._lister is not None:
+            self._lister.cancel()
+            await asyncio.gather(self._lister, return_exceptions=True)
+        if self._changes:
+            await asyncio.wait(set(self._changes))
+        await self._service.close()
+
+    @contextlib.asynccontextmanager
+    async def _changing(self, key: BlockKey) -> AsyncIterator[None]:
+        """Be the only one here who changes this block's objects."""
+        lock = self._locks.get(key)
+        if lock is None:
+            lock = self._locks[key] = asyncio.Lock()
+        async with lock:
+            yield
+
+    @contextlib.contextmanager
+    def _reserve(self, num_bytes: int) -> Iterator[None]:
+        try:
+            with self._index.reserve(num_bytes):
+                yield
+        finally:
+            self._released.set()
+
+    def _start(self, change: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run ``change`` to its end; its failure is also the service's state."""
+        task = asyncio.create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._settle)
+        return task
+
+    def _settle(self, task: asyncio.Task[Any]) -> None:
+        self._changes.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen; whoever waits for the task gets it too
+
+    async def _to_its_end(self, change: Coroutine[Any, Any, T]) -> T:
+        """Run ``change`` to its end, even if the caller is cancelled meanwhile."""
+        return await asyncio.shield(self._start(change))

@@ -1,0 +1,219 @@
+"""Tenants: who may call, told by the bearer token alone, and what each may use.
+
+The file is TOML, one table a tenant::
+
+    [tenants.alice]
+    token_sha256 = "5e88...": sha256 of the token, in hex; the token itself is nowhere
+    salt_seed = "9f86...": a secret that the tenant's cache scopes are derived from
+    admin = false              # may call Admin
+    quota_bytes = 10_000_000_000    # 0, the default of each limit: none
+    requests_per_s = 100
+    in_flight_bytes = 200_000_000
+"""
+
+import hashlib
+import hmac
+import logging
+import re
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvstrata.kvstore_service.namespace import Namespace
+from kvstrata.protos.credentials import TOKEN_KEY, TOKEN_SCHEME
+from kvstrata.protos.errors import (
+    ConfigurationError,
+    KVStrataError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
+from kvstrata.protos.service import Metadata
+
+ADMIN_PREFIX = "/kvstrata.v1.Admin/"
+MAX_FILE_BYTES = 1 << 20
+MIN_SEED_CHARS = 16
+_LIMITS = ("quota_bytes", "requests_per_s", "in_flight_bytes")
+_FIELDS = {"token_sha256", "salt_seed", "admin", *_LIMITS}
+_SALT_DOMAIN = b"kvstrata/scope-salt/1"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """One party whose blocks nobody else can name.
+
+    Attributes:
+        name: For counters and logs.
+        token_hash: SHA-256 of its token.
+        salt_seed: Secret that its scope salt is derived from.
+        is_admin: Whether it may call Admin.
+        quota_bytes: Bytes of its blocks that this process may keep; 0 is no limit, as below.
+        requests_per_s: Calls a second, blocks of a Put stream counted one by one.
+        in_flight_bytes: Bytes being received for it and sent to it at once.
+    """
+
+    name: str
+    token_hash: bytes = field(default=b"", repr=False)
+    salt_seed: bytes = field(default=b"", repr=False)
+    is_admin: bool = False
+    quota_bytes: int = 0
+    requests_per_s: float = 0.0
+    in_flight_bytes: int = 0
+
+    @property
+    def namespace(self) -> Namespace:
+        """How its keys are stored: plainly for the default tenant alone."""
+        return Namespace(self.name if self.token_hash else "")
+
+    def scope_salt(self, deployment: bytes) -> bytes:
+        """Return the secret part of its cache scopes; the deployment's own without a seed."""
+        if not self.salt_seed:
+            return deployment
+        return hmac.digest(self.salt_seed, _SALT_DOMAIN + deployment, "sha256")
+
+
+DEFAULT = Tenant("default", is_admin=True)
+"""Everybody, where no tenants are configured: stores under plain keys and needs no token."""
+
+
+class Tenants:
+    """Who calls, and whether they may. Without a file everybody is the default tenant."""
+
+    def __init__(self, path: str = "") -> None:
+        self._path = path
+        self._tenants: tuple[Tenant, ...] = read_tenants(path) if path else ()
+
+    def identify(self, metadata: Metadata) -> Tenant:
+        """Return the tenant whose token is in ``metadata``; nothing else of a call names one.
+
+        Raises:
+            UnauthenticatedError: No token, several, or one that belongs to nobody.
+        """
+        if not self._path:
+            return DEFAULT
+        offered = [value for key, value in metadata if key == TOKEN_KEY]
+        header = offered[0] if len(offered) == 1 else ""
+        if not isinstance(header, str) or not header.startswith(TOKEN_SCHEME):
+            raise UnauthenticatedError(
+                "the call has no bearer token" if not offered else "the call has no readable token",
+                "set KVSTRATA_TOKEN to the tenant's token",
+            )
+        offered_hash = hashlib.sha256(header.removeprefix(TOKEN_SCHEME).encode()).digest()
+        found = None
+        for tenant in self._tenants:  # all of them, so that the time tells nothing
+            if hmac.compare_digest(offered_hash, tenant.token_hash):
+                found = tenant
+        if found is None:
+            raise UnauthenticatedError(
+                "the token belongs to no tenant", "check KVSTRATA_TOKEN, or ask the operator"
+            )
+        return found
+
+    def authorize(self, method: str, metadata: Metadata) -> None:
+        """Raise unless the caller has a token, and for Admin one of an admin tenant.
+
+        Raises:
+            UnauthenticatedError: See ``identify``.
+            PermissionDeniedError: Admin, called by another tenant.
+        """
+        tenant = self.identify(metadata)
+        if method.startswith(ADMIN_PREFIX) and not tenant.is_admin:
+            raise PermissionDeniedError(
+                f"tenant {tenant.name!r} is no admin", "use the token of an admin tenant"
+            )
+
+    def reload(self) -> bool:
+        """Read the file again; a bad one is logged and changes nothing. Return whether it held."""
+        try:
+            self._tenants = read_tenants(self._path) if self._path else ()
+        except KVStrataError as error:
+            logger.error("tenants not read again, the old ones stay: %s", error)
+            return False
+        logger.info("tenants read again: count=%d", len(self._tenants))
+        return True
+
+
+def read_tenants(path: str) -> tuple[Tenant, ...]:
+    """Return the tenants of a file.
+
+    Raises:
+        ConfigurationError: Names what is wrong with it, and no secret.
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_FILE_BYTES + 1)
+        if len(text) > MAX_FILE_BYTES:
+            raise ConfigurationError(
+                f"the tenants file {path} is larger than {MAX_FILE_BYTES} bytes", "shorten it"
+            )
+        content = tomllib.loads(text.decode())
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot read the tenants file {path}: {error.strerror}", "name a file to read"
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        where = re.search(r"\(at [^)]*\)", str(error))  # the rest may quote a secret
+        raise ConfigurationError(
+            f"the tenants file {path} is no TOML {where[0] if where else ''}".rstrip(),
+            "correct it",
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(
+            f"the tenants file {path} is no UTF-8", "save it as UTF-8"
+        ) from None
+    tables = content.get("tenants")
+    if not isinstance(tables, dict) or not tables or set(content) != {"tenants"}:
+        raise ConfigurationError(
+            f"the tenants file {path} must have tables [tenants.NAME] and nothing else",
+            "name at least one tenant",
+        )
+    tenants = tuple(_parse(name, table) for name, table in tables.items())
+    _check_distinct(tenants)
+    return tenants
+
+
+def _parse(name: str, table: Any) -> Tenant:
+    def refuse(what: str, remedy: str) -> ConfigurationError:
+        return ConfigurationError(f"tenant {name[:64]!r}: {what}", remedy)
+
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name):
+        raise refuse("not a name", "use up to 63 of a-z, 0-9, - and _")
+    if not isinstance(table, dict) or not _FIELDS.issuperset(table):
+        unknown = sorted(set(table) - _FIELDS) if isinstance(table, dict) else []
+        raise refuse(f"unknown fields {unknown}", f"use {', '.join(sorted(_FIELDS))}")
+    token_hash, seed = table.get("token_sha256"), table.get("salt_seed")
+    if not isinstance(token_hash, str) or not re.fullmatch(r"[0-9a-f]{64}", token_hash):
+        raise refuse("token_sha256 is no SHA-256", "give 64 lower-case hex digits")
+    if not isinstance(seed, str) or len(seed) < MIN_SEED_CHARS:
+        raise refuse(
+            f"salt_seed has fewer than {MIN_SEED_CHARS} characters", "give a random secret"
+        )
+    if not isinstance(table.get("admin", False), bool):
+        raise refuse("admin is neither true nor false", "give true or false")
+    limits = {limit: table.get(limit, 0) for limit in _LIMITS}
+    for limit, value in limits.items():
+        kinds = (int, float) if limit == "requests_per_s" else (int,)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value < 1 << 62:
+            raise refuse(f"{limit} is no number of at least 0", "give one, 0 for no limit")
+    return Tenant(
+        name,
+        bytes.fromhex(token_hash),
+        seed.encode(),
+        table.get("admin", False),
+        **limits,
+    )
+
+
+def _check_distinct(tenants: Iterable[Tenant]) -> None:
+    """Refuse tenants that a token or a salt would not tell apart."""
+    seen: dict[bytes, str] = {}
+    for tenant in tenants:
+        for secret, what in ((tenant.token_hash, "token"), (tenant.salt_seed, "salt_seed")):
+            if secret in seen:
+                raise ConfigurationError(
+                    f"tenants {seen[secret]!r} and {tenant.name!r} have the same {what}",
+                    f"give each its own {what}",
+                )
+            seen[secret] = tenant.name
