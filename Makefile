@@ -16,7 +16,7 @@ RUN_CLEAN := export TMPDIR=$$(mktemp -d /tmp/kvt-XXXXXX) && trap 'rm -rf "$$TMPD
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint fmt types farm proto e2e peers-codec size clean
+.PHONY: help install demo test lint fmt types farm proto aot e2e peers-codec size clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9%_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9%_-]+):.*## /\1\t/' \
@@ -43,6 +43,9 @@ demo: install ## start everything on this machine and show a cache hit; writes .
 test: lint types ## everything: lint, types, the whole test suite
 	$(RUN_CLEAN) $(BIN)/pytest -m "not e2e" -n 2 --dist loadfile --basetemp="$$TMPDIR/pytest" --durations=10
 	$(RUN_CLEAN) $(BIN)/pytest -m e2e --basetemp="$$TMPDIR/pytest" --durations=5
+
+aot: install ## compile every case of every GPU kernel for every GPU we name; make test takes the largest
+	$(RUN_CLEAN) KVSTRATA_AOT=all $(BIN)/pytest tests/kernels/test_aot.py --basetemp="$$TMPDIR/pytest"
 
 e2e: install ## only the tests that start real processes
 	$(RUN_CLEAN) $(BIN)/pytest -m e2e --basetemp="$$TMPDIR/pytest" --durations=10

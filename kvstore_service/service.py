@@ -32,6 +32,7 @@ from kvstrata.protos import kvstore_pb2 as pb
 from kvstrata.protos.errors import (
     DeadlineError,
     InvalidRequestError,
+    KVStrataError,
     MalformedMessageError,
     ThrottledError,
 )
@@ -42,6 +43,7 @@ from kvstrata.protos.service import CHUNK_BYTES, metadata_of
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["KVStore"].full_name
 _MAX_DISCARDED_BYTES = 64 << 20
+_DISCARD_S = 1.0  # silence after which a refused client is taken to have stopped writing
 
 LayerRange = tuple[int, int] | None
 Blocks = asyncio.Queue[asyncio.Task[pb.PutReply] | None]
@@ -118,28 +120,36 @@ class StoreService(KVStoreServicer):
         self, requests: AsyncIterator[pb.PutRequest], context: Any
     ) -> AsyncIterator[pb.PutReply]:
         """Commit blocks one after another; nothing of a block that did not arrive whole is kept."""
-        tenant = self._caller(context)
-        with self._workload.call():
-            blocks: Blocks = asyncio.Queue(1)
-            receiving = asyncio.create_task(self._receive_then_end(requests, blocks, tenant))
-            try:
-                while (block := await blocks.get()) is not None:
-                    yield await block
-                await receiving
-            except ThrottledError as error:
-                await asyncio.wait([receiving])
-                yield _refused(error)
-                await self._discard(requests)
-                raise
-            finally:
-                await cancel([receiving])
+        receiving: asyncio.Task[None] | None = None
+        try:
+            tenant = self._caller(context)
+            with self._workload.call():
+                blocks: Blocks = asyncio.Queue(1)
+                receiving = asyncio.create_task(self._receive_then_end(requests, blocks, tenant))
+                try:
+                    while (block := await blocks.get()) is not None:
+                        yield await block
+                    await receiving
+                except ThrottledError as error:
+                    await asyncio.wait([receiving])
+                    yield _refused(error)
+                    await self._discard(requests, self._limits.put_idle_s)
+                    raise
+                finally:
+                    await cancel([receiving])
+        except ThrottledError:
+            raise
+        except KVStrataError:
+            if receiving is None or not receiving.cancelled():
+                await self._discard(requests, _DISCARD_S)
+            raise
 
-    async def _discard(self, requests: AsyncIterator[pb.PutRequest]) -> None:
+    async def _discard(self, requests: AsyncIterator[pb.PutRequest], idle_s: float) -> None:
         """Read what was on its way: a client that still writes would not see the status."""
         left = _MAX_DISCARDED_BYTES
         with contextlib.suppress(StopAsyncIteration, TimeoutError):
             while left > 0:
-                async with asyncio.timeout(self._limits.put_idle_s):
+                async with asyncio.timeout(idle_s):
                     left -= 1024 + len((await anext(requests)).data)
 
     async def _receive_then_end(

@@ -3,7 +3,9 @@
 A program of its own, because Triton's interpreter, which the tests run under, patches Triton's
 language for the whole process:
 
-    python -P compile_ahead.py cuda:90,hip:gfx942 kvstrata.kernels.colsum_triton some/file.py
+    python -P compile_ahead.py cuda:90,hip:gfx942/few kvstrata.kernels.colsum_triton some/file.py
+
+With ``/few`` only the last case of each kernel, which is its largest, is compiled.
 
 It prints one object per module, target and case. A failure is an object with an ``error``.
 """
@@ -33,6 +35,7 @@ WIDE_PTX = re.compile(
     r"|\bcp\.async\.c[ag]\.shared\S*\.global\S*[^;]*, (0x10|16)\b"
     r"|\bcp\.async\.bulk\."
 )
+FEW = "/few"
 WIDE_AMD = re.compile(r"\b(global|buffer)_load_(dwordx4|b128)\b")
 
 
@@ -123,16 +126,24 @@ def measure(case: AotCase, target: GPUTarget) -> dict[str, Any]:
     }
 
 
+def last_of_each_kernel(cases: tuple[AotCase, ...]) -> tuple[AotCase, ...]:
+    """Return, in order, the last case of each kernel."""
+    return tuple({case.kernel: case for case in cases}.values())
+
+
 def rows(name: str, targets: list[str]) -> Iterator[dict[str, Any]]:
     try:
         cases: tuple[AotCase, ...] = load(name).AOT
     except Exception:
-        for target in targets:
+        for told in targets:
+            target = told.removesuffix(FEW)
             yield {"target": target, "case": "(import)", "error": traceback.format_exc(limit=-6)}
         return
-    for target in targets:
-        for case in cases:
-            row: dict[str, Any] = {"target": target, "case": case.name}
+    for told in targets:
+        target = told.removesuffix(FEW)
+        for case in last_of_each_kernel(cases) if told.endswith(FEW) else cases:
+            kernel = getattr(case.kernel, "__name__", "")
+            row: dict[str, Any] = {"target": target, "case": case.name, "kernel": kernel}
             try:
                 row |= measure(case, parse_target(target))
             except Exception:
