@@ -126,7 +126,11 @@ def _claim(name: str) -> Iterator[bool]:
     except OSError:
         yield False
     else:
-        yield True
+        try:
+            yield True
+        finally:  # who waits for this very file gets it, or makes another: both find all compiled
+            with contextlib.suppress(OSError):
+                os.unlink(path)
     finally:
         os.close(lock)
 

@@ -138,8 +138,10 @@ def test_a_process_that_holds_the_work_up_is_waited_for_a_while_only(
     start = time.monotonic()
     with warmup._claim("exact") as claimed:
         assert claimed
+        assert any(tmp_path.iterdir())
         assert set(warm_up((32,), (torch.bfloat16,), ("exact",)).seconds) == {"exact"}
     assert time.monotonic() - start >= 0.3
+    assert not any(tmp_path.iterdir())
 
 
 def test_without_a_folder_to_share_every_process_compiles(
