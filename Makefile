@@ -40,14 +40,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install ## start everything on this machine and show a cache hit; writes ./demo/
 	$(BIN)/kvstrata demo
 
-test: lint types ## everything: lint, types, the whole test suite
+test: lint types ## lint, types and every test but those that are long: make e2e, make aot
 	$(RUN_CLEAN) $(BIN)/pytest -m "not e2e" -n 2 --dist loadfile --basetemp="$$TMPDIR/pytest" --durations=10
-	$(RUN_CLEAN) $(BIN)/pytest -m e2e --basetemp="$$TMPDIR/pytest" --durations=5
+	$(RUN_CLEAN) $(BIN)/pytest -m "e2e and not long" --basetemp="$$TMPDIR/pytest" --durations=5
 
 aot: install ## compile every case of every GPU kernel for every GPU we name; make test takes the largest
 	$(RUN_CLEAN) KVSTRATA_AOT=all $(BIN)/pytest tests/kernels/test_aot.py --basetemp="$$TMPDIR/pytest"
 
-e2e: install ## only the tests that start real processes
+e2e: install ## the tests that start real processes, the long ones too
 	$(RUN_CLEAN) $(BIN)/pytest -m e2e --basetemp="$$TMPDIR/pytest" --durations=10
 
 lint: install ## ruff check and format check; edits nothing

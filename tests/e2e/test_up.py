@@ -150,6 +150,7 @@ def test_our_servers_listen_on_loopback_and_ray_takes_no_strangers(stack: Stack)
     assert "ConnectionError" in done.stderr
 
 
+@pytest.mark.long
 def test_the_demo_runs_from_the_wheel_beside_the_package_kernels(
     new_wheel_venv: Environment, tmp_path: Path
 ) -> None:
