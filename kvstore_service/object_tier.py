@@ -9,10 +9,10 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
-from typing import Any, Self, TypeVar
-from weakref import WeakValueDictionary
+from collections.abc import Mapping, Sequence
+from typing import Self
 
+from kvstrata.kvstore_service.block_changes import BlockChanges
 from kvstrata.kvstore_service.object_index import ObjectIndex
 from kvstrata.kvstore_service.object_listing import ObjectListing
 from kvstrata.kvstore_service.object_name import ROOT, ObjectName
@@ -25,8 +25,6 @@ from kvstrata.protos.identity import BlockKey
 logger = logging.getLogger(__name__)
 
 _MAX_READS = 4  # of a block that is replaced again and again
-
-T = TypeVar("T")
 
 
 class ObjectTier:
@@ -82,9 +80,7 @@ class ObjectTier:
             evict=self._evict_surplus,
         )
         self._lister: asyncio.Task[None] | None = None
-        self._changes: set[asyncio.Task[Any]] = set()
-        self._locks: WeakValueDictionary[BlockKey, asyncio.Lock] = WeakValueDictionary()
-        self._released = asyncio.Event()
+        self._changes = BlockChanges()
 
     async def open(self) -> Self:
         """Check that the service can be used, begin to list it, and return the tier.
@@ -107,7 +103,7 @@ class ObjectTier:
         """
         self._service.refuse_if_down()
         if not self._index.knows(key):
-            await self._to_its_end(self._look(key))
+            await self._changes.to_its_end(self._look(key))
         for _ in range(_MAX_READS):
             found = self._index.use(key)
             if found is None:
@@ -131,14 +127,14 @@ class ObjectTier:
         frames = dict(zip(places, parts or (), strict=False))
         if parts is not None and all(len(frames[s]) == size for s, (_, size) in places.items()):
             return frames
-        now = await self._to_its_end(self._look(found.key, instead_of=found))
+        now = await self._changes.to_its_end(self._look(found.key, instead_of=found))
         if now == found and failure:
             raise self._service.mark_down(failure)
         return None
 
     async def _look(self, key: BlockKey, instead_of: ObjectName | None = None) -> ObjectName | None:
         """Ask the service for the block unless the index has learned of it; return the object."""
-        async with self._changing(key):
+        async with self._changes.of(key):
             held = self._index.get(key)
             if held != instead_of or (instead_of is None and self._index.knows(key)):
                 return held
@@ -150,10 +146,10 @@ class ObjectTier:
         self._service.refuse_if_down()
         if max(map(len, frames.values())) > self._max_stratum_bytes:
             raise self._no_room(key, "the limit of one stratum")
-        return await self._to_its_end(self._put(key, dict(frames)))
+        return await self._changes.to_its_end(self._put(key, dict(frames)))
 
     async def _put(self, key: BlockKey, frames: Mapping[int, bytes]) -> list[BlockKey]:
-        async with self._changing(key):
+        async with self._changes.of(key):
             if not self._index.knows(key):
                 await self._listing.find(key)
             victims = await self._write(key, frames, time.time_ns())
@@ -170,7 +166,7 @@ class ObjectTier:
         for victim in victims:
             self._index.remove(victim.key)
         freed_bytes = sum(victim.num_bytes for victim in victims)
-        with self._reserve(max(new.num_bytes, freed_bytes)):
+        with self._index.reserve(max(new.num_bytes, freed_bytes)):
             await self._service.remove([victim.path for victim in victims])
             self._evictions += len(victims)
             content = b"".join(frames[stratum] for stratum, _ in new.extents)
@@ -187,29 +183,24 @@ class ObjectTier:
 
     async def _choose_victims(self, key: BlockKey, num_bytes: int) -> list[ObjectName]:
         """Return whom to evict for ``num_bytes`` of ``key``, once other changes leave the room."""
-        while True:
-            self._service.refuse_if_down()
-            old = self._index.get(key)
-            more_bytes = num_bytes - (old.num_bytes if old else 0)
-            victims = self._index.victims(more_bytes, self._is_exempt)
-            if victims is not None:
-                return victims
-            if num_bytes > self._capacity_bytes or not self._index.num_reservations:
-                raise self._no_room(key, f"{self._capacity_bytes} bytes")
-            self._released.clear()
-            await self._released.wait()
+        victims = await self._index.victims_for(
+            key, num_bytes, self._is_exempt, self._service.refuse_if_down
+        )
+        if victims is None:
+            raise self._no_room(key, f"{self._capacity_bytes} bytes")
+        return victims
 
     async def _evict_surplus(self) -> None:
         """Give up what a listing found beyond the bound."""
-        surplus = self._index.surplus(self._is_exempt)
+        surplus, _ = self._index.surplus(self._is_exempt)
         for victim in surplus:
             self._index.remove(victim.key)
-        with self._reserve(0):
+        with self._index.reserve(0):
             await self._service.remove([victim.path for victim in surplus])
         self._evictions += len(surplus)
 
     def _is_exempt(self, key: BlockKey) -> bool:
-        return key in self._locks or self._pins.holds(key)
+        return self._changes.touch(key) or self._pins.holds(key)
 
     def _no_room(self, key: BlockKey, limit: str) -> CapacityError:
         return CapacityError(
@@ -231,7 +222,7 @@ class ObjectTier:
         unknown = [key for key in missing if not self._index.knows(key)]
         if unknown:
             asked = list(dict.fromkeys(unknown))[: self._max_probes]
-            looks = [self._start(self._look(key)) for key in asked]
+            looks = [self._changes.start(self._look(key)) for key in asked]
             await asyncio.wait(looks, timeout=self._find_s)
             self._service.refuse_if_down()
             found = [self._index.get(key) for key in keys]
@@ -242,16 +233,15 @@ class ObjectTier:
         self._service.refuse_if_down()
         for key in keys:
             self._pins.remove(key)
-        deletions = [self._start(self._delete(key)) for key in dict.fromkeys(keys)]
+        deletions = [self._changes.start(self._delete(key)) for key in dict.fromkeys(keys)]
         return sum(await asyncio.gather(*map(asyncio.shield, deletions)))
 
     async def _delete(self, key: BlockKey) -> bool:
-        async with self._changing(key):
+        async with self._changes.of(key):
             paths = await self._listing.writings(key)
             await self._service.remove(paths)
             was_here = self._index.get(key) is not None or bool(paths)
             self._index.note_absent(key)
-            self._released.set()
             return was_here
 
     async def drop(self, key: BlockKey, stratum: int) -> None:
@@ -260,10 +250,10 @@ class ObjectTier:
         A newer writing of another process stays what it is.
         """
         self._service.refuse_if_down()
-        await self._to_its_end(self._drop(key, stratum))
+        await self._changes.to_its_end(self._drop(key, stratum))
 
     async def _drop(self, key: BlockKey, stratum: int) -> None:
-        async with self._changing(key):
+        async with self._changes.of(key):
             old = self._index.get(key)
             if old is None or stratum not in old.sizes:
                 return
@@ -314,7 +304,7 @@ class ObjectTier:
         content: dict[str, int] = {}
         async for page in self._service.list(ROOT):
             content |= {item["path"]: item["size"] for item in page}
-        objects = self._index.objects()
+        objects = self._index.held()
         named = {found.path: found.num_bytes for found in objects}
         ours = {path: size for path, size in content.items() if ObjectName.parse(path)}
         assert named == ours, f"object tier accounts {named}, holds {ours}"
@@ -327,39 +317,5 @@ class ObjectTier:
         if self._lister is not None:
             self._lister.cancel()
             await asyncio.gather(self._lister, return_exceptions=True)
-        if self._changes:
-            await asyncio.wait(set(self._changes))
+        await self._changes.wait()
         await self._service.close()
-
-    @contextlib.asynccontextmanager
-    async def _changing(self, key: BlockKey) -> AsyncIterator[None]:
-        """Be the only one here who changes this block's objects."""
-        lock = self._locks.get(key)
-        if lock is None:
-            lock = self._locks[key] = asyncio.Lock()
-        async with lock:
-            yield
-
-    @contextlib.contextmanager
-    def _reserve(self, num_bytes: int) -> Iterator[None]:
-        try:
-            with self._index.reserve(num_bytes):
-                yield
-        finally:
-            self._released.set()
-
-    def _start(self, change: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run ``change`` to its end; its failure is also the service's state."""
-        task = asyncio.create_task(change)
-        self._changes.add(task)
-        task.add_done_callback(self._settle)
-        return task
-
-    def _settle(self, task: asyncio.Task[Any]) -> None:
-        self._changes.discard(task)
-        if not task.cancelled():
-            task.exception()  # seen; whoever waits for the task gets it too
-
-    async def _to_its_end(self, change: Coroutine[Any, Any, T]) -> T:
-        """Run ``change`` to its end, even if the caller is cancelled meanwhile."""
-        return await asyncio.shield(self._start(change))

@@ -4,16 +4,14 @@
 changes of one block come one after another, reads wait for nothing.
 """
 
-import asyncio
-import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Self, TypeVar
-from weakref import WeakValueDictionary
+from typing import Self
 
+from kvstrata.kvstore_service.block_changes import BlockChanges
 from kvstrata.kvstore_service.pin_table import Clock, PinTable
 from kvstrata.kvstore_service.ssd_file import SsdFile
 from kvstrata.kvstore_service.ssd_folder import DiskFullError, SsdFolder
@@ -27,8 +25,6 @@ from kvstrata.protos.identity import BlockKey
 logger = logging.getLogger(__name__)
 
 _MAX_READS = 4  # of a block that is replaced again and again
-
-T = TypeVar("T")
 
 
 class SsdTier:
@@ -84,9 +80,7 @@ class SsdTier:
         self._index = SsdIndex(capacity_bytes, allocation_bytes)
         self._evictions = 0
         self._next_number = 0
-        self._changes: set[asyncio.Task[Any]] = set()
-        self._locks: WeakValueDictionary[BlockKey, asyncio.Lock] = WeakValueDictionary()
-        self._released = asyncio.Event()
+        self._changes = BlockChanges()
         self._worker = SsdWorker(
             self._folder.path,
             num_threads=num_threads,
@@ -124,7 +118,8 @@ class SsdTier:
         await run(partial(self._folder.claim, create=create))
         files, mended = await run(self._folder.recover)
         index = SsdIndex(self._capacity_bytes, self._allocation_bytes, files)
-        excess = index.victims(0, self._pins.holds) or []
+        excess, fits = index.surplus(self._pins.holds)
+        excess = excess if fits else []
         for file in excess:
             index.remove(file.key)
         await run(partial(self._folder.remove, excess))
@@ -179,7 +174,7 @@ class SsdTier:
         self, file: SsdFile, frames: dict[int, bytes] | None
     ) -> dict[int, bytes] | None:
         """Return what is left of a damaged file; None if it is not, but was moved by us."""
-        async with self._changing(file.key):
+        async with self._changes.of(file.key):
             if self._index.get(file.key) is not file:
                 return None
             if frames is None:
@@ -197,10 +192,10 @@ class SsdTier:
         assert frames, "a block without strata"
         if max(map(len, frames.values())) > self._max_stratum_bytes:
             raise self._no_room(key, "the limit of one stratum")
-        return await self._to_its_end(self._put(key, frames))
+        return await self._changes.to_its_end(self._put(key, frames))
 
     async def _put(self, key: BlockKey, frames: Mapping[int, bytes]) -> list[BlockKey]:
-        async with self._changing(key):
+        async with self._changes.of(key):
             file = SsdFile.of(key, self._next_number, frames)
             self._next_number += 1
             num_bytes = self._index.allocated(file)
@@ -209,7 +204,7 @@ class SsdTier:
             for victim in victims:
                 self._index.remove(victim.key)
             self._evictions += len(victims)
-            with self._reserve(max(num_bytes, freed_bytes)):
+            with self._index.reserve(max(num_bytes, freed_bytes)):
                 try:
                     write = partial(self._folder.write, file, frames, victims)
                     await self._worker.change(write)
@@ -223,20 +218,19 @@ class SsdTier:
 
     async def _choose_victims(self, key: BlockKey, num_bytes: int) -> list[SsdFile]:
         """Return whom to evict for ``num_bytes`` of ``key``, once other changes leave the room."""
-        while True:
-            if self._worker.trouble is not None:
-                raise self._worker.trouble.error()
-            more_bytes = num_bytes - self._index.allocated(self._index.get(key))
-            victims = self._index.victims(more_bytes, self._is_exempt)
-            if victims is not None:
-                return victims
-            if num_bytes > self._capacity_bytes or not self._index.num_reservations:
-                raise self._no_room(key, f"{self._capacity_bytes} bytes")
-            self._released.clear()
-            await self._released.wait()
+        victims = await self._index.victims_for(
+            key, num_bytes, self._is_exempt, self._refuse_if_in_trouble
+        )
+        if victims is None:
+            raise self._no_room(key, f"{self._capacity_bytes} bytes")
+        return victims
+
+    def _refuse_if_in_trouble(self) -> None:
+        if self._worker.trouble is not None:
+            raise self._worker.trouble.error()
 
     def _is_exempt(self, key: BlockKey) -> bool:
-        return key in self._locks or self._pins.holds(key)
+        return self._changes.touch(key) or self._pins.holds(key)
 
     def _no_room(self, key: BlockKey, limit: str) -> CapacityError:
         return CapacityError(
@@ -257,15 +251,15 @@ class SsdTier:
         self._worker.refuse_if_down()
         for key in keys:
             self._pins.remove(key)
-        return await self._to_its_end(self._delete(keys))
+        return await self._changes.to_its_end(self._delete(keys))
 
     async def _delete(self, keys: Sequence[BlockKey]) -> int:
         wanted = dict.fromkeys(keys)
-        idle = [key for key in wanted if key not in self._locks]
-        busy = [key for key in wanted if key in self._locks]
+        idle = [key for key in wanted if not self._changes.touch(key)]
+        busy = [key for key in wanted if self._changes.touch(key)]
         deleted = await self._forget(idle)
         for key in busy:
-            async with self._changing(key):
+            async with self._changes.of(key):
                 deleted += await self._forget([key])
         return deleted
 
@@ -276,17 +270,17 @@ class SsdTier:
 
     async def _unlink(self, files: Sequence[SsdFile], *, durably: bool = False) -> None:
         if files:
-            with self._reserve(sum(map(self._index.allocated, files))):
+            with self._index.reserve(sum(map(self._index.allocated, files))):
                 remove = partial(self._folder.remove, files, durably=durably)
                 await self._worker.change(remove)
 
     async def drop(self, key: BlockKey, stratum: int) -> None:
         """Forget one stratum; its bytes stay taken if others follow it. See ``Tier.drop``."""
         self._worker.refuse_if_down()
-        await self._to_its_end(self._drop(key, stratum))
+        await self._changes.to_its_end(self._drop(key, stratum))
 
     async def _drop(self, key: BlockKey, stratum: int) -> None:
-        async with self._changing(key):
+        async with self._changes.of(key):
             file = self._index.get(key)
             if file is None or stratum not in file.sizes:
                 return
@@ -294,7 +288,7 @@ class SsdTier:
             if smaller is None:
                 await self._forget([key])
                 return
-            with self._reserve(0):
+            with self._index.reserve(0):
                 await self._worker.change(partial(self._folder.shrink, file, smaller))
                 self._index.replace(smaller)
 
@@ -332,7 +326,7 @@ class SsdTier:
         """Compare the accounting with the folder, while nothing changes it; see ``Tier``."""
         self._worker.refuse_if_down()
         content = await self._worker.read(self._folder.content)
-        files = self._index.files()
+        files = self._index.held()
         named = {file.path: file.num_bytes for file in files}
         assert named == content, f"ssd accounts {named}, holds {content}"
         held = sum(map(self._index.allocated, files))
@@ -341,34 +335,9 @@ class SsdTier:
 
     async def close(self) -> None:
         """Wait for what is under way, and let others have the folder. Idempotent."""
-        if self._changes:
-            await asyncio.wait(set(self._changes))
+        await self._changes.wait()
         await self._worker.stop()
         self._folder.release()
-
-    @contextlib.asynccontextmanager
-    async def _changing(self, key: BlockKey) -> AsyncIterator[None]:
-        """Be the only one who changes this block's file."""
-        lock = self._locks.get(key)
-        if lock is None:
-            lock = self._locks[key] = asyncio.Lock()
-        async with lock:
-            yield
-
-    @contextlib.contextmanager
-    def _reserve(self, num_bytes: int) -> Iterator[None]:
-        try:
-            with self._index.reserve(num_bytes):
-                yield
-        finally:
-            self._released.set()
-
-    async def _to_its_end(self, change: Coroutine[Any, Any, T]) -> T:
-        """Run ``change`` to its end, even if the caller is cancelled meanwhile."""
-        task = asyncio.create_task(change)
-        self._changes.add(task)
-        task.add_done_callback(self._changes.discard)
-        return await asyncio.shield(task)
 
 
 def _is_cut(file: SsdFile, frames: Mapping[int, bytes]) -> bool:

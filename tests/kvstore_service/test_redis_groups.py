@@ -35,7 +35,7 @@ def key(number: int) -> BlockKey:
     return BlockKey(ScopeDigest(b"s" * 16), BlockHash(number.to_bytes(16, "big")))
 
 
-def make_tier(url: str, timeout_s: float = 0.5) -> RedisTier:
+def make_tier(url: str, timeout_s: float = 2) -> RedisTier:
     connection = RedisConnection(url, timeout_s=timeout_s, probe_s=0.05)
     return RedisTier(connection, capacity_bytes=4 << 20, ttl_s=60, max_stratum_bytes=1 << 20)
 
@@ -94,7 +94,7 @@ async def test_a_lost_master_makes_the_tier_unavailable_until_it_is_back(
             await tier.put(key(number), {1: b"base"})
 
     with pytest.raises(TierUnavailableError):
-        await asyncio.wait_for(put_everywhere(), 20)
+        await asyncio.wait_for(put_everywhere(), 60)
     usage = await tier.usage()
     assert (usage.healthy, bool(usage.detail)) == (False, True)
     own_cluster.servers[0].resume()

@@ -23,8 +23,10 @@ def key(number: int) -> BlockKey:
     return BlockKey(ScopeDigest(b"s" * 16), BlockHash(number.to_bytes(16, "big")))
 
 
-def make_tier(url: str, capacity_bytes: int = 1000, ttl_s: float = 60) -> RedisTier:
-    connection = RedisConnection(url, timeout_s=0.4, probe_s=0.05)
+def make_tier(
+    url: str, capacity_bytes: int = 1000, ttl_s: float = 60, timeout_s: float = 10
+) -> RedisTier:
+    connection = RedisConnection(url, timeout_s=timeout_s, probe_s=0.05)
     return RedisTier(
         connection, capacity_bytes=capacity_bytes, ttl_s=ttl_s, max_stratum_bytes=1 << 20
     )
@@ -32,6 +34,14 @@ def make_tier(url: str, capacity_bytes: int = 1000, ttl_s: float = 60) -> RedisT
 
 @pytest.fixture
 async def tier(redis: RedisServer) -> AsyncIterator[RedisTier]:
+    made = make_tier(redis.url)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def other(redis: RedisServer) -> AsyncIterator[RedisTier]:
+    """The same tier in another process."""
     made = make_tier(redis.url)
     yield made
     await made.close()
@@ -99,9 +109,8 @@ async def test_expired_blocks_leave_the_accounting(redis: RedisServer) -> None:
 
 
 async def test_two_processes_share_blocks_pins_and_the_bound(
-    tier: RedisTier, redis: RedisServer
+    tier: RedisTier, other: RedisTier
 ) -> None:
-    other = make_tier(redis.url)
     await tier.put(key(1), {1: bytes(600)})
     assert await other.get(key(1), [1]) == {1: bytes(600)}
     await other.pin([key(1)], 60)
@@ -110,7 +119,6 @@ async def test_two_processes_share_blocks_pins_and_the_bound(
     await other.unpin([key(1)])
     await asyncio.gather(*((tier, other)[n % 2].put(key(n), {1: bytes(90)}) for n in range(40)))
     await other.check_integrity()
-    await other.close()
 
 
 async def test_a_pin_in_redis_ends_by_itself(tier: RedisTier) -> None:
@@ -160,13 +168,13 @@ async def test_a_dead_redis_is_noticed_soon_costs_nothing_after_and_recovers(
 
 
 async def test_a_hanging_redis_is_noticed_within_its_time_limit(own_redis: RedisServer) -> None:
-    tier = make_tier(own_redis.url)
+    tier = make_tier(own_redis.url, timeout_s=1)
     await tier.put(key(1), {1: b"base"})
     own_redis.pause()
     began = time.monotonic()
     with pytest.raises(TierUnavailableError):
         await tier.contains([key(1)])
-    assert time.monotonic() - began < 1.5
+    assert 0.9 < time.monotonic() - began < 5
     own_redis.resume()
     await eventually_healthy(tier)
     assert await tier.get(key(1), [1]) == {1: b"base"}
