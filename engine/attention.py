@@ -20,9 +20,19 @@ Extend = Callable[
     [int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
 ]
 
+# Per layer, the new tokens that run it, ascending int64; None for all. Empty: all run all.
+LayerRows = Sequence[torch.Tensor | None]
+
 
 class AttentionState(Protocol):
     """What the hook needs: one object per forward pass, seen by each layer in turn."""
+
+    def rows(self, layer: int) -> torch.Tensor | None:
+        """Return which of the new tokens run this layer, ascending int64; None for all.
+
+        The others pass it by, unchanged, and ``attend`` sees nothing of them.
+        """
+        ...
 
     def attend(
         self,
@@ -50,10 +60,27 @@ class AttentionState(Protocol):
 class AttendOver:
     """The state of a normal pass: attend over what ``extend`` makes of a layer's new rows."""
 
-    def __init__(self, extend: Extend, mask: torch.Tensor | None = None) -> None:
-        """Serve one forward pass; without ``mask``, as for ``attend``, it is causal."""
+    def __init__(
+        self,
+        extend: Extend,
+        mask: torch.Tensor | None = None,
+        rows: LayerRows = (),
+    ) -> None:
+        """Serve one forward pass.
+
+        Args:
+            extend: See above.
+            mask: As for ``attend``; None is causal.
+            rows: Per layer, the new tokens that run it, a run from the first on; empty for all.
+        """
         self._extend = extend
         self._mask = mask
+        self._is_causal = mask is None
+        self._rows = rows
+
+    def rows(self, layer: int) -> torch.Tensor | None:
+        """Return which of the new tokens run this layer; see ``AttentionState.rows``."""
+        return self._rows[layer] if self._rows else None
 
     def attend(
         self,
@@ -67,10 +94,13 @@ class AttendOver:
         all_keys, all_values = self._extend(layer, queries, keys, values)
         num_new = queries.shape[1]
         num_cached = all_keys.shape[1] - num_new
-        if self._mask is None and num_new > 1 and num_cached > 0:
+        if self._is_causal and num_new > 1 and num_cached > 0:
             group_size = queries.shape[0] // keys.shape[0]
-            self._mask = _causal_mask(num_new, num_cached, group_size, queries)
-        return attend(queries, all_keys, all_values, scaling, self._mask)
+            shape = (num_new * group_size, num_new + num_cached)
+            if self._mask is None or self._mask.shape != shape:
+                self._mask = _causal_mask(num_new, num_cached, group_size, queries)
+        mask = None if self._is_causal and num_new == 1 else self._mask
+        return attend(queries, all_keys, all_values, scaling, mask)
 
 
 def following(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Extend:
@@ -101,6 +131,9 @@ class CaptureFirstLayer:
         self.keys = torch.empty(0)
         self.values = torch.empty(0)
         self.scaling = 1.0
+
+    def rows(self, layer: int) -> None:
+        """Return None: all tokens."""
 
     def attend(
         self,

@@ -13,10 +13,12 @@ from kvstrata.engine.attention import (
     AttentionState,
     CaptureFirstLayer,
     FirstLayerCapturedError,
+    LayerRows,
     following,
 )
 from kvstrata.engine.cache import SequenceCache
 from kvstrata.engine.compatibility import build_spec
+from kvstrata.engine.layer_rows import select_rows_in
 from kvstrata.engine.loading import find_default_model, load_pretrained
 from kvstrata.engine.rotary import Rotary
 from kvstrata.engine.spec import KVSpec
@@ -54,6 +56,7 @@ class Model:
     ) -> None:
         """Wrap a model from ``load_pretrained``; callers use ``Model.load``."""
         self._hf_model = hf_model.to(device).requires_grad_(False)
+        select_rows_in(self._hf_model)
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self.model_id = model_id
@@ -117,7 +120,9 @@ class Model:
         """Return an empty cache on the model's device; see ``SequenceCache``."""
         return SequenceCache(self.spec, capacity, probe_tokens, device=self.device)
 
-    def forward(self, cache: SequenceCache, token_ids: Sequence[int]) -> torch.Tensor:
+    def forward(
+        self, cache: SequenceCache, token_ids: Sequence[int], rows: LayerRows = ()
+    ) -> torch.Tensor:
         """Run the next tokens of a sequence and return the logits after the last.
 
         On any exception ``cache.length`` is unchanged and the call may be repeated.
@@ -125,6 +130,9 @@ class Model:
         Args:
             cache: Holds the tokens before; gets the new ones.
             token_ids: At least one.
+            rows: Per layer, which of them run it: a run from the first on, never longer than what
+                ran in the layer before; empty for all. What a layer's cache holds of the others
+                means nothing, so no later token may run it.
 
         Returns:
             float32, (vocab_size,).
@@ -132,11 +140,29 @@ class Model:
         Raises:
             ValueError: No tokens, an id outside the vocabulary, or beyond ``max_positions``.
         """
-        return self._forward(cache, token_ids, logits_to_keep=1)[0]
+        return self._forward(cache, token_ids, rows, logits_to_keep=1)[0]
 
-    def forward_all(self, cache: SequenceCache, token_ids: Sequence[int]) -> torch.Tensor:
+    def forward_all(
+        self, cache: SequenceCache, token_ids: Sequence[int], rows: LayerRows = ()
+    ) -> torch.Tensor:
         """As ``forward``, but return the logits after each token, float32, (n, vocab_size)."""
-        return self._forward(cache, token_ids, logits_to_keep=0)
+        return self._forward(cache, token_ids, rows, logits_to_keep=0)
+
+    def forward_once(self, token_ids: Sequence[int], rows: LayerRows = ()) -> torch.Tensor:
+        """Return the logits after each token of a whole sequence; nothing is kept, gradients flow.
+
+        Args:
+            token_ids: At least one.
+            rows: As for ``forward``.
+
+        Returns:
+            ``spec.dtype``, (len(token_ids), vocab_size).
+
+        Raises:
+            ValueError: As for ``forward``.
+        """
+        self._check_tokens(token_ids, 0)
+        return self._call(token_ids, 0, AttendOver(_alone, rows=rows), logits_to_keep=0)
 
     def continue_over(
         self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], token_ids: Sequence[int]
@@ -218,12 +244,17 @@ class Model:
         return self._rotary
 
     def _forward(
-        self, cache: SequenceCache, token_ids: Sequence[int], *, logits_to_keep: int
+        self,
+        cache: SequenceCache,
+        token_ids: Sequence[int],
+        rows: LayerRows,
+        *,
+        logits_to_keep: int,
     ) -> torch.Tensor:
         first = cache.length
         self._check_tokens(token_ids, first)
         cache.grow(first + len(token_ids))
-        logits = self._run(token_ids, first, AttendOver(cache.append), logits_to_keep)
+        logits = self._run(token_ids, first, AttendOver(cache.append, rows=rows), logits_to_keep)
         cache.advance(len(token_ids))
         return logits.to(torch.float32, copy=True)
 
@@ -270,6 +301,13 @@ class Model:
                 f"{len(token_ids)} tokens at position {first} do not fit: the model's limit is "
                 f"{self.spec.max_positions} positions"
             )
+
+
+def _alone(
+    _layer: int, _queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Extend nothing: a sequence without a past."""
+    return keys, values
 
 
 def _resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
