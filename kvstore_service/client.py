@@ -60,8 +60,9 @@ class PutOutcome:
 
     Attributes:
         key: The block.
-        outcome: "committed", "exists" or "rejected".
-        reason: Why it was rejected, or which tier it did not reach.
+        outcome: "committed", "exists", "rejected", or "kept": readable, but not in the tier that
+            was to hold it.
+        reason: Why it was rejected or only kept, or which tier it did not reach.
         tiers: Tiers that hold it now.
     """
 
@@ -160,7 +161,11 @@ class StoreClient:
         return LookupResult(tuple(blocks), reply.degraded)
 
     async def put(
-        self, blocks: Blocks | AsyncBlocks, *, timeout_s: float | None = None
+        self,
+        blocks: Blocks | AsyncBlocks,
+        *,
+        durability: str = "",
+        timeout_s: float | None = None,
     ) -> list[PutOutcome]:
         """Publish blocks on one stream, without waiting for one before sending the next.
 
@@ -170,6 +175,12 @@ class StoreClient:
         A store that refuses more for the present raises nothing: what it did not commit is
         "rejected" as "throttled" and counted in ``dropped_puts``; so is the rest of ``blocks``,
         but of an asynchronous iterable no more is taken.
+
+        Args:
+            blocks: Keys and frames.
+            durability: The tier that must hold a block before it counts as committed: "dram",
+                "redis", "ssd" or "object". Tiers below it get the block afterwards.
+            timeout_s: Deadline of the whole call.
         """
         failures: list[Exception] = []
         sent: list[BlockKey] = []
@@ -179,7 +190,7 @@ class StoreClient:
             try:
                 async for key, frames in _iterate(source):
                     sent.append(key)
-                    for request in _put_requests(key, frames):
+                    for request in _put_requests(key, frames, durability):
                         yield request
             except Exception as error:
                 failures.append(error)
@@ -301,10 +312,11 @@ async def _iterate(
 
 
 def _put_requests(
-    key: BlockKey, frames: Mapping[int, bytes]
+    key: BlockKey, frames: Mapping[int, bytes], durability: str
 ) -> Iterable[pb.PutRequest | memoryview]:
     sizes = size_messages({stratum: len(frame) for stratum, frame in frames.items()})
-    yield pb.PutRequest(open=pb.PutOpen(key=key_message(key), strata=sizes))
+    opening = pb.PutOpen(key=key_message(key), strata=sizes, durability=durability)
+    yield pb.PutRequest(open=opening)
     for frame in frames.values():
         view = memoryview(frame)
         for first in range(0, len(frame), CHUNK_BYTES):

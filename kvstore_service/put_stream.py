@@ -23,6 +23,7 @@ class BlockAssembly:
 
     def __init__(self, opening: PutOpen, limits: StoreLimits) -> None:
         self.key: BlockKey = parse_key(opening.key)
+        self.durability: str = opening.durability
         self._pending = deque((int(s.stratum), int(s.frame_bytes)) for s in opening.strata)
         self.num_bytes = sum(size for _, size in self._pending)
         self.frames: dict[int, bytes] = {}

@@ -183,6 +183,7 @@ class StoreService(KVStoreServicer):
                         "send PutOpen first, then as many bytes as declared",
                     )
                 assembly = BlockAssembly(request.open, self._limits)
+                self._store.check_durability(assembly.durability)
                 with _naming(assembly.key):
                     self._quotas.check_put(tenant, assembly.num_bytes)
                 arrived = asyncio.Event()
@@ -221,7 +222,7 @@ class StoreService(KVStoreServicer):
                 self._store.counters.add(names.RECEIVED_BYTES, block.num_bytes)
                 place.kept = True
                 frames = tenant.namespace.stored(block.key, block.frames)
-                result = await self._store.put(key, frames)
+                result = await self._store.put(key, frames, block.durability)
                 place.kept = result.outcome != pb.PUT_OUTCOME_REJECTED
         finally:
             arrived.set()

@@ -86,8 +86,9 @@ class BlockStore:
         Args:
             key: The block.
             frames: Its strata.
-            durability: The last tier to wait for; those below get the block afterwards. All of
-                them without it.
+            durability: The last tier to wait for; those below get the block afterwards. The block
+                is only "kept" where this tier does not hold it. Without it all tiers are waited
+                for, and one of them is enough.
 
         Raises:
             InvalidRequestError: The store has no such tier.
@@ -114,21 +115,27 @@ class BlockStore:
             self._behind[tier.name].submit(key, frames)
         self.arrivals.committed(key)
         outcome = "committed" if written else "exists"
+        if durability and durability not in held:
+            outcome = "kept"
         code = PutOutcome.Value(f"PUT_OUTCOME_{outcome.upper()}")
         self.counters.add(names.PUTS, outcome=outcome, reason="partial" if problems else "")
         return PutResult(code, reason, held)
 
+    def check_durability(self, durability: str) -> None:
+        """Raise ``InvalidRequestError`` if it names a tier that this store does not have."""
+        known = [tier.name for tier in self.tiers]
+        if durability and durability not in known:
+            raise InvalidRequestError(
+                f"this store has no tier {durability[:32]!r} to wait for",
+                f"use one of {', '.join(known)}",
+            )
+
     def _split(self, durability: str) -> tuple[Sequence[Tier], Sequence[Tier]]:
         """Return the tiers to wait for and those that get a block afterwards."""
-        if not durability:
-            return self.tiers, ()
-        for count, tier in enumerate(self.tiers, start=1):
-            if tier.name == durability:
-                return self.tiers[:count], self.tiers[count:]
-        raise InvalidRequestError(
-            f"this store has no tier {durability!r} to wait for",
-            f"use one of {', '.join(tier.name for tier in self.tiers)}",
-        )
+        self.check_durability(durability)
+        known = [tier.name for tier in self.tiers]
+        count = known.index(durability) + 1 if durability else len(known)
+        return self.tiers[:count], self.tiers[count:]
 
     async def _put_in(self, tier: Tier, key: BlockKey, frames: Mapping[int, bytes]) -> str | None:
         """Return "" when written, None when it was there already, else what went wrong."""

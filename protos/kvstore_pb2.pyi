@@ -14,10 +14,12 @@ class PutOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PUT_OUTCOME_COMMITTED: _ClassVar[PutOutcome]
     PUT_OUTCOME_EXISTS: _ClassVar[PutOutcome]
     PUT_OUTCOME_REJECTED: _ClassVar[PutOutcome]
+    PUT_OUTCOME_KEPT: _ClassVar[PutOutcome]
 PUT_OUTCOME_UNSPECIFIED: PutOutcome
 PUT_OUTCOME_COMMITTED: PutOutcome
 PUT_OUTCOME_EXISTS: PutOutcome
 PUT_OUTCOME_REJECTED: PutOutcome
+PUT_OUTCOME_KEPT: PutOutcome
 
 class BlockKey(_message.Message):
     __slots__ = ("scope", "block_hash")
@@ -62,12 +64,14 @@ class StratumSize(_message.Message):
     def __init__(self, stratum: _Optional[_Union[_frame_pb2.Stratum, str]] = ..., frame_bytes: _Optional[int] = ...) -> None: ...
 
 class PutOpen(_message.Message):
-    __slots__ = ("key", "strata")
+    __slots__ = ("key", "strata", "durability")
     KEY_FIELD_NUMBER: _ClassVar[int]
     STRATA_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
     key: BlockKey
     strata: _containers.RepeatedCompositeFieldContainer[StratumSize]
-    def __init__(self, key: _Optional[_Union[BlockKey, _Mapping]] = ..., strata: _Optional[_Iterable[_Union[StratumSize, _Mapping]]] = ...) -> None: ...
+    durability: str
+    def __init__(self, key: _Optional[_Union[BlockKey, _Mapping]] = ..., strata: _Optional[_Iterable[_Union[StratumSize, _Mapping]]] = ..., durability: _Optional[str] = ...) -> None: ...
 
 class PutRequest(_message.Message):
     __slots__ = ("open", "data")

@@ -81,6 +81,9 @@ class KVStoreServicer:
         """Writes blocks one after another on one stream; one reply per block, in order.
         A block becomes visible to readers, all its strata at once, only after every byte has arrived and
         every checksum holds. Re-putting a block whose strata are all present changes nothing (EXISTS).
+        The reply comes when the tier that `durability` names, and those nearer, have answered; tiers below
+        get the block afterwards. It says which tiers hold the block. Where the named one does not, the
+        outcome is KEPT and `reason` says why; a tier that was down gets the block when it answers again.
         A broken stream commits the blocks already acknowledged and nothing of the one in flight.
         Beyond a tenant's limits a block is REJECTED as "throttled: ..." before its bytes are kept, no
         further one is taken, and the stream ends as RESOURCE_EXHAUSTED, with RetryInfo, once the client has
