@@ -14,6 +14,7 @@ Legend: N blocks, H KV heads, G query heads per KV head, D head_dim, T = 64 toke
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 
 import torch
 
@@ -29,6 +30,7 @@ from kvstrata.kernels.block_pages import (
     SIDE_FIELDS,
     WORDS,
     BlockPages,
+    PageTable,
     Turns,
 )
 from kvstrata.kernels.hadamard import hadamard
@@ -62,6 +64,10 @@ def attend_blocks(
         ValueError: Shapes, dtypes or devices that do not belong together.
     """
     _check(queries, pages, turns)
+    filled = pages.num_tokens > 0
+    if not filled.all():
+        rows = filled.nonzero().flatten()
+        pages, turns = pages.select(rows), _rows_of(turns, rows)
     backend = backend_of(queries, pages.arena, pages.keys.mean, pages.values.mean, *turns)
     if pages.offsets.shape[0] == 0:
         out = torch.zeros(queries.shape, device=queries.device)
@@ -75,6 +81,44 @@ def attend_blocks(
 
         return attend_blocks_triton(queries, pages, turns, scaling)
     return attend_blocks_reference(queries, pages, turns, scaling)
+
+
+def attend_batch(
+    queries: torch.Tensor, pages: BlockPages, table: PageTable, turns: Turns, scaling: float
+) -> Attention:
+    """Return attention of one new token of each sequence over its own compressed blocks.
+
+    As ``attend_blocks`` sequence by sequence: a sequence's result does not depend on the others.
+    ``pages`` and ``table`` are meant to be kept: what is computed from them alone is, too.
+
+    Args:
+        queries: (B, H * G, D), post-RoPE at each token's position; bf16, fp16, fp32.
+        pages: The blocks of all sequences.
+        table: Which of them each sequence reads, and where they stand.
+        turns: Rotation to the first token of a block, for every place in ``table``.
+        scaling: Factor on the dot products before the softmax.
+
+    Returns:
+        Output float32 (B, H * G, D), and lse float32 (B, H * G,), as ``attend_blocks``.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices that do not belong together.
+    """
+    _check_batch(queries, pages, table, turns)
+    return attend_batch_reference(queries, pages, table, turns, scaling)
+
+
+def attend_batch_reference(
+    queries: torch.Tensor, pages: BlockPages, table: PageTable, turns: Turns, scaling: float
+) -> Attention:
+    """Return ``attend_batch`` by ``attend_blocks`` for one sequence after another."""
+    out = torch.empty(queries.shape, device=queries.device)
+    lse = torch.empty(queries.shape[:2], device=queries.device)
+    for i, (first, stop) in enumerate(pairwise(table.ends.tolist())):
+        own = pages.select(table.pages[first:stop])
+        own_turns = _rows_of(turns, table.places[first:stop])
+        out[i], lse[i] = attend_blocks(queries[i], own, own_turns, scaling)
+    return out, lse
 
 
 def attend_blocks_reference(
@@ -237,19 +281,53 @@ def turn_back(queries: torch.Tensor, turns: Turns) -> torch.Tensor:
     return torch.cat([turned, rest.expand(*turned.shape[:-1], -1)], -1)
 
 
+def _rows_of(turns: Turns, rows: torch.Tensor) -> Turns:
+    return Turns(*(table[rows.to(table.device)] for table in turns))
+
+
 def _check(queries: torch.Tensor, pages: BlockPages, turns: Turns) -> None:
     heads, head_dim = pages.keys.mean.shape
-    if queries.dtype not in FLOATS:
-        raise ValueError(f"queries must be bf16, fp16 or fp32, not {queries.dtype}")
     if queries.ndim != 2 or queries.shape[1] != head_dim or queries.shape[0] % heads:
         raise ValueError(
             f"queries must be (a multiple of {heads}, {head_dim}), not {tuple(queries.shape)}"
         )
-    cos, sin = turns
-    if cos.ndim != 2 or cos.shape != sin.shape or cos.shape[0] != pages.offsets.shape[0]:
+    if turns.cos.shape[0] != pages.offsets.shape[0]:
         raise ValueError(
             f"cos and sin must be ({pages.offsets.shape[0]}, rotary_dim), not "
-            f"{tuple(cos.shape)} and {tuple(sin.shape)}"
+            f"{tuple(turns.cos.shape)} and {tuple(turns.sin.shape)}"
+        )
+    _check_numbers(queries, head_dim, turns)
+
+
+def _check_batch(queries: torch.Tensor, pages: BlockPages, table: PageTable, turns: Turns) -> None:
+    heads, head_dim = pages.keys.mean.shape
+    wanted = (table.num_sequences, head_dim)
+    if (
+        queries.ndim != 3
+        or (queries.shape[0], queries.shape[2]) != wanted
+        or (queries.shape[1] % heads)
+    ):
+        raise ValueError(
+            f"queries must be ({wanted[0]}, a multiple of {heads}, {head_dim}), "
+            f"not {tuple(queries.shape)}"
+        )
+    num_pages, num_places = table.least_rows
+    if num_pages > len(pages.num_tokens) or num_places > turns.cos.shape[0]:
+        raise ValueError(
+            f"the table names page {num_pages - 1} and place {num_places - 1}, of "
+            f"{len(pages.num_tokens)} pages and {turns.cos.shape[0]} places"
+        )
+    _check_numbers(queries, head_dim, turns)
+
+
+def _check_numbers(queries: torch.Tensor, head_dim: int, turns: Turns) -> None:
+    cos, sin = turns
+    if queries.dtype not in FLOATS:
+        raise ValueError(f"queries must be bf16, fp16 or fp32, not {queries.dtype}")
+    if cos.ndim != 2 or cos.shape != sin.shape:
+        raise ValueError(
+            f"cos and sin must both be (blocks, rotary_dim), not {tuple(cos.shape)} and "
+            f"{tuple(sin.shape)}"
         )
     if cos.shape[1] % 2 or cos.shape[1] > head_dim:
         raise ValueError(f"rotary_dim must be even and at most {head_dim}, not {cos.shape[1]}")

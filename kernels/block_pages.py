@@ -3,7 +3,8 @@
 Legend: N blocks, H KV heads, D head_dim, T = 64 tokens of a block.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -85,9 +86,11 @@ class BlockPages:
     Attributes:
         arena: uint8, one dimension, contiguous.
         offsets: int64 (N, NUM_FIELDS), on the CPU.
-        num_tokens: int64 (N,), tokens in each block, 1 to 64, on the CPU.
+        num_tokens: int64 (N,), tokens in each block, 0 to 64, on the CPU. Nothing of a block
+            without tokens is looked at: such rows wait for ``put``.
         keys: The tables that the keys were coded with.
         values: The same of the values.
+        starts: Rows in CODES and bytes in MID before each head: int64 (N, 2 sides, 2, H + 1), CPU.
     """
 
     arena: torch.Tensor
@@ -95,6 +98,39 @@ class BlockPages:
     num_tokens: torch.Tensor
     keys: SideTables
     values: SideTables
+    starts: torch.Tensor = field(init=False)
+
+    @classmethod
+    def empty(
+        cls, arena: torch.Tensor, num_rows: int, keys: SideTables, values: SideTables
+    ) -> "BlockPages":
+        """Return ``num_rows`` rows without tokens, for ``put``."""
+        offsets = torch.full((num_rows, NUM_FIELDS), ABSENT)
+        return cls(arena, offsets, torch.zeros(num_rows, dtype=torch.int64), keys, values)
+
+    def put(self, rows: torch.Tensor, offsets: torch.Tensor, num_tokens: torch.Tensor) -> None:
+        """Point rows at other blocks in the arena, whose bytes are there already.
+
+        While it runs, nobody may attend to these rows; to others, anybody may.
+
+        Args:
+            rows: int64 (n,), which ones.
+            offsets: int64 (n, NUM_FIELDS).
+            num_tokens: int64 (n,); 0 empties a row.
+
+        Raises:
+            ValueError: As when pages are made, or a row does not exist; nothing has changed then.
+        """
+        new = BlockPages(self.arena, offsets, num_tokens, self.keys, self.values)
+        _check_rows("rows", rows, len(self.num_tokens))
+        self.offsets[rows], self.num_tokens[rows] = offsets, num_tokens
+        self.starts[rows] = new.starts
+
+    def select(self, rows: torch.Tensor) -> "BlockPages":
+        """Return some rows, int64 (n,), as pages of their own; they do not follow ``put``."""
+        return BlockPages(
+            self.arena, self.offsets[rows], self.num_tokens[rows], self.keys, self.values
+        )
 
     def __post_init__(self) -> None:
         """Raise ValueError unless every part lies within the arena, by the masks' own counts.
@@ -111,24 +147,27 @@ class BlockPages:
             raise ValueError("num_tokens must be int64 (blocks,)")
         if {self.offsets.device.type, self.num_tokens.device.type} != {"cpu"}:
             raise ValueError("offsets and num_tokens must be on the CPU")
-        if ((self.num_tokens < 1) | (self.num_tokens > BLOCK_TOKENS)).any():
-            raise ValueError(f"a block holds 1 to {BLOCK_TOKENS} tokens")
+        if ((self.num_tokens < 0) | (self.num_tokens > BLOCK_TOKENS)).any():
+            raise ValueError(f"a block holds 0 to {BLOCK_TOKENS} tokens")
         if self.keys.mean.shape != self.values.mean.shape:
             raise ValueError("the tables of keys and values have different shapes")
         heads, head_dim = self.keys.mean.shape
-        for at in (self.offsets[:, MASKS], self.offsets[:, SIDE_FIELDS + MASKS]):
+        filled = self.num_tokens > 0
+        offsets = self.offsets[filled]
+        for at in (offsets[:, MASKS], offsets[:, SIDE_FIELDS + MASKS]):
             self._check_part("masks", at, 16 * heads, 8)
+        object.__setattr__(self, "starts", self._count_rows())
         for side, tables in enumerate((self.keys, self.values)):
-            at = self.offsets[:, side * SIDE_FIELDS :]
-            escapes, mid_bytes = self.starts[:, side, :, -1].unbind(1)
+            at = offsets[:, side * SIDE_FIELDS :]
+            escapes, mid_bytes = self.starts[filled, side, :, -1].unbind(1)
             present = at[:, MID] != ABSENT
             self._check_part("words", at[:, WORDS], 8 * int(tables.word_starts[-1]), 8)
             self._check_part("mid", at[present, MID], mid_bytes[present], 1)
             self._check_part("scales", at[:, SCALES], 2 * escapes, 2)
             self._check_scales(at[:, SCALES], escapes)
             self._check_part("codes", at[:, CODES], head_dim * escapes, 1)
-        self._check_part("bias steps", self.offsets[:, BIAS_STEPS], heads, 1)
-        self._check_part("bias codes", self.offsets[:, BIAS_CODES], heads * head_dim // 2, 1)
+        self._check_part("bias steps", offsets[:, BIAS_STEPS], heads, 1)
+        self._check_part("bias codes", offsets[:, BIAS_CODES], heads * head_dim // 2, 1)
 
     def _check_part(
         self, name: str, starts: torch.Tensor, num_bytes: torch.Tensor | int, alignment: int
@@ -149,15 +188,19 @@ class BlockPages:
 
     @property
     def masks(self) -> torch.Tensor:
-        """Bits of the masks: bool (N, 2 sides, 2 (escape, mid), H, T), on the CPU."""
-        heads = self.keys.mean.shape[0]
-        at = self.offsets[:, [MASKS, SIDE_FIELDS + MASKS], None] + torch.arange(16 * heads)
-        packed = self.arena[at.to(self.arena.device)].cpu()
-        return to_flags(packed.view(torch.int64)).view(-1, 2, 2, heads, BLOCK_TOKENS)
+        """Bits of the masks: bool (N, 2 sides, 2 (escape, mid), H, T), on the CPU.
 
-    @cached_property
-    def starts(self) -> torch.Tensor:
-        """Rows in CODES and bytes in MID before each head: int64 (N, 2 sides, 2, H + 1), CPU."""
+        All are set, as for dropped tokens, in a block without tokens.
+        """
+        heads, filled = self.keys.mean.shape[0], self.num_tokens > 0
+        at = self.offsets[filled][:, [MASKS, SIDE_FIELDS + MASKS], None] + torch.arange(16 * heads)
+        packed = self.arena[at.to(self.arena.device)].cpu()
+        shape = (2, 2, heads, BLOCK_TOKENS)
+        flags = torch.ones(len(filled), *shape, dtype=torch.bool)
+        flags[filled] = to_flags(packed.view(torch.int64)).view(-1, *shape)
+        return flags
+
+    def _count_rows(self) -> torch.Tensor:
         escape, mid = self.masks.unbind(2)
         counts = torch.stack([t.layout.mid_row_bytes.cpu() for t in (self.keys, self.values)])
         mid_bytes = (mid & ~escape).sum(-1) * counts
@@ -179,3 +222,65 @@ class Turns(NamedTuple):
 
     cos: torch.Tensor
     sin: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PageTable:
+    """Which pages the sequences of a batch read, and where these stand.
+
+    Worked example: pages (7, 2, 7), places (0, 1, 4), ends (0, 2, 2, 3): the first of three
+    sequences reads page 7 and then 2, the second reads none, the third reads page 7 at another
+    position.
+
+    Attributes:
+        pages: int64 (M,), rows of ``BlockPages``, sequence after sequence.
+        places: int64 (M,), the row of ``Turns`` of each.
+        ends: int64 (B + 1,), not decreasing: sequence i reads entries ends[i] to ends[i + 1] - 1.
+    """
+
+    pages: torch.Tensor
+    places: torch.Tensor
+    ends: torch.Tensor
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]]) -> "PageTable":
+        """Return the table of sequences whose i-th page stands at place i."""
+        lengths = torch.tensor([len(pages) for pages in sequences], dtype=torch.int64)
+        return cls(
+            torch.tensor([page for pages in sequences for page in pages], dtype=torch.int64),
+            torch.cat([torch.arange(n) for n in [0, *lengths.tolist()]]),
+            torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+        )
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless the three belong together."""
+        for name in ("pages", "places", "ends"):
+            table: torch.Tensor = getattr(self, name)
+            if table.dtype != torch.int64 or table.ndim != 1 or not table.is_contiguous():
+                raise ValueError(f"{name} must be contiguous int64 with one dimension")
+            if table.device.type != "cpu":
+                raise ValueError(f"{name} must be on the CPU")
+        if self.pages.shape != self.places.shape:
+            raise ValueError(f"{len(self.pages)} pages, but {len(self.places)} places")
+        ends = self.ends
+        if not len(ends) or ends[0] != 0 or ends[-1] != len(self.pages) or (ends.diff() < 0).any():
+            raise ValueError(f"ends must rise from 0 to {len(self.pages)}: {ends.tolist()[:8]}")
+        if len(self.pages) and min(self.pages.min(), self.places.min()) < 0:
+            raise ValueError("pages and places must not be negative")
+
+    @property
+    def num_sequences(self) -> int:
+        """Return B."""
+        return len(self.ends) - 1
+
+    @cached_property
+    def least_rows(self) -> tuple[int, int]:
+        """Return how many rows of ``BlockPages`` and of ``Turns`` this needs."""
+        if not len(self.pages):
+            return 0, 0
+        return int(self.pages.max()) + 1, int(self.places.max()) + 1
+
+
+def _check_rows(name: str, rows: torch.Tensor, count: int) -> None:
+    if rows.dtype != torch.int64 or rows.ndim != 1 or ((rows < 0) | (rows >= count)).any():
+        raise ValueError(f"{name} must be int64 and below {count}")

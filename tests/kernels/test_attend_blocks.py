@@ -8,6 +8,8 @@ import torch
 from kvstrata.kernels import attend_blocks as module
 from kvstrata.kernels.attend_blocks import (
     Attention,
+    attend_batch,
+    attend_batch_reference,
     attend_blocks,
     attend_blocks_reference,
     attend_window,
@@ -27,6 +29,7 @@ from kvstrata.kernels.block_pages import (
     SIDE_FIELDS,
     WORDS,
     BlockPages,
+    PageTable,
     SideTables,
     Turns,
 )
@@ -356,6 +359,120 @@ def test_a_part_outside_the_arena_is_refused(column: int) -> None:
             BlockPages(pages.arena, offsets, pages.num_tokens, pages.keys, pages.values)
 
 
+BATCHES = {"reference": attend_batch_reference, "dispatched": attend_batch}
+PAGES = (3, 3, 64, 40, 9, (0.05, 0.2, 0.1), True)
+
+
+def rows_of(turns: Turns, rows: list[int]) -> Turns:
+    return Turns(turns.cos[rows], turns.sin[rows])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("version", BATCHES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_sequence_of_a_batch_is_attended_as_if_alone(
+    version: str, dtype: torch.dtype, threads: int
+) -> None:
+    """Ragged lengths, none among them, a page in two sequences, pages out of order."""
+    pages, turns = make_pages(PAGES), make_turns(list(range(0, 2560, 64)), 64)
+    gen = torch.Generator().manual_seed(3)
+    sequences = [
+        torch.randperm(40, generator=gen)[:count].tolist() for count in (7, 1, 0, 40, 13, 2, 39)
+    ]
+    table = PageTable.of(sequences)
+    queries = (torch.randn(7, 9, 64, generator=gen) * 3).to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out, lse = BATCHES[version](queries, pages, table, turns, 0.2)
+    finally:
+        torch.set_num_threads(before)
+    assert (out.shape, lse.shape) == ((7, 9, 64), (7, 9))
+    for i, sequence in enumerate(sequences):
+        own = rows_of(turns, list(range(len(sequence))))
+        alone = attend_blocks_reference(
+            queries[i], pages.select(torch.tensor(sequence, dtype=torch.int64)), own, 0.2
+        )
+        check((out[i], lse[i]), tuple(x.numpy() for x in alone), 512)  # type: ignore[arg-type]
+
+
+def test_a_sequence_does_not_see_what_else_is_in_the_batch() -> None:
+    pages, turns = make_pages(PAGES), make_turns(list(range(0, 2560, 64)), 64)
+    queries = torch.randn(3, 9, 64)
+    told = attend_batch(queries[:1], pages, PageTable.of([range(17)]), turns, 0.2)
+    table = PageTable.of([range(17), [], range(5, 40)])
+    queries[2, 4, 7] = torch.nan
+    out, lse = attend_batch(queries, pages, table, turns, 0.2)
+    check((out[:1], lse[:1]), tuple(x.numpy() for x in told), 512)  # type: ignore[arg-type]
+    assert out[2, 4].isnan().all()
+    assert out[2, [0, 1, 2, 3, 5, 6, 7, 8]].isfinite().all()
+    assert (out[1] == 0).all()
+    assert lse[1].isneginf().all()
+
+
+@pytest.mark.parametrize("version", BATCHES)
+def test_rows_are_filled_moved_and_emptied(version: str) -> None:
+    pages, turns = make_pages(PAGES), make_turns(list(range(0, 2560, 64)), 64)
+    pool = BlockPages.empty(pages.arena, 9, pages.keys, pages.values)
+    queries, table = torch.randn(1, 9, 64), PageTable.of([[8, 3, 5]])
+
+    def attended() -> Attention:
+        return BATCHES[version](queries, pool, table, turns, 0.2)
+
+    out, lse = attended()
+    assert (out == 0).all()
+    assert lse.isneginf().all()
+    for rows, blocks in (([8, 3], [0, 39]), ([5], [11]), ([3], [20])):
+        pool.put(torch.tensor(rows), pages.offsets[blocks], pages.num_tokens[blocks])
+    want = attend_blocks_reference(
+        queries[0], pages.select(torch.tensor([0, 20, 11])), rows_of(turns, [0, 1, 2]), 0.2
+    )
+    out, lse = attended()
+    check((out[0], lse[0]), tuple(x.numpy() for x in want), 512)  # type: ignore[arg-type]
+    pool.put(torch.tensor([8]), pages.offsets[:1], torch.tensor([0]))
+    want = attend_blocks_reference(
+        queries[0], pages.select(torch.tensor([20, 11])), rows_of(turns, [1, 2]), 0.2
+    )
+    out, lse = attended()
+    check((out[0], lse[0]), tuple(x.numpy() for x in want), 512)  # type: ignore[arg-type]
+
+
+def test_refused_rows_leave_pages_as_they_were() -> None:
+    pages = make_pages(SMALL)
+    held = [table.clone() for table in (pages.offsets, pages.num_tokens, pages.starts)]
+    bad = pages.offsets[:1].clone()
+    bad[0, SIDE_FIELDS + WORDS] = pages.arena.numel()
+    with pytest.raises(ValueError, match="do not fit the arena"):
+        pages.put(torch.tensor([1]), bad, torch.tensor([64]))
+    for row in (-1, 2):
+        with pytest.raises(ValueError, match="below 2"):
+            pages.put(torch.tensor([row]), pages.offsets[:1], torch.tensor([64]))
+    for table, before in zip((pages.offsets, pages.num_tokens, pages.starts), held, strict=True):
+        assert torch.equal(table, before)
+
+
+def test_bad_tables_are_refused() -> None:
+    pages, turns = make_pages(SMALL), make_turns([0, 64], 32)
+    table, queries = PageTable.of([[0, 1], [1]]), torch.randn(2, 6, 32)
+    attend_batch(queries, pages, table, turns, 1.0)
+    for ends in ([0, 2], [0, 2, 4], [1, 2, 3], [0, 3, 2, 3], []):
+        with pytest.raises(ValueError, match="ends must rise"):
+            PageTable(table.pages, table.places, torch.tensor(ends, dtype=torch.int64))
+    with pytest.raises(ValueError, match="but 2 places"):
+        PageTable(table.pages, table.places[:2], table.ends)
+    with pytest.raises(ValueError, match="not be negative"):
+        PageTable(table.pages - 1, table.places, table.ends)
+    with pytest.raises(ValueError, match="int64"):
+        PageTable(table.pages.int(), table.places, table.ends)
+    with pytest.raises(ValueError, match="names page 2 and place 1"):
+        attend_batch(queries, pages, PageTable(table.pages + 1, table.places, table.ends), turns, 1)
+    with pytest.raises(ValueError, match="names page 1 and place 2"):
+        attend_batch(queries, pages, PageTable(table.pages, table.places + 1, table.ends), turns, 1)
+    for wrong in (queries[0], queries[:1], queries[:, :5], queries[..., :16]):
+        with pytest.raises(ValueError, match="queries must be"):
+            attend_batch(wrong, pages, table, turns, 1.0)
+
+
 def test_bad_input_is_refused() -> None:
     pages, turns = make_pages(SMALL), make_turns([0, 64], 32)
     arena, offsets, counts, keys, values = (
@@ -363,8 +480,9 @@ def test_bad_input_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="multiple of 8"):
         BlockPages(arena, offsets + 1, counts, keys, values)
-    with pytest.raises(ValueError, match="1 to 64"):
-        BlockPages(arena, offsets, counts + 64, keys, values)
+    for wrong in (65, -1):
+        with pytest.raises(ValueError, match="0 to 64"):
+            BlockPages(arena, offsets, torch.full_like(counts, wrong), keys, values)
     with pytest.raises(ValueError, match="uint8"):
         BlockPages(arena.float(), offsets, counts, keys, values)
     with pytest.raises(ValueError, match="queries must be"):
