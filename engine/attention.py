@@ -2,7 +2,8 @@
 
 Transformers calls the hook in each layer with the q, k and v of the new tokens, post-RoPE. The hook
 hands them to the state that travels through the forward call as the keyword ``kv_cache_state``.
-Not covered: batches of more than one sequence, dropout, attention weights as an output.
+``batch.py`` has the state of a pass over several sequences.
+Not covered: padded batches, dropout, attention weights as an output.
 """
 
 from collections.abc import Callable, Sequence

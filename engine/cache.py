@@ -1,10 +1,11 @@
 """The uncompressed KV cache of one sequence, and the probe queries its saliency is computed from.
 
-Not covered: several sequences in one batch, and compressed blocks.
+Not covered: compressed blocks, and one kernel call for several sequences.
 """
 
 import torch
 
+from kvstrata.engine.attention import AttendOver, AttentionState, LayerRows
 from kvstrata.engine.spec import KVSpec
 
 
@@ -103,6 +104,11 @@ class SequenceCache:
         keys[:, :, : self.length] = self.keys[:, :, : self.length]
         values[:, :, : self.length] = self.values[:, :, : self.length]
         self.keys, self.values = keys, values
+
+    def begin(self, num_tokens: int, rows: LayerRows = ()) -> AttentionState:
+        """Make room for the next tokens and return what attends for them; see ``KVCache``."""
+        self.grow(self.length + num_tokens)
+        return AttendOver(self.append, rows=rows)
 
     def append(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor

@@ -16,6 +16,7 @@ from kvstrata.engine.attention import (
     LayerRows,
     following,
 )
+from kvstrata.engine.batch import KVCache, Span, begin_pass
 from kvstrata.engine.cache import SequenceCache
 from kvstrata.engine.compatibility import build_spec
 from kvstrata.engine.layer_rows import select_rows_in
@@ -121,7 +122,7 @@ class Model:
         return SequenceCache(self.spec, capacity, probe_tokens, device=self.device)
 
     def forward(
-        self, cache: SequenceCache, token_ids: Sequence[int], rows: LayerRows = ()
+        self, cache: KVCache, token_ids: Sequence[int], rows: LayerRows = ()
     ) -> torch.Tensor:
         """Run the next tokens of a sequence and return the logits after the last.
 
@@ -140,13 +141,30 @@ class Model:
         Raises:
             ValueError: No tokens, an id outside the vocabulary, or beyond ``max_positions``.
         """
-        return self._forward(cache, token_ids, rows, logits_to_keep=1)[0]
+        return self.forward_batch([Span(cache, token_ids, rows=rows)])[0]
 
     def forward_all(
-        self, cache: SequenceCache, token_ids: Sequence[int], rows: LayerRows = ()
+        self, cache: KVCache, token_ids: Sequence[int], rows: LayerRows = ()
     ) -> torch.Tensor:
         """As ``forward``, but return the logits after each token, float32, (n, vocab_size)."""
-        return self._forward(cache, token_ids, rows, logits_to_keep=0)
+        return self._pass([Span(cache, token_ids, rows=rows)], all_rows=True)
+
+    def forward_batch(self, spans: Sequence[Span]) -> torch.Tensor:
+        """Run the next tokens of several sequences in one pass.
+
+        Each sequence gets the logits that it would get alone, but for the rounding of matrix
+        products, whose order of summation depends on the number of rows.
+
+        Args:
+            spans: At least one; a cache in one of them only.
+
+        Returns:
+            float32, (spans that want logits, vocab_size): after each one's last token.
+
+        Raises:
+            ValueError: As for ``forward``, of any span; then no cache has changed.
+        """
+        return self._pass(spans, all_rows=False)
 
     def forward_once(self, token_ids: Sequence[int], rows: LayerRows = ()) -> torch.Tensor:
         """Return the logits after each token of a whole sequence; nothing is kept, gradients flow.
@@ -162,7 +180,8 @@ class Model:
             ValueError: As for ``forward``.
         """
         self._check_tokens(token_ids, 0)
-        return self._call(token_ids, 0, AttendOver(_alone, rows=rows), logits_to_keep=0)
+        state = AttendOver(_alone, rows=rows)
+        return self._call(token_ids, range(len(token_ids)), state, 0)
 
     def continue_over(
         self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], token_ids: Sequence[int]
@@ -185,7 +204,7 @@ class Model:
         first = keys[0].shape[1]
         self._check_tokens(token_ids, first)
         state = AttendOver(following(keys, values))
-        return self._call(token_ids, first, state, logits_to_keep=0)
+        return self._call(token_ids, range(first, first + len(token_ids)), state, 0)
 
     def first_layer_kv(
         self, token_ids: Sequence[int], first_position: int
@@ -243,19 +262,26 @@ class Model:
             raise ValueError(f"{self.name} does not rotate its keys (rope is 'none')")
         return self._rotary
 
-    def _forward(
-        self,
-        cache: SequenceCache,
-        token_ids: Sequence[int],
-        rows: LayerRows,
-        *,
-        logits_to_keep: int,
-    ) -> torch.Tensor:
-        first = cache.length
-        self._check_tokens(token_ids, first)
-        cache.grow(first + len(token_ids))
-        logits = self._run(token_ids, first, AttendOver(cache.append, rows=rows), logits_to_keep)
-        cache.advance(len(token_ids))
+    def _pass(self, spans: Sequence[Span], *, all_rows: bool) -> torch.Tensor:
+        if not spans:
+            raise ValueError("a pass needs at least one span")
+        for span in spans:
+            self._check_tokens(span.token_ids, span.cache.length)
+        order, state = begin_pass(spans)
+        token_ids: list[int] = []
+        positions: list[int] = []
+        last_rows: dict[int, int] = {}
+        for index in order:
+            span = spans[index]
+            first = span.cache.length
+            token_ids += span.token_ids
+            positions += range(first, first + len(span.token_ids))
+            last_rows[index] = len(token_ids) - 1
+        wanted = [last_rows[i] for i, span in enumerate(spans) if span.wants_logits]
+        keep = 0 if all_rows else torch.tensor(wanted, dtype=torch.int64, device=self.device)
+        logits = self._run(token_ids, positions, state, keep)
+        for span in spans:
+            span.cache.advance(len(span.token_ids))
         return logits.to(torch.float32, copy=True)
 
     def _capture_first_layer(
@@ -264,25 +290,32 @@ class Model:
         self._check_tokens(token_ids, first_position)
         state = CaptureFirstLayer()
         try:
-            self._run(token_ids, first_position, state, logits_to_keep=1)
+            positions = range(first_position, first_position + len(token_ids))
+            self._run(token_ids, positions, state, 1)
         except FirstLayerCapturedError:
             return state
         raise RuntimeError(f"{self.name} did not call the attention hook")
 
     @torch.inference_mode()
     def _run(
-        self, token_ids: Sequence[int], first: int, state: AttentionState, logits_to_keep: int
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        state: AttentionState,
+        logits_to_keep: int | torch.Tensor,
     ) -> torch.Tensor:
-        return self._call(token_ids, first, state, logits_to_keep)
+        return self._call(token_ids, positions, state, logits_to_keep)
 
     def _call(
-        self, token_ids: Sequence[int], first: int, state: AttentionState, logits_to_keep: int
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        state: AttentionState,
+        logits_to_keep: int | torch.Tensor,
     ) -> torch.Tensor:
-        ids = torch.tensor([token_ids], dtype=torch.int64, device=self.device)
-        positions = torch.arange(first, first + len(token_ids), device=self.device)
         logits: torch.Tensor = self._hf_model(
-            input_ids=ids,
-            position_ids=positions[None],
+            input_ids=torch.tensor([token_ids], dtype=torch.int64, device=self.device),
+            position_ids=torch.tensor([positions], dtype=torch.int64, device=self.device),
             use_cache=False,
             logits_to_keep=logits_to_keep,
             kv_cache_state=state,
