@@ -85,7 +85,11 @@ class Admission:
     def _method(self, request: GenerateRequest) -> Method:
         if request.WhichOneof("method") == "settings":
             return from_settings(request.settings, self._profile)
-        return from_preset(request.preset, self._profile)
+        return self.preset(request.preset)
+
+    def preset(self, name: str) -> Method:
+        """Return what a preset means for the served model; ``UnknownPresetError`` for no preset."""
+        return from_preset(name, self._profile)
 
     def _prompt_ids(self, request: GenerateRequest) -> tuple[int, ...]:
         kind = request.WhichOneof("prompt")

@@ -56,7 +56,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         self._workers = workers
         self._counters = counters
         self._tenants = tenants or Tenants()
-        self._quotas = Quotas(counters)
+        self.quotas = Quotas(counters)
         self._running = 0
         self._running_bytes = 0
         self.draining = False
@@ -78,7 +78,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         held = 0
         try:
             tenant = self._tenants.identify(metadata_of(context))
-            self._quotas.count_request(tenant)
+            self.quotas.count_request(tenant)
             with clock.stage("route"):
                 task = await asyncio.to_thread(
                     self._admission.admit, request, context.time_remaining()

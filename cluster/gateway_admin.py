@@ -2,17 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
 
+from kvstrata.cluster.admission import Admission
 from kvstrata.cluster.gateway import Gateway
+from kvstrata.cluster.prompt_explanation import explain_prompt
 from kvstrata.kvstore_service.counters import Counters
+from kvstrata.kvstore_service.quota_admin import answer_quota
+from kvstrata.kvstore_service.tenants import Tenants
 from kvstrata.protos import admin_pb2 as pb
-from kvstrata.protos import admin_pb2_grpc
+from kvstrata.protos import admin_pb2_grpc, kvstore_pb2
 from kvstrata.protos.errors import KVStrataError, from_rpc_error
-from kvstrata.protos.service import CALL_METADATA
+from kvstrata.protos.service import CALL_METADATA, metadata_of
 
 STORE_TIMEOUT_S = 10.0
 MAX_DRAIN_MS = 600_000
@@ -24,12 +28,16 @@ class GatewayAdmin(admin_pb2_grpc.AdminServicer):
     def __init__(
         self,
         gateway: Gateway,
+        admission: Admission,
         counters: Counters,
+        tenants: Tenants,
         store: grpc.aio.Channel,
         on_drain: Callable[[], Awaitable[None]],
         metadata: Sequence[tuple[str, str]] = CALL_METADATA,
     ) -> None:
         self._gateway = gateway
+        self._admission = admission
+        self._tenants = tenants
         self._counters = counters
         self._store: Any = admin_pb2_grpc.AdminStub(store)  # type: ignore[no-untyped-call]
         self._on_drain = on_drain
@@ -42,7 +50,10 @@ class GatewayAdmin(admin_pb2_grpc.AdminServicer):
             reply: pb.StatsReply = await self._ask(self._store.Stats, request)
         except KVStrataError as error:
             reply = pb.StatsReply(health=f"degraded: store: {error.message}")
-        reply.counters.extend(self._counters.messages())
+        reply.counters.extend(c for c in self._counters.messages() if not _is_of_admin(c.labels))
+        reply.histograms.extend(
+            h for h in self._counters.histograms() if not _is_of_admin(h.labels)
+        )
         reply.uptime_s = time.monotonic() - self._started
         if self._gateway.draining:
             reply.health = "draining"
@@ -65,6 +76,62 @@ class GatewayAdmin(admin_pb2_grpc.AdminServicer):
         reply: pb.EvictReply = await self._ask(self._store.Evict, request)
         return reply
 
+    async def Explain(self, request: pb.ExplainRequest, context: Any) -> pb.ExplainReply:  # noqa: N802
+        """See ``admin.proto``. Takes a prompt; scopes and hashes are passed on to the store."""
+        if not request.HasField("prompt"):
+            return await self._explain(request)
+        tenant = (
+            self._tenants.named(request.tenant)
+            if request.tenant
+            else self._tenants.identify(metadata_of(context))
+        )
+        return await explain_prompt(self._admission, request.prompt, tenant, self._explain)
+
+    async def _explain(self, request: pb.ExplainRequest) -> pb.ExplainReply:
+        reply: pb.ExplainReply = await self._ask(self._store.Explain, request)
+        return reply
+
+    async def Pin(  # noqa: N802
+        self, request: kvstore_pb2.PinRequest, context: Any
+    ) -> kvstore_pb2.PinReply:
+        """See ``admin.proto``."""
+        reply: kvstore_pb2.PinReply = await self._ask(self._store.Pin, request)
+        return reply
+
+    async def Unpin(  # noqa: N802
+        self, request: kvstore_pb2.UnpinRequest, context: Any
+    ) -> kvstore_pb2.UnpinReply:
+        """See ``admin.proto``."""
+        reply: kvstore_pb2.UnpinReply = await self._ask(self._store.Unpin, request)
+        return reply
+
+    async def Move(self, request: pb.MoveRequest, context: Any) -> pb.MoveReply:  # noqa: N802
+        """See ``admin.proto``."""
+        reply: pb.MoveReply = await self._ask(self._store.Move, request)
+        return reply
+
+    async def Verify(  # noqa: N802
+        self, request: pb.VerifyRequest, context: Any
+    ) -> AsyncIterator[pb.VerifyReply]:
+        """See ``admin.proto``."""
+        call = self._store.Verify(
+            request, timeout=context.time_remaining(), metadata=self._metadata
+        )
+        try:
+            async for reply in call:
+                yield reply
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, "store") from error
+        finally:
+            call.cancel()
+
+    async def Quota(self, request: pb.QuotaRequest, context: Any) -> pb.QuotaReply:  # noqa: N802
+        """See ``admin.proto``. Of the gateway's users; without a file of them, of the store's."""
+        if self._tenants.has_file:
+            return answer_quota(request, self._tenants, self._gateway.quotas)
+        reply: pb.QuotaReply = await self._ask(self._store.Quota, request)
+        return reply
+
     async def Drain(self, request: pb.DrainRequest, context: Any) -> pb.DrainReply:  # noqa: N802
         """See ``admin.proto``. Drains this gateway, not the store."""
         self._gateway.draining = True
@@ -80,3 +147,8 @@ class GatewayAdmin(admin_pb2_grpc.AdminServicer):
             return await method(request, timeout=STORE_TIMEOUT_S, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, "store") from error
+
+
+def _is_of_admin(labels: Mapping[str, str]) -> bool:
+    """Whether a number is of our own Admin calls, which the store counts under the same name."""
+    return labels.get("method", "").startswith("Admin/")

@@ -101,12 +101,15 @@ async def start_gateway(
     gateway = Gateway(admission, Router(client, info), workers, counters, known)
     health_service = health.aio.HealthServicer()
     server = grpc.aio.server(
-        interceptors=[ContractInterceptor(known.authorize)], options=SERVER_OPTIONS
+        interceptors=[ContractInterceptor(known.authorize, counters.observe_call)],
+        options=SERVER_OPTIONS,
     )
     inference_pb2_grpc.add_InferenceServicer_to_server(gateway, server)  # type: ignore[no-untyped-call]
     admin = GatewayAdmin(
         gateway,
+        admission,
         counters,
+        known,
         channel,
         health_service.enter_graceful_shutdown,
         call_metadata(store_credentials),

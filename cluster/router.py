@@ -7,7 +7,7 @@ from kvstrata.prefill_node.prefill import num_prompt_blocks
 from kvstrata.prefill_node.task import Task
 from kvstrata.prefill_node.worker import WorkerInfo, store_failure
 from kvstrata.protos.errors import KVStrataError
-from kvstrata.protos.identity import BLOCK_TOKENS, block_hashes
+from kvstrata.protos.identity import BLOCK_TOKENS, CacheScope, block_hashes
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,11 @@ class Route:
     num_blocks: int
     needs_prefill: bool
     failure: str | None = None
+
+
+def cache_scope(task: Task, info: WorkerInfo) -> CacheScope:
+    """Return the conditions under which the task's blocks mean anything."""
+    return task.method.scope(model=info.fingerprint, kv_dtype=info.kv_dtype, salt=task.salt)
 
 
 class Router:
@@ -47,9 +52,7 @@ class Router:
         num_blocks = num_prompt_blocks(len(task.prompt_ids))
         if not num_blocks:
             return Route(0, 0, needs_prefill=False)
-        scope = task.method.scope(
-            model=self._info.fingerprint, kv_dtype=self._info.kv_dtype, salt=task.salt
-        ).digest()
+        scope = cache_scope(task, self._info).digest()
         hashes = block_hashes(scope, task.prompt_ids[: num_blocks * BLOCK_TOKENS])
         try:
             found = await self._store.lookup(scope, hashes)

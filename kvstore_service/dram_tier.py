@@ -71,6 +71,11 @@ class DramTier:
         self._cold.read(key)
         return {stratum: block[stratum] for stratum in strata if stratum in block}
 
+    async def examine(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
+        """Return what ``get`` would, unnoticed; see ``Tier.examine``."""
+        block = self._blocks.get(key, {})
+        return {stratum: block[stratum] for stratum in strata if stratum in block}
+
     async def put(self, key: BlockKey, frames: Mapping[int, bytes]) -> list[BlockKey]:
         """Replace the block; see ``Tier.put``."""
         num_bytes, old_bytes = _size(frames), _size(self._blocks.get(key, {}))

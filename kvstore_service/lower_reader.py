@@ -1,7 +1,6 @@
 """Reading a block from the nearest tier that has it: verified, promoted, once at a time."""
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,13 +14,12 @@ from kvstrata.kvstore_service.commit_rule import (
     open_verified,
 )
 from kvstrata.kvstore_service.counters import Counters
+from kvstrata.kvstore_service.departures import CAPACITY, Departures
 from kvstrata.kvstore_service.dram_tier import DramTier
 from kvstrata.kvstore_service.tier import Tier, TierUnavailableError
 from kvstrata.protos.errors import CapacityError
 from kvstrata.protos.frame import open_head
 from kvstrata.protos.identity import BlockKey
-
-_REMEMBERED_EVICTIONS = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +43,19 @@ class LowerReader:
     reader that gives up does not end it for the others.
     """
 
-    def __init__(self, dram: DramTier, lower: tuple[Tier, ...], counters: Counters) -> None:
+    def __init__(
+        self,
+        dram: DramTier,
+        lower: tuple[Tier, ...],
+        counters: Counters,
+        departures: Departures,
+    ) -> None:
         self._dram = dram
         self._lower = lower
         self._counters = counters
+        self._departures = departures
         self._flights: dict[tuple[BlockKey, int], asyncio.Task[Read]] = {}
         self._partial: set[BlockKey] = set()
-        self._evicted: OrderedDict[BlockKey, None] = OrderedDict()
         dram.on_shed = self._shed
 
     def _shed(self, key: BlockKey, num_bytes: int) -> None:
@@ -66,20 +70,14 @@ class LowerReader:
         """Let no read that is under way promote what it finds: the blocks have changed."""
         for key in keys:
             self._partial.discard(key)
-            self._evicted.pop(key, None)
             for stratum in ALL_STRATA:
                 self._flights.pop((key, stratum), None)
 
     def evicted(self, tier: Tier, victims: Sequence[BlockKey]) -> None:
-        """Remember blocks that ``tier`` gave up, so that their misses can say so."""
-        if victims:
-            self._counters.add(names.EVICTIONS, len(victims), tier=tier.name)
-        for key in victims:
-            if tier is self._dram:
-                self._partial.discard(key)
-            self._evicted[key] = None
-        while len(self._evicted) > _REMEMBERED_EVICTIONS:
-            self._evicted.popitem(last=False)
+        """Remember blocks that ``tier`` gave up to make room, so that their misses can say so."""
+        if tier is self._dram:
+            self._partial.difference_update(victims)
+        self._departures.evicted(victims, tier.name, CAPACITY)
 
     async def read(self, key: BlockKey, strata: Sequence[int]) -> Read:
         """Return each wanted stratum of one writing, or why it is missing."""
@@ -88,7 +86,7 @@ class LowerReader:
         missing = [s for s in strata if s not in held]
         if missing and self._lower:
             found |= await self._read_below(key, self._with_base(key, missing, held))
-        reason = "evicted" if key in self._evicted else "absent"
+        reason = "evicted" if self._departures.was_evicted(key) else "absent"
         read = {s: found.get(s, reason) for s in strata}
         self._refuse_stale(key, read, found.get(BASE))
         return read
@@ -170,6 +168,7 @@ class LowerReader:
                 except BlockRejectedError:
                     read[stratum] = "corrupt"
                     self._counters.add(names.CORRUPT, tier=tier.name)
+                    self._departures.note([key], tier.name, "corrupt")
                     await tier.drop(key, stratum)
         except (TierUnavailableError, CapacityError):
             self._counters.add(names.TIER_ERRORS, tier=tier.name)
@@ -191,7 +190,6 @@ class LowerReader:
         except CapacityError:
             return
         self._partial.add(key)
-        self._evicted.pop(key, None)
         self.evicted(self._dram, victims)
 
     async def close(self) -> None:

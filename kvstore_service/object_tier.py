@@ -9,7 +9,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 from kvstrata.kvstore_service.block_changes import BlockChanges
@@ -101,11 +101,20 @@ class ObjectTier:
 
         An unknown block is asked for, once in ``absent_s``.
         """
+        return await self._find(key, strata, self._index.use)
+
+    async def examine(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
+        """Return what ``get`` would, unnoticed; see ``Tier.examine``."""
+        return await self._find(key, strata, self._index.get)
+
+    async def _find(
+        self, key: BlockKey, strata: Sequence[int], place: Callable[[BlockKey], ObjectName | None]
+    ) -> dict[int, bytes]:
         self._service.refuse_if_down()
         if not self._index.knows(key):
             await self._changes.to_its_end(self._look(key))
         for _ in range(_MAX_READS):
-            found = self._index.use(key)
+            found = place(key)
             if found is None:
                 return {}
             frames = await self._read(found, strata)

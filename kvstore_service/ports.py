@@ -13,7 +13,7 @@ from kvstrata.kvstore_service.config import StoreConfig
 from kvstrata.kvstore_service.service import SERVICE_NAME, StoreService, store_handlers
 from kvstrata.kvstore_service.tenants import Tenants
 from kvstrata.protos import admin_pb2, admin_pb2_grpc
-from kvstrata.protos.service import SERVER_OPTIONS, ContractInterceptor, bind
+from kvstrata.protos.service import SERVER_OPTIONS, ContractInterceptor, Observe, bind
 
 ADMIN_NAME = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 
@@ -25,16 +25,17 @@ class Ports:
     Attributes:
         address: Where KVStore listens, ``host:port`` with the real port.
         admin_address: Where Admin listens; the same without a port of its own.
+        health: What the health service says.
     """
 
     address: str
     admin_address: str
+    health: health.aio.HealthServicer
     _servers: tuple[grpc.aio.Server, ...]
-    _health: health.aio.HealthServicer
 
     async def drain(self) -> None:
         """Let health say NOT_SERVING."""
-        await self._health.enter_graceful_shutdown()
+        await self.health.enter_graceful_shutdown()
 
     async def stop(self, grace_s: float) -> None:
         """Let running calls end within ``grace_s``, then cut them. Idempotent."""
@@ -47,6 +48,7 @@ async def open_ports(
     tenants: Tenants,
     service: StoreService,
     make_admin: Callable[[health.aio.HealthServicer], AdminService],
+    observe: Observe,
 ) -> Ports:
     """Open the ports and return them when they serve.
 
@@ -58,7 +60,7 @@ async def open_ports(
 
     def server(names: list[str]) -> grpc.aio.Server:
         made = grpc.aio.server(
-            interceptors=[ContractInterceptor(tenants.authorize)], options=SERVER_OPTIONS
+            interceptors=[ContractInterceptor(tenants.authorize, observe)], options=SERVER_OPTIONS
         )
         health_pb2_grpc.add_HealthServicer_to_server(health_service, made)
         reflection.enable_server_reflection(
@@ -85,7 +87,7 @@ async def open_ports(
         raise
     for name in ("", SERVICE_NAME, ADMIN_NAME):
         await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return Ports(address, admin_address, servers, health_service)
+    return Ports(address, admin_address, health_service, servers)
 
 
 def _bind(server: grpc.aio.Server, listen: str, config: StoreConfig) -> str:

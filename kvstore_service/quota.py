@@ -18,14 +18,13 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvstrata.kvstore_service.counters import Counters
+from kvstrata.kvstore_service.counters import GIVEN_UP, REFUSALS, Counters
+from kvstrata.kvstore_service.departures import QUOTA
 from kvstrata.kvstore_service.pin_table import Clock, PinTable
 from kvstrata.kvstore_service.tenants import Tenant
 from kvstrata.protos.errors import RETRY_AFTER, ThrottledError
 from kvstrata.protos.identity import BlockKey
 
-REFUSALS = "refusals_total"  # tenant, reason
-GIVEN_UP = "quota_evictions_total"  # tenant
 _RETRY_IN_FLIGHT_S = 0.1
 _RETRY_STORED_S = 5.0
 _BATCH = 64
@@ -36,8 +35,8 @@ class Keeper(Protocol):
 
     pins: PinTable
 
-    async def delete(self, keys: Sequence[BlockKey]) -> int:
-        """Forget blocks in every tier."""
+    async def delete(self, keys: Sequence[BlockKey], *, reason: str) -> int:
+        """Forget blocks in every tier, and remember why."""
         ...
 
 
@@ -208,7 +207,7 @@ class Quotas:
         self._counters.add(GIVEN_UP, len(victims), tenant=tenant.name)
         try:
             for first in range(0, len(victims), _BATCH):
-                await store.delete(victims[first : first + _BATCH])
+                await store.delete(victims[first : first + _BATCH], reason=QUOTA)
             yield room
         finally:
             if not room.kept:

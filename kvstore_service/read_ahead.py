@@ -2,9 +2,10 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Any
 
+from kvstrata.kvstore_service.counters import ABANDONED, WANTED
 from kvstrata.kvstore_service.lower_reader import Piece, Read
 from kvstrata.kvstore_service.quota import Usage
 from kvstrata.kvstore_service.store import BlockStore
@@ -15,7 +16,7 @@ _MAX_BLOCKS = 4
 
 async def read_ahead(
     store: BlockStore,
-    keys: Iterable[BlockKey],
+    keys: Sequence[BlockKey],
     strata: list[int],
     wait_until: float,
     usage: Usage,
@@ -23,11 +24,14 @@ async def read_ahead(
 ) -> AsyncGenerator[Read, None]:
     """Yield the blocks in order, up to four of them being read; their bytes count as in flight.
 
-    While ``may_read_ahead`` says no, only the block that is wanted next is read.
+    While ``may_read_ahead`` says no, only the block that is wanted next is read. Strata that nobody
+    reads in the end, because the call ended before, are counted as abandoned.
     """
     ahead: deque[asyncio.Task[Read]] = deque()
     upcoming = iter(keys)
     held = 0
+    num_read = 0
+    store.counters.add(WANTED, len(keys) * len(strata))
 
     def hold(num_bytes: int) -> None:
         nonlocal held
@@ -35,7 +39,9 @@ async def read_ahead(
         usage.in_flight_bytes += num_bytes
 
     async def read(key: BlockKey) -> Read:
+        nonlocal num_read
         found = await store.get(key, strata, wait_until)
+        num_read += 1
         usage.touch(key)
         hold(_size(found))
         return found
@@ -56,6 +62,8 @@ async def read_ahead(
     finally:
         await cancel(ahead)
         hold(-held)
+        if num_read < len(keys):
+            store.counters.add(ABANDONED, (len(keys) - num_read) * len(strata))
 
 
 async def cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:

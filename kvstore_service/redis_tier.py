@@ -74,23 +74,30 @@ class RedisTier:
         """Return the strata that are here, each in one bounded read; see ``Tier.get``."""
         member = key.encode()
         async with self._connection.use() as redis:
-            pipe = redis.pipeline(transaction=False)
-            for stratum in strata:
-                pipe.getrange(value_key(key, stratum), 0, self._max_stratum_bytes)
+            pipe = self._ask_for(redis, key, strata)
             pipe.hget(scripts.SIZES_KEY, member)
             for name in _value_keys(key):
                 pipe.pexpire(name, self._ttl_ms)
             pipe.eval(scripts.TOUCH, len(scripts.INDEX_KEYS), *scripts.INDEX_KEYS, member)
             replies = await pipe.execute(raise_on_error=False)
-        found = {
-            stratum: value
-            for stratum, value in zip(strata, replies, strict=False)
-            if isinstance(value, bytes) and value
-        }
+        found = _values(strata, replies)
         recorded = _parse_entry(replies[len(strata)])
         if any(stratum in recorded and stratum not in found for stratum in strata):
             await self._reconcile([key])
         return found
+
+    async def examine(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
+        """Return what ``get`` would, no time to live renewed; see ``Tier.examine``."""
+        async with self._connection.use() as redis:
+            replies = await self._ask_for(redis, key, strata).execute(raise_on_error=False)
+        return _values(strata, replies)
+
+    def _ask_for(self, redis: Any, key: BlockKey, strata: Sequence[int]) -> Any:
+        """Return a pipeline that reads the strata, each in one bounded read."""
+        pipe = redis.pipeline(transaction=False)
+        for stratum in strata:
+            pipe.getrange(value_key(key, stratum), 0, self._max_stratum_bytes)
+        return pipe
 
     async def put(self, key: BlockKey, frames: Mapping[int, bytes]) -> list[BlockKey]:
         """Replace the block in one MULTI; see ``Tier.put``."""
@@ -252,6 +259,15 @@ class RedisTier:
             for key in keys:
                 pipe.execute_command("UNLINK", *_value_keys(key))
             await pipe.execute()
+
+
+def _values(strata: Sequence[int], replies: Sequence[Any]) -> dict[int, bytes]:
+    """Return what there is of each stratum; an error or nothing is none."""
+    return {
+        stratum: value
+        for stratum, value in zip(strata, replies, strict=False)
+        if isinstance(value, bytes) and value
+    }
 
 
 def _entry(sizes: Mapping[int, int]) -> str:

@@ -1,5 +1,6 @@
 """Starting and stopping one store."""
 
+import asyncio
 import logging
 import time
 from dataclasses import dataclass
@@ -8,7 +9,9 @@ from grpc_health.v1 import health
 
 from kvstrata.kvstore_service.admin_service import AdminService
 from kvstrata.kvstore_service.config import StoreConfig
+from kvstrata.kvstore_service.counters import Counters
 from kvstrata.kvstore_service.dram_tier import DramTier
+from kvstrata.kvstore_service.measured_tier import MeasuredTier
 from kvstrata.kvstore_service.pin_table import Clock
 from kvstrata.kvstore_service.ports import Ports, open_ports
 from kvstrata.kvstore_service.quota import Quotas
@@ -17,6 +20,8 @@ from kvstrata.kvstore_service.redis_tier import RedisTier
 from kvstrata.kvstore_service.service import StoreService
 from kvstrata.kvstore_service.ssd_tier import SsdTier
 from kvstrata.kvstore_service.store import BlockStore
+from kvstrata.kvstore_service.store_health import StoreHealth
+from kvstrata.kvstore_service.store_stats import StoreStats
 from kvstrata.kvstore_service.tenants import Tenants
 from kvstrata.kvstore_service.tier import Tier
 from kvstrata.kvstore_service.workload import Workload
@@ -34,13 +39,16 @@ class RunningStore:
         workload: What runs.
         tenants: Who may call.
         quotas: What each uses.
+        stats: What it tells of itself.
     """
 
     store: BlockStore
     workload: Workload
     tenants: Tenants
     quotas: Quotas
+    stats: StoreStats
     _ports: Ports
+    _watch: asyncio.Task[None]
 
     @property
     def address(self) -> str:
@@ -61,6 +69,8 @@ class RunningStore:
         """Refuse new calls, give running ones ``grace_s``, then close everything. Idempotent."""
         self.workload.is_draining = True
         self.store.arrivals.drain()
+        self._watch.cancel()
+        await asyncio.gather(self._watch, return_exceptions=True)
         await self._ports.drain()
         await self._ports.stop(grace_s)
         await self.store.flush(grace_s)
@@ -77,7 +87,9 @@ async def start_store(config: StoreConfig, clock: Clock = time.monotonic) -> Run
     """
     config.validate()
     tenants = Tenants(config.tenants)
-    store = BlockStore(DramTier(config.dram_bytes, clock), await _lower_tiers(config), clock)
+    counters = Counters()
+    lower = [MeasuredTier(tier, counters) for tier in await _lower_tiers(config)]
+    store = BlockStore(DramTier(config.dram_bytes, clock), lower, clock, counters=counters)
     try:
         return await _serve(config, store, tenants, Quotas(store.counters, clock))
     except BaseException:
@@ -150,6 +162,8 @@ async def _serve(
     config: StoreConfig, store: BlockStore, tenants: Tenants, quotas: Quotas
 ) -> RunningStore:
     workload = Workload()
+    feels = StoreHealth(store, workload)
+    stats = StoreStats(store, workload, tenants, quotas, feels)
 
     def make_admin(health_service: health.aio.HealthServicer) -> AdminService:
         async def on_drain() -> None:
@@ -157,9 +171,10 @@ async def _serve(
             store.arrivals.drain()
             await health_service.enter_graceful_shutdown()
 
-        return AdminService(store, workload, config.limits, on_drain)
+        return AdminService(store, workload, config.limits, tenants, quotas, stats, on_drain)
 
     service = StoreService(store, workload, config.limits, tenants, quotas)
-    ports = await open_ports(config, tenants, service, make_admin)
+    ports = await open_ports(config, tenants, service, make_admin, store.counters.observe_call)
+    watch = asyncio.create_task(feels.watch(ports.health))
     logger.info("store serves: address=%s dram_bytes=%d", ports.address, config.dram_bytes)
-    return RunningStore(store, workload, tenants, quotas, ports)
+    return RunningStore(store, workload, tenants, quotas, stats, ports, watch)

@@ -39,11 +39,9 @@ from kvstrata.protos.errors import (
 from kvstrata.protos.frame import Frame
 from kvstrata.protos.identity import BlockKey, ScopeDigest
 from kvstrata.protos.kvstore_pb2_grpc import KVStoreServicer
-from kvstrata.protos.service import CHUNK_BYTES, metadata_of
+from kvstrata.protos.service import CHUNK_BYTES, discard, metadata_of
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["KVStore"].full_name
-_MAX_DISCARDED_BYTES = 64 << 20
-_DISCARD_S = 1.0  # silence after which a refused client is taken to have stopped writing
 
 LayerRange = tuple[int, int] | None
 Blocks = asyncio.Queue[asyncio.Task[pb.PutReply] | None]
@@ -133,7 +131,7 @@ class StoreService(KVStoreServicer):
                 except ThrottledError as error:
                     await asyncio.wait([receiving])
                     yield _refused(error)
-                    await self._discard(requests, self._limits.put_idle_s)
+                    await discard(requests, self._limits.put_idle_s, _data_size)
                     raise
                 finally:
                     await cancel([receiving])
@@ -141,16 +139,8 @@ class StoreService(KVStoreServicer):
             raise
         except KVStrataError:
             if receiving is None or not receiving.cancelled():
-                await self._discard(requests, _DISCARD_S)
+                await discard(requests, size=_data_size)
             raise
-
-    async def _discard(self, requests: AsyncIterator[pb.PutRequest], idle_s: float) -> None:
-        """Read what was on its way: a client that still writes would not see the status."""
-        left = _MAX_DISCARDED_BYTES
-        with contextlib.suppress(StopAsyncIteration, TimeoutError):
-            while left > 0:
-                async with asyncio.timeout(idle_s):
-                    left -= 1024 + len((await anext(requests)).data)
 
     async def _receive_then_end(
         self, requests: AsyncIterator[pb.PutRequest], blocks: Blocks, tenant: Tenant
@@ -304,6 +294,10 @@ class StoreService(KVStoreServicer):
         with self._workload.call():
             self._quotas.of(tenant).remove(keys)
             return pb.DeleteReply(deleted=await self._store.delete(keys))
+
+
+def _data_size(request: pb.PutRequest) -> int:
+    return len(request.data)
 
 
 @contextlib.contextmanager

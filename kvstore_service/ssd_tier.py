@@ -7,7 +7,7 @@ changes of one block come one after another, reads wait for nothing.
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Self
 
@@ -151,16 +151,28 @@ class SsdTier:
 
     async def get(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
         """Return the strata that are here, all of one writing; see ``Tier.get``."""
+        frames = await self._read(key, strata, self._index.use)
+        file = self._index.get(key)
+        if frames and file is not None:
+            self._touch(file)
+        return frames
+
+    async def examine(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
+        """Return what ``get`` would, unnoticed; see ``Tier.examine``."""
+        return await self._read(key, strata, self._index.get)
+
+    async def _read(
+        self, key: BlockKey, strata: Sequence[int], find: Callable[[BlockKey], SsdFile | None]
+    ) -> dict[int, bytes]:
         self._worker.refuse_if_down()
         for _ in range(_MAX_READS):
-            file = self._index.use(key)
+            file = find(key)
             if file is None:
                 return {}
             frames = await self._worker.read(partial(self._folder.read, file, strata))
             if frames is None or _is_cut(file, frames):
                 frames = await self._look_again(file, frames)
             if frames is not None:
-                self._touch(file)
                 return frames
         return {}
 

@@ -18,6 +18,7 @@ from kvstrata.kvstore_service.commit_rule import (
     check_block,
 )
 from kvstrata.kvstore_service.counters import Counters
+from kvstrata.kvstore_service.departures import ADMIN, QUOTA, Departures
 from kvstrata.kvstore_service.dram_tier import DramTier
 from kvstrata.kvstore_service.lower_reader import LowerReader, Piece, Read
 from kvstrata.kvstore_service.pin_table import Clock, PinTable
@@ -55,6 +56,7 @@ class BlockStore:
         lower: Further tiers, nearest first.
         clock: Monotonic seconds, for pins.
         max_behind_bytes: Bound, per tier, on blocks that it gets later.
+        counters: Where everything is counted; its own without it.
     """
 
     def __init__(
@@ -63,13 +65,16 @@ class BlockStore:
         lower: Sequence[Tier] = (),
         clock: Clock = time.monotonic,
         max_behind_bytes: int = 256 << 20,
+        counters: Counters | None = None,
     ) -> None:
         self.dram = dram
         self.tiers: tuple[Tier, ...] = (dram, *lower)
-        self.counters = Counters()
+        self.counters = counters or Counters()
+        self.max_behind_bytes = max_behind_bytes
         self.pins = PinTable(clock)
         self.arrivals = Arrivals()
-        self._lower = LowerReader(dram, tuple(lower), self.counters)
+        self.departures = Departures(self.counters)
+        self._lower = LowerReader(dram, tuple(lower), self.counters, self.departures)
         self._behind = {
             tier.name: WriteBehind(tier, self._write_behind, self.counters, max_behind_bytes)
             for tier in lower
@@ -98,10 +103,12 @@ class BlockStore:
             check_block(key, frames)
         except BlockRejectedError as error:
             self.counters.add(names.PUTS, outcome="rejected", reason=error.kind)
+            self.departures.note([key], "", f"rejected: {error.kind}")
             return PutResult(PutOutcome.PUT_OUTCOME_REJECTED, error.message)
         for tier in now:
             if tier.name in self._behind:
                 await self._behind[tier.name].forget([key])
+        self.departures.forget([key])
         results = await asyncio.gather(*(self._put_in(tier, key, frames) for tier in now))
         self._lower.forget([key])
         held = tuple(t.name for t, problem in zip(now, results, strict=True) if not problem)
@@ -110,6 +117,7 @@ class BlockStore:
         reason = "; ".join(problems)
         if not held:
             self.counters.add(names.PUTS, outcome="rejected", reason="no_tier")
+            self.departures.note([key], "", "rejected: no_tier")
             return PutResult(PutOutcome.PUT_OUTCOME_REJECTED, f"no_tier: {reason}")
         for tier in later:
             self._behind[tier.name].submit(key, frames)
@@ -281,12 +289,24 @@ class BlockStore:
             except (TierUnavailableError, CapacityError):
                 self.counters.add(names.TIER_ERRORS, tier=tier.name)
 
-    async def delete(self, keys: Sequence[BlockKey], tier_name: str = "") -> int:
-        """Forget blocks in the named tier, or in all; return how many were anywhere."""
+    async def delete(
+        self, keys: Sequence[BlockKey], tier_name: str = "", reason: str = "deleted"
+    ) -> int:
+        """Forget blocks in the named tier, or in all; return how many were anywhere.
+
+        Args:
+            keys: The blocks.
+            tier_name: The tier; all without it.
+            reason: Why, for whoever asks later; see ``Departures``.
+        """
         tiers = [tier for tier in self.tiers if tier_name in ("", tier.name)]
         found, _ = await self.locate(keys)
         wanted = {tier.name for tier in tiers}
-        deleted = sum(any(name in wanted for name, _ in presence) for presence in found)
+        gone = [
+            key
+            for key, presence in zip(keys, found, strict=True)
+            if any(name in wanted for name, _ in presence)
+        ]
         if not tier_name:
             for key in keys:
                 self.pins.remove(key)
@@ -298,7 +318,11 @@ class BlockStore:
                 await tier.delete(keys)
             except TierUnavailableError:
                 self.counters.add(names.TIER_ERRORS, tier=tier.name)
-        return deleted
+        if reason in (ADMIN, QUOTA):
+            self.departures.evicted(gone, tier_name, reason)
+        else:
+            self.departures.note(gone, tier_name, reason)
+        return len(gone)
 
     async def flush(self, timeout_s: float) -> bool:
         """Wait until every tier has got what it is to get; False when the time was over first."""

@@ -16,15 +16,18 @@ import hmac
 import logging
 import re
 import tomllib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvstrata.kvstore_service.namespace import Namespace
+from kvstrata.protos.call_context import DEFAULT_TENANT
 from kvstrata.protos.credentials import TOKEN_KEY, TOKEN_SCHEME
 from kvstrata.protos.errors import (
     ConfigurationError,
     KVStrataError,
+    LimitError,
+    NotFoundError,
     PermissionDeniedError,
     UnauthenticatedError,
 )
@@ -33,8 +36,8 @@ from kvstrata.protos.service import Metadata
 ADMIN_PREFIX = "/kvstrata.v1.Admin/"
 MAX_FILE_BYTES = 1 << 20
 MIN_SEED_CHARS = 16
-_LIMITS = ("quota_bytes", "requests_per_s", "in_flight_bytes")
-_FIELDS = {"token_sha256", "salt_seed", "admin", *_LIMITS}
+LIMITS = ("quota_bytes", "requests_per_s", "in_flight_bytes")
+_FIELDS = {"token_sha256", "salt_seed", "admin", *LIMITS}
 _SALT_DOMAIN = b"kvstrata/scope-salt/1"
 
 logger = logging.getLogger(__name__)
@@ -74,7 +77,7 @@ class Tenant:
         return hmac.digest(self.salt_seed, _SALT_DOMAIN + deployment, "sha256")
 
 
-DEFAULT = Tenant("default", is_admin=True)
+DEFAULT = Tenant(DEFAULT_TENANT, is_admin=True)
 """Everybody, where no tenants are configured: stores under plain keys and needs no token."""
 
 
@@ -83,7 +86,7 @@ class Tenants:
 
     def __init__(self, path: str = "") -> None:
         self._path = path
-        self._tenants: tuple[Tenant, ...] = read_tenants(path) if path else ()
+        self._tenants: tuple[Tenant, ...] = read_tenants(path) if path else (DEFAULT,)
 
     def identify(self, metadata: Metadata) -> Tenant:
         """Return the tenant whose token is in ``metadata``; nothing else of a call names one.
@@ -92,7 +95,7 @@ class Tenants:
             UnauthenticatedError: No token, several, or one that belongs to nobody.
         """
         if not self._path:
-            return DEFAULT
+            return self._tenants[0]
         offered = [value for key, value in metadata if key == TOKEN_KEY]
         header = offered[0] if len(offered) == 1 else ""
         if not isinstance(header, str) or not header.startswith(TOKEN_SCHEME):
@@ -111,8 +114,8 @@ class Tenants:
             )
         return found
 
-    def authorize(self, method: str, metadata: Metadata) -> None:
-        """Raise unless the caller has a token, and for Admin one of an admin tenant.
+    def authorize(self, method: str, metadata: Metadata) -> str:
+        """Return the caller's name if it has a token, and for Admin one of an admin tenant.
 
         Raises:
             UnauthenticatedError: See ``identify``.
@@ -123,11 +126,46 @@ class Tenants:
             raise PermissionDeniedError(
                 f"tenant {tenant.name!r} is no admin", "use the token of an admin tenant"
             )
+        return tenant.name
+
+    @property
+    def has_file(self) -> bool:
+        """Whether callers need a token."""
+        return bool(self._path)
+
+    def all(self) -> tuple[Tenant, ...]:
+        """Return every tenant."""
+        return self._tenants
+
+    def named(self, name: str) -> Tenant:
+        """Return the tenant of that name; ``NotFoundError`` if there is none."""
+        for tenant in self._tenants:
+            if tenant.name == name:
+                return tenant
+        raise NotFoundError(
+            f"no tenant {name[:64]!r}",
+            f"use one of {', '.join(tenant.name for tenant in self._tenants[:16])}",
+        )
+
+    def limit(self, name: str, limits: Mapping[str, float]) -> None:
+        """Set limits of a tenant, by their names in the file, until the file is read again.
+
+        Raises:
+            NotFoundError: No such tenant.
+            LimitError: Names a limit that is out of range.
+        """
+        old = self.named(name)
+        for limit, value in limits.items():
+            if not is_limit(value):
+                raise LimitError(f"{limit} is no number of at least 0", "give one, 0 for no limit")
+        new = replace(old, **limits)  # type: ignore[arg-type]
+        self._tenants = tuple(new if tenant is old else tenant for tenant in self._tenants)
+        logger.info("limits set", extra={"of_tenant": name, **limits})
 
     def reload(self) -> bool:
         """Read the file again; a bad one is logged and changes nothing. Return whether it held."""
         try:
-            self._tenants = read_tenants(self._path) if self._path else ()
+            self._tenants = read_tenants(self._path) if self._path else (DEFAULT,)
         except KVStrataError as error:
             logger.error("tenants not read again, the old ones stay: %s", error)
             return False
@@ -192,10 +230,10 @@ def _parse(name: str, table: Any) -> Tenant:
         )
     if not isinstance(table.get("admin", False), bool):
         raise refuse("admin is neither true nor false", "give true or false")
-    limits = {limit: table.get(limit, 0) for limit in _LIMITS}
+    limits = {limit: table.get(limit, 0) for limit in LIMITS}
     for limit, value in limits.items():
         kinds = (int, float) if limit == "requests_per_s" else (int,)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value < 1 << 62:
+        if isinstance(value, bool) or not isinstance(value, kinds) or not is_limit(value):
             raise refuse(f"{limit} is no number of at least 0", "give one, 0 for no limit")
     return Tenant(
         name,
@@ -204,6 +242,11 @@ def _parse(name: str, table: Any) -> Tenant:
         table.get("admin", False),
         **limits,
     )
+
+
+def is_limit(value: float) -> bool:
+    """Return whether a number may be a limit; 0 is none."""
+    return 0 <= value < 1 << 62
 
 
 def _check_distinct(tenants: Iterable[Tenant]) -> None:

@@ -61,6 +61,13 @@ class Tier(Protocol):
         """
         ...
 
+    async def examine(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
+        """Return what ``get`` would, without counting it as a use: for whoever looks at everything.
+
+        A read that waits is no more urgent than any other.
+        """
+        ...
+
     async def put(self, key: BlockKey, frames: Mapping[int, bytes]) -> list[BlockKey]:
         """Replace the block by ``frames``, all at once: a reader sees all of them or none.
 

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from kvstrata.protos import admin_pb2 as kvstrata_dot_protos_dot_admin__pb2
+from kvstrata.protos import kvstore_pb2 as kvstrata_dot_protos_dot_kvstore__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -26,7 +27,9 @@ if _version_not_supported:
 
 
 class AdminStub:
-    """Missing associated documentation comment in .proto file."""
+    """Keys are stored keys, as ListBlocks tells them. Nothing here counts as a use of a block, so looking
+    changes no order of eviction and no hit rate.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -59,10 +62,42 @@ class AdminStub:
                 request_serializer=kvstrata_dot_protos_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=kvstrata_dot_protos_dot_admin__pb2.DrainReply.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/kvstrata.v1.Admin/Explain',
+                request_serializer=kvstrata_dot_protos_dot_admin__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=kvstrata_dot_protos_dot_admin__pb2.ExplainReply.FromString,
+                _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/kvstrata.v1.Admin/Pin',
+                request_serializer=kvstrata_dot_protos_dot_kvstore__pb2.PinRequest.SerializeToString,
+                response_deserializer=kvstrata_dot_protos_dot_kvstore__pb2.PinReply.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/kvstrata.v1.Admin/Unpin',
+                request_serializer=kvstrata_dot_protos_dot_kvstore__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=kvstrata_dot_protos_dot_kvstore__pb2.UnpinReply.FromString,
+                _registered_method=True)
+        self.Move = channel.unary_unary(
+                '/kvstrata.v1.Admin/Move',
+                request_serializer=kvstrata_dot_protos_dot_admin__pb2.MoveRequest.SerializeToString,
+                response_deserializer=kvstrata_dot_protos_dot_admin__pb2.MoveReply.FromString,
+                _registered_method=True)
+        self.Verify = channel.unary_stream(
+                '/kvstrata.v1.Admin/Verify',
+                request_serializer=kvstrata_dot_protos_dot_admin__pb2.VerifyRequest.SerializeToString,
+                response_deserializer=kvstrata_dot_protos_dot_admin__pb2.VerifyReply.FromString,
+                _registered_method=True)
+        self.Quota = channel.unary_unary(
+                '/kvstrata.v1.Admin/Quota',
+                request_serializer=kvstrata_dot_protos_dot_admin__pb2.QuotaRequest.SerializeToString,
+                response_deserializer=kvstrata_dot_protos_dot_admin__pb2.QuotaReply.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Keys are stored keys, as ListBlocks tells them. Nothing here counts as a use of a block, so looking
+    changes no order of eviction and no hit rate.
+    """
 
     def Stats(self, request, context):
         """Tells bytes, blocks and counters since start. Reads only; a tier that does not answer is told as down.
@@ -79,7 +114,8 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Inspect(self, request, context):
-        """Tells everything about one block except its values. NOT_FOUND when no tier holds it.
+        """Tells everything about one block except its values: with `tokens` also which tokens are kept how
+        well, by layer and KV head. NOT_FOUND when no tier holds it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,6 +130,55 @@ class AdminServicer:
 
     def Drain(self, request, context):
         """Stops taking new work, lets what runs finish within timeout_ms, then answers. Health says NOT_SERVING.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """Tells of each block of a prompt where it is, or what became of it and when, as far as the server
+        remembers; and where the same tokens are stored under another scope. A gateway takes the prompt
+        itself, a store takes scope and hashes. Reads only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pin(self, request, context):
+        """Exempts blocks from eviction for ttl_ms (at most the server's limit). Repeating it extends the time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Ends pins early, whoever set them. Unpinning a block that is not pinned is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Move(self, request, context):
+        """Copies blocks into tier `target`, then removes them from tier `source`. Readable all the while; a
+        block that cannot be copied stays where it is, with a reason. A pinned block is copied, not removed.
+        Idempotent. NOT_FOUND never: an absent block is told as such.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Verify(self, request, context):
+        """Reads every stratum of every block in every tier (or in the named one) and checks every checksum and
+        the block hash. Replies with progress at least every second, the last reply has `done`. With `repair`
+        damaged strata are deleted, as a read would do. Ending the call ends the work.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Quota(self, request, context):
+        """Tells each tenant's limits and what it uses, after setting those that are given. What is set holds for
+        this process, until its file of tenants is read again. NOT_FOUND for an unknown tenant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,6 +212,36 @@ def add_AdminServicer_to_server(servicer, server):
                     request_deserializer=kvstrata_dot_protos_dot_admin__pb2.DrainRequest.FromString,
                     response_serializer=kvstrata_dot_protos_dot_admin__pb2.DrainReply.SerializeToString,
             ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=kvstrata_dot_protos_dot_admin__pb2.ExplainRequest.FromString,
+                    response_serializer=kvstrata_dot_protos_dot_admin__pb2.ExplainReply.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=kvstrata_dot_protos_dot_kvstore__pb2.PinRequest.FromString,
+                    response_serializer=kvstrata_dot_protos_dot_kvstore__pb2.PinReply.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=kvstrata_dot_protos_dot_kvstore__pb2.UnpinRequest.FromString,
+                    response_serializer=kvstrata_dot_protos_dot_kvstore__pb2.UnpinReply.SerializeToString,
+            ),
+            'Move': grpc.unary_unary_rpc_method_handler(
+                    servicer.Move,
+                    request_deserializer=kvstrata_dot_protos_dot_admin__pb2.MoveRequest.FromString,
+                    response_serializer=kvstrata_dot_protos_dot_admin__pb2.MoveReply.SerializeToString,
+            ),
+            'Verify': grpc.unary_stream_rpc_method_handler(
+                    servicer.Verify,
+                    request_deserializer=kvstrata_dot_protos_dot_admin__pb2.VerifyRequest.FromString,
+                    response_serializer=kvstrata_dot_protos_dot_admin__pb2.VerifyReply.SerializeToString,
+            ),
+            'Quota': grpc.unary_unary_rpc_method_handler(
+                    servicer.Quota,
+                    request_deserializer=kvstrata_dot_protos_dot_admin__pb2.QuotaRequest.FromString,
+                    response_serializer=kvstrata_dot_protos_dot_admin__pb2.QuotaReply.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'kvstrata.v1.Admin', rpc_method_handlers)
@@ -136,7 +251,9 @@ def add_AdminServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Admin:
-    """Missing associated documentation comment in .proto file."""
+    """Keys are stored keys, as ListBlocks tells them. Nothing here counts as a use of a block, so looking
+    changes no order of eviction and no hit rate.
+    """
 
     @staticmethod
     def Stats(request,
@@ -263,6 +380,168 @@ class Admin:
             '/kvstrata.v1.Admin/Drain',
             kvstrata_dot_protos_dot_admin__pb2.DrainRequest.SerializeToString,
             kvstrata_dot_protos_dot_admin__pb2.DrainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstrata.v1.Admin/Explain',
+            kvstrata_dot_protos_dot_admin__pb2.ExplainRequest.SerializeToString,
+            kvstrata_dot_protos_dot_admin__pb2.ExplainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstrata.v1.Admin/Pin',
+            kvstrata_dot_protos_dot_kvstore__pb2.PinRequest.SerializeToString,
+            kvstrata_dot_protos_dot_kvstore__pb2.PinReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstrata.v1.Admin/Unpin',
+            kvstrata_dot_protos_dot_kvstore__pb2.UnpinRequest.SerializeToString,
+            kvstrata_dot_protos_dot_kvstore__pb2.UnpinReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Move(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstrata.v1.Admin/Move',
+            kvstrata_dot_protos_dot_admin__pb2.MoveRequest.SerializeToString,
+            kvstrata_dot_protos_dot_admin__pb2.MoveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Verify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvstrata.v1.Admin/Verify',
+            kvstrata_dot_protos_dot_admin__pb2.VerifyRequest.SerializeToString,
+            kvstrata_dot_protos_dot_admin__pb2.VerifyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Quota(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstrata.v1.Admin/Quota',
+            kvstrata_dot_protos_dot_admin__pb2.QuotaRequest.SerializeToString,
+            kvstrata_dot_protos_dot_admin__pb2.QuotaReply.FromString,
             options,
             channel_credentials,
             insecure,

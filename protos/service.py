@@ -4,15 +4,18 @@ The interceptor answers bytes that are no valid message, an unknown protocol ver
 of our tree with the right status and details; the handlers themselves just raise.
 """
 
+import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
+from kvstrata.protos import call_context
 from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials, ServerTls
 from kvstrata.protos.errors import (
     ConfigurationError,
@@ -30,6 +33,9 @@ MAX_MESSAGE_BYTES = 4 << 20
 MAX_METADATA_BYTES = 16 << 10
 MAX_HEADERS = 64
 CHUNK_BYTES = 1 << 20  # the size at which gRPC streams are fastest
+MAX_DISCARDED_BYTES = 64 << 20
+MAX_DISCARD_S = 60.0
+DISCARD_S = 1.0  # silence after which a refused client is taken to have stopped writing
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -52,8 +58,10 @@ logger = logging.getLogger(__name__)
 
 
 Metadata = tuple[tuple[str, str | bytes], ...]
-Authorize = Callable[[str, Metadata], object]
-"""Raises unless the caller with this metadata may call this method."""
+Authorize = Callable[[str, Metadata], str]
+"""Returns the name of the caller's tenant; raises unless it may call this method."""
+Observe = Callable[[str, str, float], None]
+"""Told of every call that has ended: "KVStore/Get", its status's name, and its seconds."""
 
 
 class ContractInterceptor(grpc.aio.ServerInterceptor):
@@ -61,10 +69,12 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
 
     Args:
         authorize: Asked before every call of our services, before its request is read.
+        observe: Told of every call of our services.
     """
 
-    def __init__(self, authorize: Authorize | None = None) -> None:
+    def __init__(self, authorize: Authorize | None = None, observe: Observe | None = None) -> None:
         self._authorize = authorize
+        self._observe = observe
 
     async def intercept_service(
         self,
@@ -80,9 +90,36 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         def check(context: Any) -> None:
             check_version(context)
             if self._authorize is not None:
-                self._authorize(method, metadata_of(context))
+                call_context.tenant.set(self._authorize(method, metadata_of(context)))
 
-        return _guard(handler, check)
+        return _guard(handler, check, _Watch(method, self._observe))
+
+
+class _Watch:
+    """Tells an observer how one call ended and how long it took."""
+
+    def __init__(self, method: str, observe: Observe | None) -> None:
+        self._method = method.removeprefix("/kvstrata.v1.")
+        self._observe = observe
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        code = grpc.StatusCode.OK
+        try:
+            yield
+        except KVStrataError as error:
+            code = error.code
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except Exception:
+            code = grpc.StatusCode.INTERNAL
+            raise
+        finally:
+            if self._observe is not None:
+                self._observe(self._method, code.name, time.perf_counter() - begin)
 
 
 def metadata_of(context: Any) -> Metadata:
@@ -95,7 +132,7 @@ def metadata_of(context: Any) -> Metadata:
     return metadata
 
 
-def _guard(handler: Any, check: Callable[[Any], None]) -> Any:
+def _guard(handler: Any, check: Callable[[Any], None], watch: _Watch) -> Any:
     parse = handler.request_deserializer
 
     def read(message: bytes) -> Any:
@@ -115,10 +152,20 @@ def _guard(handler: Any, check: Callable[[Any], None]) -> Any:
     )
     streams_in = bool(handler.request_streaming)
 
-    async def unary(request: Any, context: Any) -> Any:
+    async def admit(request: Any, context: Any) -> Any:
+        """Return what the handler reads, if the caller may call it."""
         try:
             check(context)
-            return await inner(read_all(request) if streams_in else read(request), context)
+        except KVStrataError:
+            if streams_in:
+                await discard(request)
+            raise
+        return read_all(request) if streams_in else read(request)
+
+    async def unary(request: Any, context: Any) -> Any:
+        try:
+            with watch.call():
+                return await inner(await admit(request, context), context)
         except KVStrataError as error:
             await abort(context, error)
         except Exception:
@@ -126,11 +173,11 @@ def _guard(handler: Any, check: Callable[[Any], None]) -> Any:
 
     async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            check(context)
-            replies = inner(read_all(request) if streams_in else read(request), context)
-            async with contextlib.aclosing(replies):
-                async for reply in replies:
-                    yield reply
+            with watch.call():
+                replies = inner(await admit(request, context), context)
+                async with contextlib.aclosing(replies):
+                    async for reply in replies:
+                        yield reply
         except KVStrataError as error:
             await abort(context, error)
         except Exception:
@@ -147,6 +194,22 @@ def _guard(handler: Any, check: Callable[[Any], None]) -> Any:
         request_deserializer=None,
         response_serializer=handler.response_serializer,
     )
+
+
+async def discard(
+    requests: AsyncIterator[Any], idle_s: float = DISCARD_S, size: Callable[[Any], int] = len
+) -> None:
+    """Read what is on its way to a call that ends now: a client that still writes sees no status.
+
+    Ends with the stream, after ``idle_s`` of silence, after ``MAX_DISCARDED_BYTES`` or
+    ``MAX_DISCARD_S``.
+    """
+    left = MAX_DISCARDED_BYTES
+    with contextlib.suppress(StopAsyncIteration, TimeoutError):
+        async with asyncio.timeout(MAX_DISCARD_S):
+            while left > 0:
+                async with asyncio.timeout(idle_s):
+                    left -= 1024 + size(await anext(requests))
 
 
 def check_version(context: Any) -> None:

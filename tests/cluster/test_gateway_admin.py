@@ -11,6 +11,7 @@ from kvstrata.kvstore_service.testing import LocalStore
 from kvstrata.prefill_node import WorkerConfig
 from kvstrata.protos import admin_pb2, kvstore_pb2
 from kvstrata.protos.errors import BlockNotFoundError, DrainingError, UnavailableError
+from kvstrata.protos.inference_pb2 import GenerateRequest
 from tests.cluster.local_workers import Cluster, error_of, request_of, serving
 from tests.prefill_node.nodes import prompt_of
 
@@ -26,7 +27,53 @@ async def test_stats_join_the_store_and_the_gateway(cluster: Cluster) -> None:
     assert stats.uptime_s > 0
     counters = await cluster.counters()
     assert counters["requests_total", "ok"] == 1
-    assert counters["puts_total", "committed", ""] == 3
+    assert counters["puts_total", "committed", "", "default"] == 3
+    assert counters["calls_total", "OK", "Inference/Generate", "default"] == 1
+    timed = {(h.name, h.labels.get("method")): sum(h.counts) for h in stats.histograms}
+    assert timed["call_seconds", "Inference/Generate"] == 1
+    assert timed["call_seconds", "KVStore/Lookup"] == 1
+
+
+async def test_explain_takes_a_prompt_and_knows_the_presets(cluster: Cluster) -> None:
+    await cluster.generate(request_of(PROMPT))
+
+    async def explain(request: GenerateRequest) -> admin_pb2.ExplainReply:
+        asked = admin_pb2.ExplainRequest(prompt=request)
+        reply: admin_pb2.ExplainReply = await cluster.admin.Explain(asked)
+        return reply
+
+    found = await explain(request_of(PROMPT))
+    assert (found.run, len(found.blocks), found.prompt_tokens) == (3, 3, 200)
+    assert (found.codec, list(found.others)) == ("fallback/2", [])
+    longer = await explain(request_of([*PROMPT[:128], *PROMPT]))
+    assert (longer.run, len(longer.blocks)) == (2, 5)
+    exact = await explain(request_of(PROMPT, preset="exact"))
+    assert (exact.run, exact.codec) == (0, "exact/1")
+    assert {o.preset: o.run for o in exact.others} == {"balanced": 3}
+    keys = [block.listing.key for block in found.blocks]
+    await cluster.admin.Evict(admin_pb2.EvictRequest(keys=keys[1:2]))
+    found = await explain(request_of(PROMPT))
+    assert (found.run, [d.reason for d in found.blocks[1].departures]) == (1, ["admin"])
+    assert list(found.blocks[2].listing.tiers) == ["dram"]
+
+
+async def test_every_verb_reaches_the_store_through_the_gateway(cluster: Cluster) -> None:
+    await cluster.generate(request_of(PROMPT))
+    (first, *_) = (await cluster.admin.ListBlocks(admin_pb2.ListBlocksRequest())).blocks
+    pin = kvstore_pb2.PinRequest(keys=[first.key], ttl_ms=60_000)
+    assert not (await cluster.admin.Pin(pin)).missing
+    assert (await cluster.admin.Evict(admin_pb2.EvictRequest())).skipped_pinned == 1
+    await cluster.admin.Unpin(kvstore_pb2.UnpinRequest(keys=[first.key]))
+    replies = [r async for r in cluster.admin.Verify(admin_pb2.VerifyRequest())]
+    assert (replies[-1].done, replies[-1].checked_blocks) == (True, 1)
+    inspected = await cluster.admin.Inspect(admin_pb2.InspectRequest(key=first.key, tokens=True))
+    assert [len(layer.saliency) for layer in inspected.layers] == [64] * len(inspected.layers)
+    assert inspected.layers
+    (tenant,) = (await cluster.admin.Quota(admin_pb2.QuotaRequest())).tenants
+    assert tenant.tenant == "default"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await cluster.admin.Move(admin_pb2.MoveRequest(keys=[first.key], target="ssd"))
+    assert "no tier 'ssd'" in str(caught.value.details())
 
 
 async def test_stats_are_answered_without_a_store(config: WorkerConfig, model: Model) -> None:

@@ -181,6 +181,25 @@ ATTACKS: dict[str, Callable[[Scene], Awaitable[bool]]] = {
         lambda scene: admin_pb2.EvictRequest(keys=[scene.stored_message]), "Evict"
     ),
     "Admin.Drain": by_admin(lambda _: admin_pb2.DrainRequest(), "Drain"),
+    "Admin.Explain": by_admin(
+        lambda scene: admin_pb2.ExplainRequest(
+            scope=scene.key.scope, block_hashes=scene.key.block_hash, tenant="alice"
+        ),
+        "Explain",
+    ),
+    "Admin.Pin": by_admin(
+        lambda scene: kvstore_pb2.PinRequest(keys=[scene.stored_message], ttl_ms=1000), "Pin"
+    ),
+    "Admin.Unpin": by_admin(
+        lambda scene: kvstore_pb2.UnpinRequest(keys=[scene.stored_message]), "Unpin"
+    ),
+    "Admin.Move": by_admin(
+        lambda scene: admin_pb2.MoveRequest(keys=[scene.stored_message], target="dram"), "Move"
+    ),
+    "Admin.Verify": by_admin(lambda _: admin_pb2.VerifyRequest(repair=True), "Verify"),
+    "Admin.Quota": by_admin(
+        lambda _: admin_pb2.QuotaRequest(tenant="alice", requests_per_s=0.001), "Quota"
+    ),
 }
 
 
@@ -209,7 +228,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the checks away, before the store starts."""
     monkeypatch.setattr(Namespace, "scope", lambda self, scope: scope)
     monkeypatch.setattr(Namespace, "keys", lambda self, keys: list(keys))
-    monkeypatch.setattr(Tenants, "authorize", lambda self, method, metadata: None)
+    monkeypatch.setattr(Tenants, "authorize", lambda self, method, metadata: "bob")
 
 
 @pytest.mark.parametrize("rpc", EVERY_RPC)
@@ -246,8 +265,8 @@ async def test_no_call_is_answered_without_a_known_token(scene: Scene, rpc: str)
 
 
 def _empty(rpc: str) -> Any:
-    service, _, name = rpc.partition(".")
-    return getattr(kvstore_pb2 if service == "KVStore" else admin_pb2, f"{name}Request")()
+    name = f"{rpc.partition('.')[2]}Request"
+    return getattr(admin_pb2 if hasattr(admin_pb2, name) else kvstore_pb2, name)()
 
 
 async def test_the_operator_sees_stored_keys_and_may_act_on_them(scene: Scene) -> None:

@@ -64,6 +64,15 @@ async def test_put_then_get_returns_the_same_bytes(tier: Tier) -> None:
     assert await tier.get(key(2), [1]) == {}
 
 
+async def test_examining_returns_the_same_bytes_and_counts_as_no_use(tier: Tier) -> None:
+    await tier.put(key(1), {1: b"base", 2: b"mid"})
+    await tier.put(key(2), {1: b"other"})
+    assert await tier.examine(key(1), [1, 2, 4]) == {1: b"base", 2: b"mid"}
+    assert await tier.examine(key(1), [2]) == {2: b"mid"}
+    assert await tier.examine(key(3), [1]) == {}
+    assert await tier.keys(9) == [key(2), key(1)]
+
+
 async def test_put_replaces_the_whole_block(tier: Tier) -> None:
     await tier.put(key(1), {1: b"a" * 10, 2: b"b" * 10})
     await tier.put(key(1), {4: b"c" * 30})
