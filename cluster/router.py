@@ -9,6 +9,8 @@ from kvstrata.prefill_node.worker import WorkerInfo, store_failure
 from kvstrata.protos.errors import KVStrataError
 from kvstrata.protos.identity import BLOCK_TOKENS, CacheScope, block_hashes
 
+LEASE_S = 10.0  # how long the blocks found wait for the node that fetches them
+
 
 @dataclass(frozen=True, slots=True)
 class Route:
@@ -55,7 +57,7 @@ class Router:
         scope = cache_scope(task, self._info).digest()
         hashes = block_hashes(scope, task.prompt_ids[: num_blocks * BLOCK_TOKENS])
         try:
-            found = await self._store.lookup(scope, hashes)
+            found = await self._store.lookup(scope, hashes, lease_s=LEASE_S)
         except KVStrataError as error:
             return Route(0, num_blocks, needs_prefill=False, failure=store_failure(error))
         wanted = set(task.method.wanted)

@@ -152,11 +152,17 @@ class StoreClient:
         """Close the connection. Idempotent."""
         await self._channel.close()
 
-    async def lookup(self, scope: ScopeDigest, hashes: Sequence[BlockHash]) -> LookupResult:
-        """Return the longest run of committed blocks from the first hash on."""
-        reply = await self._call(
-            self._stub.Lookup, pb.LookupRequest(scope=scope, block_hashes=b"".join(hashes))
+    async def lookup(
+        self, scope: ScopeDigest, hashes: Sequence[BlockHash], *, lease_s: float = 0.0
+    ) -> LookupResult:
+        """Return the longest run of committed blocks from the first hash on.
+
+        Blocks that are told stay for ``lease_s``, or the store's limit.
+        """
+        request = pb.LookupRequest(
+            scope=scope, block_hashes=b"".join(hashes), lease_ms=int(lease_s * 1000)
         )
+        reply = await self._call(self._stub.Lookup, request)
         blocks = (FoundBlock(tuple(b.strata), b.bytes, b.tier) for b in reply.blocks)
         return LookupResult(tuple(blocks), reply.degraded)
 

@@ -10,6 +10,7 @@ from kvstrata.kvstore_service.cold_half import SHED_ORDER, ColdHalf
 from kvstrata.kvstore_service.commit_rule import BASE
 from kvstrata.kvstore_service.eviction import EvictionPolicy, Exempt
 from kvstrata.kvstore_service.eviction_gittins import GittinsPolicy
+from kvstrata.kvstore_service.lease_table import LeaseTable
 from kvstrata.kvstore_service.pin_table import Clock, PinTable
 from kvstrata.kvstore_service.tier import StratumSizes, TierUsage
 from kvstrata.protos.errors import CapacityError, CorruptFrameError
@@ -22,7 +23,8 @@ class DramTier:
     """A bounded number of bytes; keeps ``Tier``'s contract.
 
     Under pressure FINE goes first, then MID, of the colder half of the blocks (``ColdHalf``); then
-    whole blocks, as the policy says, children before parents. Pinned blocks are exempt from both.
+    whole blocks, as the policy says, children before parents. Pinned and leased blocks are exempt
+    from both.
     Bytes that are not a frame with a readable header are a block without a parent, and their strata
     are never shed: nothing says what they mean.
 
@@ -55,6 +57,7 @@ class DramTier:
         self._num_bytes = 0
         self._evictions = 0
         self._pins = PinTable(clock) if clock else PinTable()
+        self._leases = LeaseTable(clock) if clock else LeaseTable()
         self.on_shed: Callable[[BlockKey, int], None] = _ignore
 
     async def get(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
@@ -85,7 +88,7 @@ class DramTier:
             self._policy.insert(key, _parent(key, header), num_bytes)
             victims = self._make_room(
                 self._num_bytes - old_bytes + num_bytes - self._capacity_bytes,
-                lambda other: other == key or self._pins.holds(other),
+                lambda other: other == key or self._is_exempt(other),
             )
             if victims is None and key in self._blocks:
                 self._policy.resize(key, old_bytes)
@@ -103,6 +106,9 @@ class DramTier:
         self._num_bytes += num_bytes - old_bytes
         self._cold.put(key, frames if header is not None and BASE in frames else ())
         return victims
+
+    def _is_exempt(self, key: BlockKey) -> bool:
+        return self._pins.holds(key) or self._leases.holds(key)
 
     def _make_room(self, excess: int, is_exempt: Exempt[BlockKey]) -> list[BlockKey] | None:
         """Shed and evict ``excess`` bytes; return the evicted. None if impossible: none is gone."""
@@ -165,6 +171,7 @@ class DramTier:
 
     async def delete(self, keys: Sequence[BlockKey]) -> int:
         """Forget blocks; see ``Tier.delete``."""
+        self._leases.forget(keys)
         for key in keys:
             self._pins.remove(key)
             self._policy.remove(key)
@@ -198,6 +205,12 @@ class DramTier:
         """End pins; see ``Tier.unpin``."""
         for key in keys:
             self._pins.remove(key)
+
+    async def lease(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
+        """Exempt blocks to the end of the lease; see ``Tier.lease``."""
+        here = [key for key in keys if key in self._blocks]
+        self._leases.add(here, ttl_s)
+        return [] if len(here) == len(keys) else [k for k in keys if k not in self._blocks]
 
     async def usage(self) -> TierUsage:
         """Return what is held; see ``Tier.usage``."""

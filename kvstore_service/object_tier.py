@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 from kvstrata.kvstore_service.block_changes import BlockChanges
+from kvstrata.kvstore_service.lease_table import LeaseTable
 from kvstrata.kvstore_service.object_index import ObjectIndex
 from kvstrata.kvstore_service.object_listing import ObjectListing
 from kvstrata.kvstore_service.object_name import ROOT, ObjectName
@@ -71,6 +72,7 @@ class ObjectTier:
         self._writer = secrets.token_hex(4)
         self._evictions = 0
         self._pins = PinTable(clock)
+        self._leases = LeaseTable(clock)
         self._index = ObjectIndex(capacity_bytes, absent_s, clock)
         self._listing = ObjectListing(
             service,
@@ -209,7 +211,7 @@ class ObjectTier:
         self._evictions += len(surplus)
 
     def _is_exempt(self, key: BlockKey) -> bool:
-        return self._changes.touch(key) or self._pins.holds(key)
+        return self._changes.touch(key) or self._pins.holds(key) or self._leases.holds(key)
 
     def _no_room(self, key: BlockKey, limit: str) -> CapacityError:
         return CapacityError(
@@ -240,6 +242,7 @@ class ObjectTier:
     async def delete(self, keys: Sequence[BlockKey]) -> int:
         """Forget blocks, every writing of them, at a request or two each. See ``Tier.delete``."""
         self._service.refuse_if_down()
+        self._leases.forget(keys)
         for key in keys:
             self._pins.remove(key)
         deletions = [self._changes.start(self._delete(key)) for key in dict.fromkeys(keys)]
@@ -295,6 +298,13 @@ class ObjectTier:
         """End pins; see ``Tier.unpin``."""
         for key in keys:
             self._pins.remove(key)
+
+    async def lease(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
+        """Exempt blocks until then or the process's end; see ``Tier.lease``."""
+        self._service.refuse_if_down()
+        missing = [key for key in keys if self._index.get(key) is None]
+        self._leases.add(keys if not missing else [k for k in keys if self._index.get(k)], ttl_s)
+        return missing
 
     async def usage(self) -> TierUsage:
         """Return what is known to be held; the detail also says that a listing runs."""

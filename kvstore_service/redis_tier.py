@@ -208,6 +208,14 @@ class RedisTier:
             async with self._connection.use() as redis:
                 await redis.zrem(scripts.PINS_KEY, *(key.encode() for key in keys))
 
+    async def lease(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
+        """Exempt blocks from eviction by any process; see ``Tier.lease``."""
+        if not keys:
+            return []
+        members = (key.encode() for key in keys)
+        missing = await self._eval(scripts.LEASE, int(ttl_s * 1000), *members)
+        return [keys[position - 1] for position in missing]
+
     async def usage(self) -> TierUsage:
         """Return what is held, and whether Redis answers; see ``Tier.usage``."""
         blocks = num_bytes = 0

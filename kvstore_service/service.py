@@ -111,7 +111,8 @@ class StoreService(KVStoreServicer):
         keys = parse_hashes(request.scope, request.block_hashes, self._limits.max_hashes)
         keys = self._admit(context).namespace.keys(keys)
         with self._workload.call():
-            found, degraded = await self._store.lookup(keys)
+            lease_ms = min(request.lease_ms, self._limits.max_lease_ms)
+            found, degraded = await self._store.lookup(keys, lease_ms / 1000)
         return pb.LookupReply(blocks=map(_block_info, found), degraded=degraded)
 
     async def Put(  # noqa: N802

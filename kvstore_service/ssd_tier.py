@@ -12,6 +12,7 @@ from functools import partial
 from typing import Self
 
 from kvstrata.kvstore_service.block_changes import BlockChanges
+from kvstrata.kvstore_service.lease_table import LeaseTable
 from kvstrata.kvstore_service.pin_table import Clock, PinTable
 from kvstrata.kvstore_service.ssd_file import SsdFile
 from kvstrata.kvstore_service.ssd_folder import DiskFullError, SsdFolder
@@ -77,6 +78,7 @@ class SsdTier:
         self._touch_s = touch_s
         self._clock = clock
         self._pins = PinTable(clock)
+        self._leases = LeaseTable(clock)
         self._index = SsdIndex(capacity_bytes, allocation_bytes)
         self._evictions = 0
         self._next_number = 0
@@ -118,7 +120,7 @@ class SsdTier:
         await run(partial(self._folder.claim, create=create))
         files, mended = await run(self._folder.recover)
         index = SsdIndex(self._capacity_bytes, self._allocation_bytes, files)
-        excess, fits = index.surplus(self._pins.holds)
+        excess, fits = index.surplus(self._is_exempt)
         excess = excess if fits else []
         for file in excess:
             index.remove(file.key)
@@ -242,7 +244,7 @@ class SsdTier:
             raise self._worker.trouble.error()
 
     def _is_exempt(self, key: BlockKey) -> bool:
-        return self._changes.touch(key) or self._pins.holds(key)
+        return self._changes.touch(key) or self._pins.holds(key) or self._leases.holds(key)
 
     def _no_room(self, key: BlockKey, limit: str) -> CapacityError:
         return CapacityError(
@@ -261,6 +263,7 @@ class SsdTier:
     async def delete(self, keys: Sequence[BlockKey]) -> int:
         """Forget blocks; they stay away when this has returned. See ``Tier.delete``."""
         self._worker.refuse_if_down()
+        self._leases.forget(keys)
         for key in keys:
             self._pins.remove(key)
         return await self._changes.to_its_end(self._delete(keys))
@@ -320,6 +323,13 @@ class SsdTier:
         """End pins; see ``Tier.unpin``."""
         for key in keys:
             self._pins.remove(key)
+
+    async def lease(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
+        """Exempt blocks until then or the process's end; see ``Tier.lease``."""
+        self._worker.refuse_if_down()
+        missing = [key for key in keys if self._index.get(key) is None]
+        self._leases.add(keys if not missing else [k for k in keys if self._index.get(k)], ttl_s)
+        return missing
 
     async def usage(self) -> TierUsage:
         """Return what files take on disk, and what is wrong with it; see ``Tier.usage``."""

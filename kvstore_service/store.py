@@ -193,10 +193,13 @@ class BlockStore:
                     presence.append((tier.name, sizes))
         return found, degraded
 
-    async def lookup(self, keys: Sequence[BlockKey]) -> tuple[list[Presence], bool]:
+    async def lookup(
+        self, keys: Sequence[BlockKey], lease_s: float = 0.0
+    ) -> tuple[list[Presence], bool]:
         """Return the presence of the longest run of blocks, and whether a tier did not answer.
 
-        One round trip below: only blocks that dram does not hold whole are asked for.
+        One round trip below: only blocks that dram does not hold whole are asked for. A lease on
+        those takes another one; what went meanwhile is not told.
         """
         self.counters.add(names.LOOKUPS)
         found: list[Presence] = []
@@ -214,10 +217,33 @@ class BlockStore:
             for i, sizes in zip(doubtful, held, strict=True):
                 if sizes:
                     found[i].append((tier.name, sizes))
-        run = next((i for i, presence in enumerate(found) if not is_present(presence)), len(keys))
+        run = _run(found)
+        if lease_s:
+            degraded |= await self._lease(keys[:run], found, lease_s)
+            run = _run(found[:run])
         self.counters.add(names.LOOKUP_BLOCKS, run, result="hit")
         self.counters.add(names.LOOKUP_BLOCKS, len(keys) - run, result="miss")
         return found[:run], degraded
+
+    async def _lease(self, keys: Sequence[BlockKey], found: list[Presence], ttl_s: float) -> bool:
+        """Lease blocks wherever they were found; take out of ``found`` what could not be leased.
+
+        Returns whether a tier did not answer.
+        """
+        degraded = False
+        for tier in self.tiers:
+            here = [i for i in range(len(keys)) if any(n == tier.name for n, _ in found[i])]
+            wanted = [keys[i] for i in here]
+            try:
+                missing = await tier.lease(wanted, ttl_s) if wanted else []
+            except (TierUnavailableError, CapacityError):
+                self.counters.add(names.TIER_ERRORS, tier=tier.name)
+                missing, degraded = wanted, True
+            gone = set(missing)
+            for i in here if gone else ():
+                if keys[i] in gone:
+                    found[i] = [(name, sizes) for name, sizes in found[i] if name != tier.name]
+        return degraded
 
     async def get(self, key: BlockKey, strata: Sequence[int], wait_until: float = 0.0) -> Read:
         """Return each wanted stratum or why it is missing, promoting what came from below.
@@ -335,6 +361,10 @@ class BlockStore:
         await self._lower.close()
         for tier in self.tiers:
             await tier.close()
+
+
+def _run(found: Sequence[Presence]) -> int:
+    return next((i for i, presence in enumerate(found) if not is_present(presence)), len(found))
 
 
 def _with_reason(read: Read, outcome: str) -> Read:

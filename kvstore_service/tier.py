@@ -40,7 +40,7 @@ class TierUsage:
 
 
 class Tier(Protocol):
-    """A bounded place for blocks, pinned blocks exempt from eviction.
+    """A bounded place for blocks, pinned and leased blocks exempt from eviction.
 
     Among blocks that were used equally often, are of equal size and of which none comes before
     another in a prompt, the least recently used goes first. What else counts, a tier says itself.
@@ -103,6 +103,13 @@ class Tier(Protocol):
 
     async def unpin(self, keys: Sequence[BlockKey]) -> None:
         """End pins early. Idempotent."""
+        ...
+
+    async def lease(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
+        """Exempt the blocks from eviction and shedding for ``ttl_s``, as pins do, but to the end.
+
+        Returns the blocks that are not here, or about to go; nothing is promised of them.
+        """
         ...
 
     async def usage(self) -> TierUsage:

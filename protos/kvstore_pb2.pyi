@@ -30,12 +30,14 @@ class BlockKey(_message.Message):
     def __init__(self, scope: _Optional[bytes] = ..., block_hash: _Optional[bytes] = ...) -> None: ...
 
 class LookupRequest(_message.Message):
-    __slots__ = ("scope", "block_hashes")
+    __slots__ = ("scope", "block_hashes", "lease_ms")
     SCOPE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     scope: bytes
     block_hashes: bytes
-    def __init__(self, scope: _Optional[bytes] = ..., block_hashes: _Optional[bytes] = ...) -> None: ...
+    lease_ms: int
+    def __init__(self, scope: _Optional[bytes] = ..., block_hashes: _Optional[bytes] = ..., lease_ms: _Optional[int] = ...) -> None: ...
 
 class BlockInfo(_message.Message):
     __slots__ = ("strata", "bytes", "tier")

@@ -71,7 +71,10 @@ class KVStoreServicer:
 
     def Lookup(self, request, context):
         """Tells the longest run of committed blocks, from the first hash on, in one round trip.
-        Reads only; idempotent. A block may still be evicted between Lookup and Get: Get then says so.
+        Idempotent. With lease_ms the blocks told are exempt from eviction and shedding for so long, by
+        every store that shares their tier; one that could not be leased ends the run. Without, and where
+        the tier itself loses blocks (a Redis with an eviction policy), a block may be gone at Get, which
+        then says so.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

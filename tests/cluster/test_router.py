@@ -25,7 +25,10 @@ class Found:
         self.error = error
         self.asked: list[tuple[ScopeDigest, list[BlockHash]]] = []
 
-    async def lookup(self, scope: ScopeDigest, hashes: list[BlockHash]) -> LookupResult:
+    async def lookup(
+        self, scope: ScopeDigest, hashes: list[BlockHash], *, lease_s: float
+    ) -> LookupResult:
+        assert lease_s > 0  # what it told must still be there when a node fetches it
         self.asked.append((scope, hashes))
         if self.error is not None:
             raise self.error

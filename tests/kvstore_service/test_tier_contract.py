@@ -1,5 +1,7 @@
 """One suite for every tier: what ``Tier`` promises."""
 
+import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -114,6 +116,23 @@ async def test_pinned_blocks_are_exempt_until_unpinned(tier: Tier) -> None:
     assert await tier.put(key(2), {1: bytes(600)}) == [key(1)]
 
 
+async def test_leased_blocks_are_exempt_to_the_end_of_the_lease_whoever_unpins(tier: Tier) -> None:
+    await tier.put(key(1), {1: bytes(400), 2: bytes(200)})
+    assert await tier.lease([key(1), key(7)], 60) == [key(7)]
+    assert await tier.lease([], 60) == []
+    await tier.unpin([key(1)])
+    with pytest.raises(CapacityError):
+        await tier.put(key(2), {1: bytes(600)})
+    assert await tier.contains([key(1)]) == [{1: 400, 2: 200}]
+    await tier.delete([key(1)])
+    await tier.put(key(1), {1: bytes(600)})
+    assert await tier.lease([key(1)], 0.05) == []
+    async with asyncio.timeout(30):
+        while await tier.contains([key(1)]) != [None]:
+            with contextlib.suppress(CapacityError):
+                await tier.put(key(2), {1: bytes(600)})
+
+
 async def test_delete_forgets_pinned_blocks_too_and_counts_what_was_there(tier: Tier) -> None:
     await tier.put(key(1), {1: b"x"})
     await tier.pin([key(1)], 60)
@@ -132,8 +151,6 @@ async def test_drop_forgets_one_stratum(tier: Tier) -> None:
 
 
 async def test_keys_come_most_recently_used_first(tier: Tier) -> None:
-    import asyncio
-
     for number in range(3):
         await tier.put(key(number), {1: b"x"})
         await asyncio.sleep(0.005)
