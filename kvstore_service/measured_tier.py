@@ -63,3 +63,8 @@ class MeasuredTier(WrappedTier):
         """See ``Tier.delete``."""
         with self._timed("delete"):
             return await self.inner.delete(keys)
+
+    async def lease(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
+        """See ``Tier.lease``."""
+        with self._timed("lease"):
+            return await self.inner.lease(keys, ttl_s)

@@ -54,6 +54,10 @@ class WrappedTier:
         """See ``Tier.unpin``."""
         await self.inner.unpin(keys)
 
+    async def lease(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
+        """See ``Tier.lease``."""
+        return await self.inner.lease(keys, ttl_s)
+
     async def usage(self) -> TierUsage:
         """See ``Tier.usage``."""
         return await self.inner.usage()
