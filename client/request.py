@@ -53,11 +53,14 @@ class MethodSettings:
         codec: "exact" or "fallback".
         sink_tokens: Fallback codec: how many first tokens are kept at 8 bits.
         read_stratum: Finest stratum to read; None reads all that is stored.
+        representatives: Layers whose mean keys are stored beside the blocks, so that a store can be
+            searched with a query: "all", or such as "5,14"; None stores none.
     """
 
     codec: str
     sink_tokens: int | None = None
     read_stratum: StratumName | None = None
+    representatives: str | None = None
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -187,6 +190,9 @@ def _set_method(
                     f"use one of {', '.join(STRATA)}",
                 )
             request.settings.read_stratum = STRATA[settings.read_stratum]
+        if settings.representatives is not None:
+            chosen = check_text("representatives", settings.representatives)
+            request.settings.representatives = chosen
 
 
 def _set_sampling(sampling: inference_pb2.Sampling, options: GenerateOptions) -> None:

@@ -10,6 +10,7 @@ from kvstrata.engine.chat import encode_text, render_chat
 from kvstrata.engine.sampling import SamplingParams
 from kvstrata.methods.presets import Method, from_preset, from_settings
 from kvstrata.methods.profile import PROFILES, Profile
+from kvstrata.methods.representatives import check_layers
 from kvstrata.prefill_node.task import Task
 from kvstrata.prefill_node.worker import WorkerInfo
 from kvstrata.protos.errors import (
@@ -84,7 +85,9 @@ class Admission:
 
     def _method(self, request: GenerateRequest) -> Method:
         if request.WhichOneof("method") == "settings":
-            return from_settings(request.settings, self._profile)
+            method = from_settings(request.settings, self._profile)
+            check_layers(method.represented, self.info.num_layers)
+            return method
         return self.preset(request.preset)
 
     def preset(self, name: str) -> Method:

@@ -22,10 +22,13 @@ from kvstrata.kernels.saliency import normalised_saliency
 from kvstrata.methods.codec import BlockShape, KVBlocks
 from kvstrata.methods.framing import BlockIdentity, SealedBlock, UnusableBlockError, seal, usable
 from kvstrata.methods.presets import Method
+from kvstrata.methods.representatives import attachments as representative_attachments
+from kvstrata.methods.representatives import chosen_layers
 from kvstrata.protos.errors import CorruptFrameError
 from kvstrata.protos.frame import Frame
 from kvstrata.protos.frame_pb2 import RopeForm, Stratum
 from kvstrata.protos.identity import BLOCK_TOKENS, BlockHash, block_hash, block_hashes
+from kvstrata.protos.representatives import ATTACHMENT
 
 PREFILL_CHUNK = 1024
 MAX_PROBE_ROWS = 256  # bounds the scores held at once
@@ -159,6 +162,7 @@ class RunningSequence:
         codec, spec = self.method.codec, self.model.spec
         begin, end = first * BLOCK_TOKENS, last * BLOCK_TOKENS
         keys, values = self.cache.read(begin, end)
+        attached = self._attachments(keys, begin)
         keys, values = keys[codec.first_layer :], values[codec.first_layer :]
         if (turns := self._turns(begin, end)) is not None:
             keys = self.model.rotate(keys, turns, inverse=True)
@@ -183,9 +187,21 @@ class RunningSequence:
                 kv_dtype=dtype_name(spec.dtype),
                 num_kv_heads=spec.num_kv_heads,
                 head_dim=spec.head_dim,
+                attachments=attached[index - first] if attached else None,
             )
             for index, segments in enumerate(encoded, start=first)
         ]
+
+    def _attachments(self, keys: torch.Tensor, begin: int) -> list[dict[str, bytes]]:
+        """Return what is stored beside each block of cached ``keys`` (L, H, n, D); [] for none."""
+        layers = chosen_layers(self.method.represented, self.model.spec.num_layers)
+        if not layers:
+            return []
+        chosen = keys[layers]
+        if self.model.spec.rope != "none":
+            chosen = self.model.rotate(chosen, begin, inverse=True)
+        blocks = chosen.unflatten(2, (-1, BLOCK_TOKENS))
+        return [{ATTACHMENT: data} for data in representative_attachments(blocks, layers)]
 
     def settle(self, blocks: Sequence[SealedBlock]) -> None:
         """Replace consecutive held blocks by what a reader of their sealed form gets."""

@@ -19,6 +19,7 @@ import grpc
 
 from kvstrata.kvstore_service.data_codec import decode_get_reply, encode_put_request
 from kvstrata.kvstore_service.frame_assembly import FrameAssembly
+from kvstrata.kvstore_service.retrieved import Retrieved, retrieve_request, retrieved
 from kvstrata.kvstore_service.wire import key_message, key_of, size_messages, stratum_enum
 from kvstrata.protos import kvstore_pb2 as pb
 from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
@@ -269,6 +270,37 @@ class StoreClient:
                     yield _fetched(reply, key, assembly)
                     assembly = None
 
+    async def retrieve(
+        self,
+        scope: ScopeDigest,
+        hashes: Sequence[BlockHash],
+        queries: Sequence[tuple[int, Sequence[float]]],
+        *,
+        top_k: int,
+        chunk: int = 1,
+        sinks: int = 0,
+        recent: int = 0,
+        cosine: bool = False,
+        timeout_s: float | None = None,
+    ) -> Retrieved:
+        """Return the blocks that answer each query best, by their stored mean keys (ReKV).
+
+        Args:
+            scope: Whose blocks.
+            hashes: Which blocks, in order of time; all of the scope, by position, without any.
+            queries: Layer, and a vector of (query heads * head_dim,) before RoPE.
+            top_k: Blocks wanted for each query, a multiple of ``chunk``.
+            chunk: So many neighbours are taken or left together.
+            sinks: First blocks, always taken, on top of ``top_k``.
+            recent: Last blocks, likewise.
+            cosine: Compare directions, not dot products.
+            timeout_s: Deadline; reading many representatives for the first time takes a while.
+        """
+        request = retrieve_request(scope, hashes, queries, cosine=cosine)
+        request.top_k, request.chunk_blocks = top_k, chunk
+        request.sink_blocks, request.recent_blocks = sinks, recent
+        return retrieved(await self._call(self._stub.Retrieve, request, timeout_s), hashes)
+
     async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
         """Exempt blocks from eviction for ``ttl_s`` or the store's limit; return the absent."""
         request = pb.PinRequest(keys=map(key_message, keys), ttl_ms=int(ttl_s * 1000))
@@ -284,9 +316,10 @@ class StoreClient:
         reply = await self._call(self._stub.Delete, pb.DeleteRequest(keys=map(key_message, keys)))
         return int(reply.deleted)
 
-    async def _call(self, method: Any, request: Any) -> Any:
+    async def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
+        timeout_s = timeout_s or self._timeout_s
         try:
-            return await method(request, timeout=self._timeout_s, metadata=self._metadata)
+            return await method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise from_rpc_error(error, self.address) from error
 

@@ -16,7 +16,8 @@ class StoreLimits:
     Attributes:
         max_block_bytes: Frames of one block together.
         max_hashes: Blocks that one Lookup, Get, Pin, Unpin, Delete or Evict may name.
-        max_wait_ms: Longest wait of a Get; longer ones are cut.
+        max_queries: Queries of one Retrieve.
+        max_wait_ms: Longest wait of a Get, and longest time of a Retrieve; longer ones are cut.
         max_pin_ttl_ms: Longest pin; longer ones are cut.
         max_lease_ms: Longest lease of a Lookup; longer ones are cut.
         max_in_flight_bytes: Bytes of blocks being received, over all streams.
@@ -26,6 +27,7 @@ class StoreLimits:
 
     max_block_bytes: int = 256 * MIB
     max_hashes: int = 16_384
+    max_queries: int = 256
     max_wait_ms: int = 30_000
     max_pin_ttl_ms: int = 600_000
     max_lease_ms: int = 60_000
@@ -53,6 +55,7 @@ class StoreConfig:
             it. Credentials are the environment's.
         object_bytes: Bound of the object tier; give every process that shares the URL the same.
         object_timeout_s: Time limit of one request to the object store.
+        representative_bytes: Bound on the memory of what Retrieve remembers of blocks.
         drain_s: How long stopping waits for running calls.
         limits: What one request may ask for.
         tls: Of every port; plaintext without it.
@@ -73,6 +76,7 @@ class StoreConfig:
     object_url: str | None = None
     object_bytes: int = 64 * GIB
     object_timeout_s: float = 10.0
+    representative_bytes: int = 256 * MIB
     drain_s: float = 10.0
     limits: StoreLimits = StoreLimits()
     tls: ServerTls | None = None
@@ -91,6 +95,7 @@ class StoreConfig:
             "ssd_bytes",
             "object_bytes",
             "object_timeout_s",
+            "representative_bytes",
         )
         bad = [f"{name}={getattr(self, name)}" for name in positive if getattr(self, name) <= 0]
         bad += [

@@ -173,7 +173,9 @@ async def _serve(
 
         return AdminService(store, workload, config.limits, tenants, quotas, stats, on_drain)
 
-    service = StoreService(store, workload, config.limits, tenants, quotas)
+    service = StoreService(
+        store, workload, config.limits, tenants, quotas, config.representative_bytes
+    )
     ports = await open_ports(config, tenants, service, make_admin, store.counters.observe_call)
     watch = asyncio.create_task(feels.watch(ports.health))
     logger.info("store serves: address=%s dram_bytes=%d", ports.address, config.dram_bytes)

@@ -24,6 +24,7 @@ from kvstrata.kvstore_service.request_check import (
     parse_keys,
     parse_strata,
 )
+from kvstrata.kvstore_service.retrieve_handler import RetrieveHandler
 from kvstrata.kvstore_service.store import BlockStore, Presence
 from kvstrata.kvstore_service.tenants import Tenant, Tenants
 from kvstrata.kvstore_service.wire import key_message, stratum_enum
@@ -60,6 +61,7 @@ def store_handlers(service: "StoreService") -> grpc.GenericRpcHandler:
             ("Pin", pb.PinRequest, pb.PinReply),
             ("Unpin", pb.UnpinRequest, pb.UnpinReply),
             ("Delete", pb.DeleteRequest, pb.DeleteReply),
+            ("Retrieve", pb.RetrieveRequest, pb.RetrieveReply),
         )
     }
     put: Any = grpc.stream_stream_rpc_method_handler(
@@ -89,6 +91,7 @@ class StoreService(KVStoreServicer):
         limits: StoreLimits,
         tenants: Tenants,
         quotas: Quotas,
+        representative_bytes: int = 256 << 20,
     ) -> None:
         self._store = store
         self._workload = workload
@@ -96,6 +99,8 @@ class StoreService(KVStoreServicer):
         self._tenants = tenants
         self._quotas = quotas
         self._budget = ByteBudget(limits.max_in_flight_bytes)
+        search = RetrieveHandler(store, workload, limits, representative_bytes, self._admit)
+        self.Retrieve = search  # type: ignore[method-assign]
 
     def _caller(self, context: Any) -> Tenant:
         return self._tenants.identify(metadata_of(context))

@@ -6,7 +6,7 @@ whenever they come from a tier that is not this process's memory.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvstrata.kvstore_service import counters as names
@@ -57,6 +57,9 @@ class BlockStore:
         clock: Monotonic seconds, for pins.
         max_behind_bytes: Bound, per tier, on blocks that it gets later.
         counters: Where everything is counted; its own without it.
+
+    Attributes:
+        on_changed: Called with blocks that were put or deleted.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class BlockStore:
         self.pins = PinTable(clock)
         self.arrivals = Arrivals()
         self.departures = Departures(self.counters)
+        self.on_changed: Callable[[Sequence[BlockKey]], None] = _ignore
         self._lower = LowerReader(dram, tuple(lower), self.counters, self.departures)
         self._behind = {
             tier.name: WriteBehind(tier, self._write_behind, self.counters, max_behind_bytes)
@@ -111,6 +115,7 @@ class BlockStore:
         self.departures.forget([key])
         results = await asyncio.gather(*(self._put_in(tier, key, frames) for tier in now))
         self._lower.forget([key])
+        self.on_changed([key])
         held = tuple(t.name for t, problem in zip(now, results, strict=True) if not problem)
         written = [tier for tier, result in zip(now, results, strict=True) if result == ""]
         problems = [problem for problem in results if problem]
@@ -264,6 +269,10 @@ class BlockStore:
         self._count(read)
         return read
 
+    async def read(self, key: BlockKey, strata: Sequence[int]) -> Read:
+        """Return what ``get`` returns, without waiting and without counting hits and misses."""
+        return await self._lower.read(key, strata)
+
     def _is_readable(self, read: Read) -> bool:
         """Whether waiting is pointless: something was found, or the block is there without it."""
         return any(isinstance(found, Piece) for found in read.values()) or any(
@@ -337,6 +346,7 @@ class BlockStore:
             for key in keys:
                 self.pins.remove(key)
         self._lower.forget(keys)
+        self.on_changed(keys)
         for tier in tiers:
             if tier.name in self._behind:
                 await self._behind[tier.name].forget(keys)
@@ -365,6 +375,10 @@ class BlockStore:
 
 def _run(found: Sequence[Presence]) -> int:
     return next((i for i, presence in enumerate(found) if not is_present(presence)), len(found))
+
+
+def _ignore(keys: Sequence[BlockKey]) -> None:
+    """Nobody listens."""
 
 
 def _with_reason(read: Read, outcome: str) -> Read:

@@ -162,6 +162,8 @@ def sample_block(
     parent: bytes | None = None,
     num_layers: int = 4,
     seed: int = 0,
+    attachments: Mapping[str, bytes] | None = None,
+    first_position: int = 0,
 ) -> tuple[BlockKey, dict[int, bytes]]:
     """Return a valid block: its key, and frames of random bytes with every checksum right.
 
@@ -172,6 +174,8 @@ def sample_block(
         parent: Hash of the block before; the scope without it.
         num_layers: Layers that the bytes are spread over.
         seed: Chooses the bytes; another seed is another writing of the same block.
+        attachments: Of the coarsest stratum.
+        first_position: Told in the headers.
     """
     token_ids = [number * BLOCK_TOKENS + i for i in range(BLOCK_TOKENS)]
     parent = scope if parent is None else parent
@@ -198,6 +202,8 @@ def sample_block(
             num_kv_heads=1,
             head_dim=8,
             token_ids=token_ids,
+            first_position=first_position,
         )
-        frames[int(stratum)] = encode_frame(header, dict(enumerate(parts)))
+        attached = attachments if stratum == min(segments) else None
+        frames[int(stratum)] = encode_frame(header, dict(enumerate(parts)), attached)
     return key, frames

@@ -55,8 +55,12 @@ def seal(
     kv_dtype: str,
     num_kv_heads: int,
     head_dim: int,
+    attachments: Mapping[str, bytes] | None = None,
 ) -> SealedBlock:
-    """Return the frames of one encoded block; all strata carry one encoding id."""
+    """Return the frames of one encoded block; all strata carry one encoding id.
+
+    ``attachments`` go into the frame that every reader needs, BASE or EXACT.
+    """
     written = encoding_id(
         f"{codec.name}/{codec.version}/{codec.settings()}",
         {stratum: [layers[i] for i in sorted(layers)] for stratum, layers in segments.items()},
@@ -80,7 +84,9 @@ def seal(
             token_ids=identity.token_ids,
         )
         frames[stratum] = encode_frame(
-            header, {codec.first_layer + i: data for i, data in layers.items()}
+            header,
+            {codec.first_layer + i: data for i, data in layers.items()},
+            attachments if stratum == codec.strata[0] else None,
         )
     return SealedBlock(identity, frames)
 

@@ -7,6 +7,7 @@ from kvstrata.methods.codec import BlockCodec
 from kvstrata.methods.exact import ExactCodec
 from kvstrata.methods.fallback import FallbackCodec
 from kvstrata.methods.profile import Profile
+from kvstrata.methods.representatives import parse_choice
 from kvstrata.protos.errors import LimitError, UnknownPresetError
 from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.identity import CacheScope
@@ -22,10 +23,13 @@ class Method:
     Attributes:
         codec: How blocks are stored.
         finest: The finest stratum to read; None reads all that is stored.
+        represented: Layers whose mean keys are stored beside the blocks, for ``Retrieve``: "",
+            "all" or "5,14". Part of the identity: a hit has them.
     """
 
     codec: BlockCodec
     finest: Stratum | None = None
+    represented: str = ""
 
     @property
     def wanted(self) -> tuple[Stratum, ...]:
@@ -45,10 +49,16 @@ class Method:
             model=model,
             kv_dtype=kv_dtype,
             codec=f"{self.codec.name}/{self.codec.version}",
-            method=self.codec.settings(),
+            method=self._settings,
             adapter=adapter,
             salt=salt,
         )
+
+    @property
+    def _settings(self) -> str:
+        """All settings that change stored bytes, as text."""
+        settings = self.codec.settings()
+        return f"{settings};represented={self.represented}" if self.represented else settings
 
 
 PRESETS = ("balanced", "exact", "near-lossless", "small")
@@ -112,7 +122,7 @@ def from_settings(settings: MethodSettings, profile: Profile | None = None) -> M
         raise LimitError(
             f"codec {codec.name!r} has no stratum {finest}", "leave read_stratum out to read all"
         )
-    return Method(codec, finest)
+    return Method(codec, finest, parse_choice(settings.representatives))
 
 
 def _refuse_foreign(settings: MethodSettings) -> None:

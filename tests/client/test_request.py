@@ -58,6 +58,7 @@ def test_a_bad_prompt_is_refused_with_a_remedy(prompt, kind, words):
         ({"settings": MethodSettings("")}, InvalidRequestError),
         ({"settings": MethodSettings("fallback", sink_tokens=-1)}, LimitError),
         ({"settings": MethodSettings("fallback", read_stratum="top")}, InvalidRequestError),
+        ({"settings": MethodSettings("fallback", representatives=5)}, InvalidRequestError),
         ({"max_tokens": 0}, LimitError),
         ({"max_tokens": 2**32}, LimitError),
         ({"max_tokens": 1.5}, InvalidRequestError),

@@ -83,6 +83,11 @@ BAD: dict[str, tuple[GenerateRequest, Code, str]] = {
         Code.INVALID_ARGUMENT,
         "LimitError",
     ),
+    "layer beyond the model": (
+        method(codec="fallback", representatives="3"),
+        Code.INVALID_ARGUMENT,
+        "LimitError",
+    ),
     "sinks of exact": (method(codec="exact", sink_tokens=0), Code.INVALID_ARGUMENT, "LimitError"),
     "stratum of another codec": (
         method(codec="fallback", read_stratum=Stratum.STRATUM_EXACT),
@@ -168,12 +173,15 @@ async def checks(config: WorkerConfig, model: Model, store: LocalStore) -> Admis
 async def test_a_task_has_all_that_a_node_needs(checks: Admission, model: Model) -> None:
     request = GenerateRequest(
         token_ids=TokenIds(ids=[5, 6]),
-        settings=MethodSettings(codec="fallback", read_stratum=Stratum.STRATUM_BASE),
+        settings=MethodSettings(
+            codec="fallback", read_stratum=Stratum.STRATUM_BASE, representatives="1"
+        ),
         sampling=Sampling(temperature=0.5, stop=["\n"]),
         model=model.name,
     )
     task = checks.admit(request, None)
     assert task.prompt_ids == (5, 6)
+    assert task.method.represented == "1"
     assert task.salt == b"tenant"
     assert task.method.wanted == (Stratum.STRATUM_BASE,)
     assert (task.sampling.temperature, task.sampling.max_tokens) == (0.5, 256)

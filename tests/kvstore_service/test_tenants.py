@@ -165,6 +165,16 @@ def by_admin(request: Callable[[Scene], Any], name: str) -> Callable[[Scene], Aw
     return attack
 
 
+async def retrieve(scene: Scene) -> bool:
+    """By name, and by asking for all of her scope."""
+    query = kvstore_pb2.RetrieveQuery(layer=0, vector=bytes(4 * 8))
+    request = kvstore_pb2.RetrieveRequest(scope=scene.key.scope, queries=[query], sink_blocks=9)
+    whole = await scene.call(scene.kvstore.Retrieve, request)
+    request.block_hashes = scene.key.block_hash
+    named = await scene.call(scene.kvstore.Retrieve, request)
+    return bool(whole.block_hashes or whole.selections[0].ids or named.selections[0].ids)
+
+
 ATTACKS: dict[str, Callable[[Scene], Awaitable[bool]]] = {
     "KVStore.Lookup": lookup,
     "KVStore.Get": get,
@@ -172,6 +182,7 @@ ATTACKS: dict[str, Callable[[Scene], Awaitable[bool]]] = {
     "KVStore.Pin": pin,
     "KVStore.Unpin": unpin,
     "KVStore.Delete": delete,
+    "KVStore.Retrieve": retrieve,
     "Admin.Stats": by_admin(lambda _: admin_pb2.StatsRequest(), "Stats"),
     "Admin.ListBlocks": by_admin(lambda _: admin_pb2.ListBlocksRequest(), "ListBlocks"),
     "Admin.Inspect": by_admin(

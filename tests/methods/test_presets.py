@@ -252,6 +252,20 @@ def test_a_scope_names_everything_that_changes_the_stored_bytes() -> None:
     )
 
 
+def test_representatives_are_part_of_the_name_and_their_absence_is_not() -> None:
+    plain = from_settings(MethodSettings(codec="fallback", representatives="none"))
+    assert plain == from_preset("balanced")
+    assert _digest(plain) == _digest(Method(FallbackCodec()))
+    some, same, every = [
+        from_settings(MethodSettings(codec="fallback", representatives=text))
+        for text in ("5,14", "14, 5", "all")
+    ]
+    assert some == same == Method(FallbackCodec(), represented="5,14")
+    assert len({_digest(plain), _digest(some), _digest(every)}) == 3
+    with pytest.raises(LimitError, match="'none', 'all' or layers"):
+        from_settings(MethodSettings(codec="fallback", representatives="some"))
+
+
 def test_methods_with_other_bytes_have_other_scopes(profile: Profile) -> None:
     methods = [Method(FallbackCodec(n)) for n in (0, 4, 5)] + [Method(ExactCodec())]
     methods += [
