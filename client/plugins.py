@@ -21,6 +21,7 @@ HELP = {
     "demo": "Show the cache at work, on this machine.",
     "gateway": "Serve the gateway alone.",
     "store": "Serve the block store alone.",
+    "tune": "Train what a method needs, for one model.",
     "up": "Start the whole service on this machine.",
 }
 

@@ -15,6 +15,7 @@ import transformers
 from transformers.utils.hub import cached_file
 
 from kvstrata.engine import gguf_conversion
+from kvstrata.engine.adapters import adapter_files, merge_adapter
 from kvstrata.engine.attention import ATTENTION_NAME, register
 from kvstrata.engine.compatibility import VERIFIED_MODEL_TYPES, check_config, check_model
 from kvstrata.engine.errors import ModelNotFoundError, UnsupportedModelError
@@ -45,8 +46,10 @@ def find_default_model() -> tuple[Path, str]:
     )
 
 
-def load_pretrained(source: str | None, dtype: torch.dtype) -> tuple[Any, Any, bytes, bytes]:
-    """Return the model, its tokenizer and its 16-byte fingerprint.
+def load_pretrained(
+    source: str | None, dtype: torch.dtype, adapter: str | None = None
+) -> tuple[Any, Any, bytes, bytes]:
+    """Return the model, its tokenizer, its 16-byte fingerprint and the id of its profile.
 
     The model is in eval mode, on the CPU, and calls our attention hook. Local sources never touch
     the network.
@@ -54,6 +57,8 @@ def load_pretrained(source: str | None, dtype: torch.dtype) -> tuple[Any, Any, b
     Args:
         source: See the module; None is the default model.
         dtype: To hold the weights in.
+        adapter: Folder of a LoRA that is merged into them; the fingerprint covers it, the profile's
+            id does not: an adapter moves keys and values little.
 
     Raises:
         ModelNotFoundError: Nothing at ``source``; says what to do.
@@ -69,7 +74,11 @@ def load_pretrained(source: str | None, dtype: torch.dtype) -> tuple[Any, Any, b
     name = str(source or gguf)
     check_model(model, name)
     check_round_trip(tokenizer, name)
-    fingerprint = compute_fingerprint(weights, model.config, dtype)
+    files = weights
+    if adapter is not None:
+        files = [*weights, *adapter_files(adapter)]
+        model = merge_adapter(model, adapter)
+    fingerprint = compute_fingerprint(files, model.config, dtype)
     return model.eval(), tokenizer, fingerprint, compute_fingerprint(weights, model.config, None)
 
 

@@ -2,12 +2,19 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kvstrata.engine.adapters import (
+    adapter_parameters,
+    add_adapter,
+    save_adapter,
+    without_adapter,
+)
 from kvstrata.engine.attention import (
     AttendOver,
     AttentionState,
@@ -77,6 +84,7 @@ class Model:
         cls,
         source: str | None = None,
         *,
+        adapter: str | None = None,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "auto",
     ) -> "Model":
@@ -84,6 +92,7 @@ class Model:
 
         Args:
             source: A folder, a GGUF file, a hub id, or None for the default model.
+            adapter: Folder of a LoRA to merge into its weights.
             dtype: A torch dtype or its name; ``"auto"`` is float32 on CPU, bfloat16 elsewhere.
             device: A torch device; ``"auto"`` is CUDA if there is one, else the CPU.
 
@@ -96,7 +105,7 @@ class Model:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
         dtype = _resolve_dtype(dtype, device)
-        hf_model, tokenizer, fingerprint, model_id = load_pretrained(source, dtype)
+        hf_model, tokenizer, fingerprint, model_id = load_pretrained(source, dtype, adapter)
         name = Path(find_default_model()[1]).stem if source is None else _display_name(source)
         return cls(hf_model, tokenizer, fingerprint, model_id, name=name, device=device)
 
@@ -166,22 +175,42 @@ class Model:
         """
         return self._pass(spans, all_rows=False)
 
-    def forward_once(self, token_ids: Sequence[int], rows: LayerRows = ()) -> torch.Tensor:
-        """Return the logits after each token of a whole sequence; nothing is kept, gradients flow.
+    def forward_once(
+        self, token_ids: Sequence[int], rows: LayerRows = (), *, num_logits: int = 0
+    ) -> torch.Tensor:
+        """Return the logits after the last tokens of a sequence; nothing is kept, gradients flow.
 
         Args:
             token_ids: At least one.
             rows: As for ``forward``.
+            num_logits: Of so many tokens; 0 is all.
 
         Returns:
-            ``spec.dtype``, (len(token_ids), vocab_size).
+            ``spec.dtype``, (num_logits, vocab_size).
 
         Raises:
             ValueError: As for ``forward``.
         """
         self._check_tokens(token_ids, 0)
         state = AttendOver(_alone, rows=rows)
-        return self._call(token_ids, range(len(token_ids)), state, 0)
+        return self._call(token_ids, range(len(token_ids)), state, num_logits)
+
+    def add_adapter(self, rank: int) -> dict[str, torch.nn.Parameter]:
+        """Put a new LoRA on the linear layers, for tuning, and return what training changes.
+
+        Raises:
+            UnsupportedModelError: peft is not installed.
+        """
+        self._hf_model = add_adapter(self._hf_model, rank)
+        return adapter_parameters(self._hf_model)
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Let the model be what it was before ``add_adapter``, for a while."""
+        return without_adapter(self._hf_model)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter for ``load(adapter=folder)``."""
+        save_adapter(self._hf_model, folder)
 
     def continue_over(
         self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], token_ids: Sequence[int]

