@@ -7,6 +7,7 @@ import typer
 
 from kvstrata.cluster.stack_config import MIB, StackConfig
 from kvstrata.cluster.supervisor import die_with_parent, supervise
+from kvstrata.kvstore_service.sizes import parse_size
 from kvstrata.protos.credentials import (
     CA_VARIABLE,
     CERT_VARIABLE,
@@ -24,6 +25,9 @@ TlsClientCa = Annotated[
 ]
 TenantsFile = Annotated[
     str, typer.Option("--tenants", help="File of tenants, TOML; SIGHUP reads it again.")
+]
+MetricsListen = Annotated[
+    str, typer.Option(help="host:port of the gateway's Prometheus metrics; default: none.")
 ]
 UpTenants = Annotated[
     str, typer.Option("--tenants", help="File of the gateway's tenants, TOML; see its README.")
@@ -52,12 +56,30 @@ def up(
     dram_mib: Annotated[int, typer.Option(help="Bound of the store's dram tier, MiB.")] = 1024,
     redis_mib: Annotated[int, typer.Option(help="Bound of the Redis tier, MiB.")] = 4096,
     ttl_s: Annotated[float, typer.Option(help="How long an unused block stays in Redis.")] = 86_400,
+    ssd_path: Annotated[
+        str, typer.Option(help="Folder of the store's ssd tier: empty, or one that a store made.")
+    ] = "",
+    ssd: Annotated[str, typer.Option(help="Bound of the ssd tier, such as 100GiB.")] = "16GiB",
+    object_url: Annotated[
+        str,
+        typer.Option(
+            help="The store's object tier: s3://bucket/prefix, gs://, az:// or file:///folder; "
+            "credentials come from the environment."
+        ),
+    ] = "",
+    object_: Annotated[
+        str, typer.Option("--object", help="Bound of the object tier, such as 1TiB.")
+    ] = "64GiB",
     prefill_workers: Annotated[int, typer.Option(help="Prefill workers.")] = 1,
     decode_workers: Annotated[int, typer.Option(help="Decode workers.")] = 1,
     tls_cert: TlsCert = "",
     tls_key: TlsKey = "",
     tls_client_ca: TlsClientCa = "",
     tenants: UpTenants = "",
+    metrics_listen: MetricsListen = "",
+    store_metrics_listen: Annotated[
+        str, typer.Option(help="host:port of the store's Prometheus metrics; default: none.")
+    ] = "",
 ) -> None:
     """Start Redis, the store, Ray and the gateway on this machine; Ctrl-C ends them all."""
     config = StackConfig(
@@ -73,6 +95,12 @@ def up(
         decode_workers=decode_workers,
         tls=absolute_tls(tls_cert, tls_key, tls_client_ca),
         tenants=absolute(tenants),
+        metrics_listen=metrics_listen,
+        store_metrics_listen=store_metrics_listen,
+        ssd_path=absolute(ssd_path),
+        ssd_bytes=parse_size(ssd),
+        object_url=object_url,
+        object_bytes=parse_size(object_),
     )
     config.validate()
     parent = os.environ.pop(PARENT_VARIABLE, "")
@@ -98,6 +126,7 @@ def gateway(
     tls_key: TlsKey = "",
     tls_client_ca: TlsClientCa = "",
     tenants: TenantsFile = "",
+    metrics_listen: MetricsListen = "",
     store_admin: Annotated[
         str, typer.Option(help="host:port of the store's Admin, where it has one of its own.")
     ] = "",
@@ -131,6 +160,7 @@ def gateway(
         ),
         store_admin_address=store_admin,
         tenants=absolute(tenants),
+        metrics_listen=metrics_listen,
     )
     run_gateway(config)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from kvstrata.cluster.admission import Admission
+from kvstrata.cluster.request_meter import RequestMeter, count_report
 from kvstrata.cluster.router import Route, Router
 from kvstrata.cluster.workers import WorkerLostError, Workers
 from kvstrata.kvstore_service.counters import Counters
@@ -66,6 +67,11 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         """Requests that are being served now."""
         return self._running
 
+    @property
+    def running_bytes(self) -> int:
+        """KV that they may take, counted as bf16 at their longest."""
+        return self._running_bytes
+
     async def Generate(  # noqa: N802
         self, request: GenerateRequest, context: Any
     ) -> AsyncGenerator[GenerateReply]:
@@ -75,6 +81,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         self._running += 1
         outcome = "cancelled"
         clock = ReportClock("gateway")
+        meter = RequestMeter(self._counters)
         held = 0
         try:
             tenant = self._tenants.identify(metadata_of(context))
@@ -87,8 +94,10 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
                 logger.info("request %s of session %r", task.request_id, task.session_id)
                 held = self._reserve(task)
                 route = await self._router.route(task)
+                meter.found(route.cached_blocks, route.num_blocks)
             async with contextlib.aclosing(self._serve(task, route, clock)) as replies:
                 async for reply in replies:
+                    meter.delivered(len(reply.token_ids))
                     yield reply
             outcome = "ok"
         except Exception as error:
@@ -97,8 +106,8 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         finally:
             self._running -= 1
             self._running_bytes -= held
-            self._count(clock.report)
-            self._counters.add("requests_total", outcome=outcome)
+            count_report(self._counters, clock.report)
+            meter.end(outcome)
 
     def _reserve(self, task: Task) -> int:
         """Return the bytes that the request's KV may take, now counted as running.
@@ -204,12 +213,6 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         report.cached_tokens = min(route.cached_blocks * BLOCK_TOKENS, loaded)
         if not report.cached_tokens:
             report.tier = ""
-        self._count(report)
+        count_report(self._counters, report)
         clock.report.Clear()  # counted with the rest; a request that ends earlier is counted then
         return report
-
-    def _count(self, report: CacheReport) -> None:
-        self._counters.add("prompt_tokens_total", report.prompt_tokens)
-        self._counters.add("cached_tokens_total", report.cached_tokens)
-        for recompute in report.recomputes:
-            self._counters.add("recomputes_total", reason=recompute.reason)

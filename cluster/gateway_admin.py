@@ -50,14 +50,27 @@ class GatewayAdmin(admin_pb2_grpc.AdminServicer):
             reply: pb.StatsReply = await self._ask(self._store.Stats, request)
         except KVStrataError as error:
             reply = pb.StatsReply(health=f"degraded: store: {error.message}")
-        reply.counters.extend(c for c in self._counters.messages() if not _is_of_admin(c.labels))
-        reply.histograms.extend(
-            h for h in self._counters.histograms() if not _is_of_admin(h.labels)
-        )
-        reply.uptime_s = time.monotonic() - self._started
+        own = await self.own_stats()
+        reply.counters.extend(c for c in own.counters if not _is_of_admin(c.labels))
+        reply.histograms.extend(h for h in own.histograms if not _is_of_admin(h.labels))
+        reply.gauges.extend(own.gauges)
+        reply.uptime_s = own.uptime_s
         if self._gateway.draining:
             reply.health = "draining"
         return reply
+
+    async def own_stats(self) -> pb.StatsReply:
+        """Return what this gateway itself counts, nothing of the store."""
+        return pb.StatsReply(
+            counters=self._counters.messages(),
+            histograms=self._counters.histograms(),
+            gauges=[
+                pb.Gauge(name="running_requests", value=self._gateway.num_running),
+                pb.Gauge(name="running_bytes", value=self._gateway.running_bytes),
+            ],
+            uptime_s=time.monotonic() - self._started,
+            health="draining" if self._gateway.draining else "ok",
+        )
 
     async def ListBlocks(  # noqa: N802
         self, request: pb.ListBlocksRequest, context: Any

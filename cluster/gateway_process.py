@@ -34,6 +34,7 @@ class GatewayConfig:
     store_credentials: ClientCredentials = ANONYMOUS
     store_admin_address: str = ""
     tenants: str = ""
+    metrics_listen: str = ""
 
 
 def run_gateway(config: GatewayConfig) -> None:
@@ -93,10 +94,14 @@ async def _serve(config: GatewayConfig, workers: RayWorkers, model: Model) -> No
         store_credentials=config.store_credentials,
         store_admin_address=config.store_admin_address,
         tenants=config.tenants,
+        metrics_listen=config.metrics_listen,
     )
     if config.tenants:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, gateway.tenants.reload)
-    print(json.dumps({"event": "ready", "address": gateway.address}), flush=True)
+    ready = {"event": "ready", "address": gateway.address}
+    if gateway.metrics_address:
+        ready["metrics_address"] = gateway.metrics_address
+    print(json.dumps(ready), flush=True)
     await stopping.wait()
     await gateway.stop(STOP_GRACE_S)

@@ -15,6 +15,7 @@ from kvstrata.cluster.router import Router
 from kvstrata.cluster.workers import Workers
 from kvstrata.kvstore_service.client import StoreClient
 from kvstrata.kvstore_service.counters import Counters
+from kvstrata.kvstore_service.metrics import MetricsPort
 from kvstrata.kvstore_service.tenants import Tenants
 from kvstrata.prefill_node.worker import WorkerInfo
 from kvstrata.protos import admin_pb2_grpc, inference_pb2_grpc
@@ -39,20 +40,27 @@ class GatewayServer:
 
     Attributes:
         address: ``host:port`` that it listens on.
+        metrics_address: Where metrics are; empty without.
         tenants: Who may call.
     """
 
     address: str
+    metrics_address: str
     gateway: Gateway
     tenants: Tenants
     _server: grpc.aio.Server
+    _health: health.aio.HealthServicer
+    _metrics: MetricsPort | None
     _client: StoreClient
     _channel: grpc.aio.Channel
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new requests, let running ones end within ``grace_s``, then cut them."""
         self.gateway.draining = True
+        await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
+        if self._metrics is not None:
+            await self._metrics.close()
         await self._client.close()
         await self._channel.close()
 
@@ -74,6 +82,7 @@ async def start_gateway(
     store_credentials: ClientCredentials = ANONYMOUS,
     store_admin_address: str = "",
     tenants: str = "",
+    metrics_listen: str = "",
 ) -> GatewayServer:
     """Start a gateway and return it when it serves.
 
@@ -88,6 +97,7 @@ async def start_gateway(
         store_credentials: Shown to the store; of an admin tenant there, if Admin is to work here.
         store_admin_address: Of the store's Admin, where that has a port of its own.
         tenants: File of tenants; without it everybody is one tenant and needs no token.
+        metrics_listen: ``host:port`` for Prometheus; none without it.
 
     Raises:
         ConfigurationError: The port is taken, the address is not local, or a file of certificates
@@ -119,9 +129,13 @@ async def start_gateway(
     reflection.enable_server_reflection(
         [*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server
     )
+    metrics = None
     try:
         port = bind(server, listen, tls)
+        if metrics_listen:
+            metrics = MetricsPort(metrics_listen, "kvstrata_gateway", admin.own_stats, tls)
     except ConfigurationError:
+        await server.stop(None)
         await client.close()
         await channel.close()
         raise
@@ -129,5 +143,13 @@ async def start_gateway(
     for name in ("", *SERVICES):
         await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
     return GatewayServer(
-        f"{listen.rpartition(':')[0]}:{port}", gateway, known, server, client, channel
+        f"{listen.rpartition(':')[0]}:{port}",
+        metrics.address if metrics else "",
+        gateway,
+        known,
+        server,
+        health_service,
+        metrics,
+        client,
+        channel,
     )

@@ -92,14 +92,10 @@ async def _start(
         pids["redis"] = redis.pid
     store_tenants, credentials = service_tenant(runtime) if config.tenants else ("", ANONYMOUS)
     with progress.step("store"):
-        store, store_address = await start_store(
-            runtime,
-            dram_bytes=config.dram_bytes,
-            redis_url=redis_url,
-            redis_bytes=config.redis_bytes,
-            ttl_s=config.ttl_s,
-            tenants=store_tenants,
-        )
+        tenancy = ("--tenants", store_tenants) if store_tenants else ()
+        options = [*config.store_options(), *tenancy]
+        store, listens = await start_store(runtime, options, redis_url)
+        store_address = listens["address"]
     cleanup.push_async_callback(store.stop)
     pids["store"] = store.pid
     with progress.step("model"):
@@ -123,6 +119,7 @@ async def _start(
             tls=config.tls,
             store_credentials=credentials,
             tenants=config.tenants,
+            metrics_listen=config.metrics_listen,
         )
     cleanup.push_async_callback(gateway.stop, STOP_GRACE_S)
     return {
@@ -133,6 +130,8 @@ async def _start(
         else None,
         "model": infos["decode"].model,
         "pids": pids,
+        **({"metrics": gateway.metrics_address} if gateway.metrics_address else {}),
+        **({"store_metrics": listens["metrics_address"]} if "metrics_address" in listens else {}),
     }
 
 

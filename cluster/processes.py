@@ -10,7 +10,7 @@ import secrets
 import socket
 import sys
 from asyncio.subprocess import Process
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from kvstrata.kvstore_service.redis_binary import find_redis_server, free_port
@@ -130,26 +130,30 @@ def service_tenant(runtime: Path) -> tuple[str, ClientCredentials]:
 
 
 async def start_store(
-    runtime: Path,
-    *,
-    dram_bytes: int,
-    redis_url: str | None,
-    redis_bytes: int,
-    ttl_s: float,
-    tenants: str = "",
-) -> tuple[Child, str]:
-    """Start the store on a free loopback port; return it and its address."""
-    address = "127.0.0.1:0"
+    runtime: Path, options: Sequence[str], redis_url: str | None
+) -> tuple[Child, dict[str, str]]:
+    """Start the store on a free loopback port; return it and the addresses that it tells.
+
+    Started again, it listens where it did the first time.
+
+    Args:
+        runtime: Folder of its log.
+        options: Further options of its command.
+        redis_url: Of its shared tier; none without it.
+    """
+    listen = {"address": "127.0.0.1:0"}
     log = runtime / "store.log"
 
     async def start() -> Process:
-        nonlocal address
         with log.open("ab") as errors:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "kvstrata.kvstore_service"),
-                *("--listen", address, "--dram", str(dram_bytes)),
-                *("--redis-bytes", str(redis_bytes), "--ttl-s", str(ttl_s)),
-                *(("--tenants", tenants) if tenants else ()),
+                *("--listen", listen["address"], *options),
+                *(
+                    ("--metrics-listen", listen["metrics_address"])
+                    if "metrics_address" in listen
+                    else ()
+                ),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=errors,
@@ -163,12 +167,12 @@ async def start_store(
         if not line:
             await end(process)
             raise ConfigurationError(f"the store did not start: {tail(log)}", "see its message")
-        address = str(json.loads(line)["address"])
+        listen.update((k, str(v)) for k, v in json.loads(line).items() if k.endswith("address"))
         return process
 
     child = Child("store", start)
     await child.start()
-    return child, address
+    return child, listen
 
 
 def check_listen(listen: str) -> None:

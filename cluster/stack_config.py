@@ -27,7 +27,13 @@ class StackConfig:
         prefill_workers: Prefill nodes to run.
         decode_workers: Decode nodes to run.
         tenants: File of the gateway's tenants; without it everybody is one and needs no token.
-        tls: Of the gateway's port; plaintext without it. What is behind it keeps to the loopback.
+        tls: Of the gateway's ports; plaintext without it. What is behind it keeps to the loopback.
+        metrics_listen: ``host:port`` of the gateway's Prometheus metrics; none without it.
+        store_metrics_listen: Of the store's.
+        ssd_path: Folder of the store's ssd tier; none without it.
+        ssd_bytes: Bound of the ssd tier.
+        object_url: Of the store's object tier; none without it. Credentials are the environment's.
+        object_bytes: Bound of the object tier.
     """
 
     listen: str = "127.0.0.1:0"
@@ -42,15 +48,28 @@ class StackConfig:
     decode_workers: int = 1
     tls: ServerTls | None = None
     tenants: str = ""
+    metrics_listen: str = ""
+    store_metrics_listen: str = ""
+    ssd_path: str = ""
+    ssd_bytes: int = 16 << 30
+    object_url: str = ""
+    object_bytes: int = 64 << 30
 
     def validate(self) -> None:
         """Raise ``ConfigurationError`` naming the first bad value."""
-        host, _, port = self.listen.rpartition(":")
-        if not host or not port.isdecimal() or int(port) > 65_535:
-            raise ConfigurationError(
-                f"listen must be host:port, got {self.listen!r}", "use for example 127.0.0.1:0"
-            )
-        for name in ("dram_bytes", "redis_bytes", "ttl_s", "prefill_workers", "decode_workers"):
+        for name in ("listen", "metrics_listen", "store_metrics_listen"):
+            listen = getattr(self, name)
+            host, _, port = listen.rpartition(":")
+            if not listen and name != "listen":
+                continue
+            if not host or not port.isdecimal() or int(port) > 65_535:
+                raise ConfigurationError(
+                    f"{name} must be host:port, got {listen!r}", "use for example 127.0.0.1:0"
+                )
+        for name in (
+            *("dram_bytes", "redis_bytes", "ssd_bytes", "object_bytes", "ttl_s"),
+            *("prefill_workers", "decode_workers"),
+        ):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigurationError(
                     f"{name} must be positive and finite, got {getattr(self, name)}",
@@ -58,6 +77,20 @@ class StackConfig:
                 )
         if self.redis_url and not self.redis:
             raise ConfigurationError("--no-redis and --redis-url exclude each other", "drop one")
+
+    def store_options(self) -> list[str]:
+        """Return what the store is told of its tiers and ports, as options of its command."""
+        options = [
+            *("--dram", str(self.dram_bytes)),
+            *("--redis-bytes", str(self.redis_bytes), "--ttl-s", str(self.ttl_s)),
+        ]
+        if self.ssd_path:
+            options += ["--ssd-path", self.ssd_path, "--ssd", str(self.ssd_bytes)]
+        if self.object_url:
+            options += ["--object-url", self.object_url, "--object", str(self.object_bytes)]
+        if self.store_metrics_listen:
+            options += ["--metrics-listen", self.store_metrics_listen]
+        return options
 
     def encode(self) -> str:
         """Return the settings as text for another process; not the Redis URL, a secret."""

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import re
 import signal
 import sys
 from typing import Annotated
@@ -12,25 +11,9 @@ import typer
 
 from kvstrata.kvstore_service.config import StoreConfig
 from kvstrata.kvstore_service.server import start_store
+from kvstrata.kvstore_service.sizes import parse_size
 from kvstrata.protos.credentials import server_tls
-from kvstrata.protos.errors import ConfigurationError, KVStrataError
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as ``2GiB``, ``512M`` or ``1048576``, in powers of 1024.
-
-    >>> parse_size("2GiB")
-    2147483648
-
-    Raises:
-        ConfigurationError: Not a size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise ConfigurationError(f"not a size: {text[:40]!r}", "write it like 512MiB or 2GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+from kvstrata.protos.errors import KVStrataError
 
 
 def main(
@@ -78,6 +61,9 @@ def main(
     admin_listen: Annotated[
         str, typer.Option(help="host:port of Admin alone; default: beside all else.")
     ] = "",
+    metrics_listen: Annotated[
+        str, typer.Option(help="host:port of Prometheus metrics; default: none.")
+    ] = "",
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
 ) -> None:
     """Run a store until SIGTERM or SIGINT. One JSON line says when it serves; logs go to stderr."""
@@ -97,6 +83,7 @@ def main(
             tls=server_tls(tls_cert, tls_key, tls_client_ca),
             tenants=tenants,
             admin_listen=admin_listen,
+            metrics_listen=metrics_listen,
         )
         asyncio.run(serve_until_stopped(config))
     except KVStrataError as error:
@@ -116,6 +103,8 @@ async def serve_until_stopped(config: StoreConfig) -> None:
     ready = {"event": "ready", "address": running.address}
     if config.admin_listen:
         ready["admin_address"] = running.admin_address
+    if config.metrics_listen:
+        ready["metrics_address"] = running.metrics_address
     print(json.dumps(ready), flush=True)
     await stopping.wait()
     await running.stop(config.drain_s)

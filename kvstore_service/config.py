@@ -61,6 +61,7 @@ class StoreConfig:
         tls: Of every port; plaintext without it.
         tenants: File of tenants; without it everybody is one tenant and needs no token.
         admin_listen: ``host:port`` of Admin; the same port as all else without it.
+        metrics_listen: ``host:port`` for Prometheus; none without it.
     """
 
     listen: str = "127.0.0.1:0"
@@ -82,6 +83,7 @@ class StoreConfig:
     tls: ServerTls | None = None
     tenants: str = ""
     admin_listen: str = ""
+    metrics_listen: str = ""
 
     def validate(self) -> None:
         """Raise ``ConfigurationError`` that names every bad value."""
@@ -103,7 +105,8 @@ class StoreConfig:
             for name in StoreLimits.__slots__
             if getattr(self.limits, name) <= 0
         ]
-        for name in ("listen", "admin_listen") if self.admin_listen else ("listen",):
+        listens = ("listen", "admin_listen", "metrics_listen")
+        for name in [name for name in listens if name == "listen" or getattr(self, name)]:
             host, colon, port = getattr(self, name).rpartition(":")
             if not colon or not host or not port.isdecimal() or int(port) > 65_535:
                 bad.append(f"{name}={getattr(self, name)!r}")

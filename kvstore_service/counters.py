@@ -34,13 +34,29 @@ WRITTEN_BEHIND = "written_behind_total"  # tier, outcome
 REFUSALS = "refusals_total"  # tenant, reason
 GIVEN_UP = "quota_evictions_total"  # tenant
 CALLS = "calls_total"  # tenant, method, code
-TIER_BYTES = "tier_bytes_total"  # tier, direction
+TIER_BYTES = "tier_moved_bytes_total"  # tier, direction
+REQUESTS = "requests_total"  # tenant, outcome; at a gateway, as all below
+PROMPT_TOKENS = "prompt_tokens_total"  # tenant
+CACHED_TOKENS = "cached_tokens_total"  # tenant
+COMPUTED_TOKENS = "computed_tokens_total"  # tenant
+GENERATED_TOKENS = "generated_tokens_total"  # tenant
+RECOMPUTES = "recomputes_total"  # reason
+RECOMPUTED_TOKENS = "recomputed_tokens_total"  # reason
+FETCHED_BYTES = "fetched_bytes_total"
+PUBLISHED_BYTES = "published_bytes_total"
+COMMITTED_BLOCKS = "committed_blocks_total"
+REPLAYS = "replays_total"
+
 CALL_SECONDS = "call_seconds"  # method
 TIER_SECONDS = "tier_operation_seconds"  # tier, operation
+TTFT_SECONDS = "ttft_seconds"  # cached
+TPOT_SECONDS = "tpot_seconds"
+STAGE_SECONDS = "stage_seconds"  # node, stage
 
 PER_TENANT = frozenset(
     {HITS, MISSES, WANTED, ABANDONED, PUTS, RECEIVED_BYTES, SENT_BYTES, WAITS, LOOKUPS}
-    | {LOOKUP_BLOCKS, REFUSALS, GIVEN_UP, CALLS}
+    | {LOOKUP_BLOCKS, REFUSALS, GIVEN_UP, CALLS, REQUESTS, PROMPT_TOKENS, CACHED_TOKENS}
+    | {COMPUTED_TOKENS, GENERATED_TOKENS}
 )
 MAX_TENANTS = 100
 OTHER = "other"

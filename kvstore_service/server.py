@@ -12,6 +12,7 @@ from kvstrata.kvstore_service.config import StoreConfig
 from kvstrata.kvstore_service.counters import Counters
 from kvstrata.kvstore_service.dram_tier import DramTier
 from kvstrata.kvstore_service.measured_tier import MeasuredTier
+from kvstrata.kvstore_service.metrics import MetricsPort
 from kvstrata.kvstore_service.pin_table import Clock
 from kvstrata.kvstore_service.ports import Ports, open_ports
 from kvstrata.kvstore_service.quota import Quotas
@@ -48,6 +49,7 @@ class RunningStore:
     quotas: Quotas
     stats: StoreStats
     _ports: Ports
+    _metrics: MetricsPort | None
     _watch: asyncio.Task[None]
 
     @property
@@ -59,6 +61,11 @@ class RunningStore:
     def admin_address(self) -> str:
         """Where Admin listens; the same without a port of its own."""
         return self._ports.admin_address
+
+    @property
+    def metrics_address(self) -> str:
+        """Where metrics are; empty without."""
+        return self._metrics.address if self._metrics else ""
 
     @property
     def port(self) -> int:
@@ -73,6 +80,8 @@ class RunningStore:
         await asyncio.gather(self._watch, return_exceptions=True)
         await self._ports.drain()
         await self._ports.stop(grace_s)
+        if self._metrics is not None:
+            await self._metrics.close()
         await self.store.flush(grace_s)
         await self.store.close()
         logger.info("store stopped: address=%s", self.address)
@@ -177,6 +186,13 @@ async def _serve(
         store, workload, config.limits, tenants, quotas, config.representative_bytes
     )
     ports = await open_ports(config, tenants, service, make_admin, store.counters.observe_call)
+    metrics = None
+    if config.metrics_listen:
+        try:
+            metrics = MetricsPort(config.metrics_listen, "kvstrata_store", stats.tell, config.tls)
+        except BaseException:
+            await ports.stop(0)
+            raise
     watch = asyncio.create_task(feels.watch(ports.health))
     logger.info("store serves: address=%s dram_bytes=%d", ports.address, config.dram_bytes)
-    return RunningStore(store, workload, tenants, quotas, stats, ports, watch)
+    return RunningStore(store, workload, tenants, quotas, stats, ports, metrics, watch)

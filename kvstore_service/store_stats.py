@@ -49,11 +49,11 @@ class StoreStats:
         reply.gauges.add(name="in_flight_calls", value=self._workload.in_flight)
         for tenant in self._tenants.all()[:MAX_TENANTS]:
             usage = self._quotas.of(tenant)
-            for name, value in (
-                ("tenant_stored_bytes", usage.stored_bytes),
-                ("tenant_in_flight_bytes", usage.in_flight_bytes),
-                ("tenant_quota_bytes", tenant.quota_bytes),
-            ):
+            values = {"tenant_in_flight_bytes": usage.in_flight_bytes}
+            if tenant.quota_bytes:  # without one, stored bytes are not counted
+                values["tenant_stored_bytes"] = usage.stored_bytes
+                values["tenant_quota_bytes"] = tenant.quota_bytes
+            for name, value in values.items():
                 reply.gauges.add(name=name, labels={"tenant": tenant.name}, value=value)
         return reply
 

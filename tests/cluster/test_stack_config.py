@@ -14,6 +14,8 @@ from kvstrata.protos.errors import ConfigurationError
         StackConfig(),
         StackConfig("0.0.0.0:80", "a/b", "bfloat16", False, None, 1, 2, 0.5, 3, 4),
         StackConfig(redis_url="redis://:secret@h:1/0"),
+        StackConfig(ssd_path="/a", ssd_bytes=7, object_url="file:///b", object_bytes=8),
+        StackConfig(metrics_listen="127.0.0.1:0", store_metrics_listen="127.0.0.1:9"),
     ],
 )
 def test_settings_come_back_as_they_were_and_without_the_secret(config: StackConfig) -> None:
@@ -21,6 +23,27 @@ def test_settings_come_back_as_they_were_and_without_the_secret(config: StackCon
     text = config.encode()
     assert "secret" not in text
     assert StackConfig.decode(text, config.redis_url) == config
+
+
+def test_the_store_is_told_of_the_tiers_that_are_asked_for_alone() -> None:
+    plain = StackConfig(dram_bytes=1, redis_bytes=2, ttl_s=3.0)
+    options = plain.store_options()
+    assert options == ["--dram", "1", "--redis-bytes", "2", "--ttl-s", "3.0"]
+    full = StackConfig(
+        ssd_path="/a",
+        ssd_bytes=7,
+        object_url="file:///b",
+        object_bytes=8,
+        store_metrics_listen="127.0.0.1:9",
+    ).store_options()
+    for option, value in (
+        ("--ssd-path", "/a"),
+        ("--ssd", "7"),
+        ("--object-url", "file:///b"),
+        ("--object", "8"),
+        ("--metrics-listen", "127.0.0.1:9"),
+    ):
+        assert full[full.index(option) + 1] == value
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:65535", "localhost:80"])
@@ -33,6 +56,10 @@ def test_an_address_is_host_and_port(listen: str) -> None:
     [
         *(({"listen": listen}, "listen") for listen in ("", "80", ":80", "h:", "h:x", "h:65536")),
         ({"listen": "h:-1"}, "listen"),
+        ({"metrics_listen": "80"}, "metrics_listen"),
+        ({"store_metrics_listen": "h:65536"}, "store_metrics_listen"),
+        ({"ssd_bytes": 0}, "ssd_bytes"),
+        ({"object_bytes": 0}, "object_bytes"),
         ({"dram_bytes": 0}, "dram_bytes"),
         ({"redis_bytes": -1}, "redis_bytes"),
         ({"ttl_s": 0.0}, "ttl_s"),

@@ -10,9 +10,9 @@ import pytest
 
 import kvstrata.kvstore_service as room
 from kvstrata.kvstore_service.client import StoreClient
-from kvstrata.kvstore_service.command import parse_size
 from kvstrata.kvstore_service.config import StoreConfig, StoreLimits
 from kvstrata.kvstore_service.server import start_store
+from kvstrata.kvstore_service.sizes import parse_size
 from kvstrata.kvstore_service.testing import LocalStore, free_port, sample_block
 from kvstrata.protos.errors import ConfigurationError
 from kvstrata.protos.identity import ScopeDigest
