@@ -119,6 +119,18 @@ def _steps_from_zero(builder, x):
     return builder.bitcast(builder.add(size, less), _many(_F32))
 
 
+def _folded(builder, x, combine):
+    """Return the first lane after folding the vector in half four times."""
+    for size in (8, 4, 2, 1):
+        order = ir.Constant(_many(_I32), [(lane + size) % LANES for lane in range(LANES)])
+        x = combine(x, builder.shuffle_vector(x, x, order))
+    return builder.extract_element(x, _I32(0))
+
+
+def _largest(builder, x):
+    return _folded(builder, x, lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+
+
 _F, _I, _L = floats, ints, lanes
 add = _vector_function(_F, (_F, _F), lambda b, x, y: b.fadd(x, y))
 subtract = _vector_function(_F, (_F, _F), lambda b, x, y: b.fsub(x, y))
@@ -143,6 +155,8 @@ flip = _vector_function(_I, (_I, _I), lambda b, x, y: b.xor(x, y))
 shift_left = _vector_function(_I, (_I, types.int32), lambda b, x, n: b.shl(x, _splat(b, n)))
 as_floats = _vector_function(_F, (_I,), lambda b, x: b.bitcast(x, _many(_F32)))
 to_ints = _vector_function(_I, (_F,), lambda b, x: b.fptosi(x, _many(_I32)))
+largest_lane = _vector_function(types.float32, (_F,), _largest)
+sum_lanes = _vector_function(types.float32, (_F,), lambda b, x: _folded(b, x, b.fadd))
 splat = _vector_function(_F, (types.float32,), lambda b, x: _splat(b, x))
 splat_int = _vector_function(_I, (types.int32,), lambda b, x: _splat(b, x))
 has_bits = _vector_function(

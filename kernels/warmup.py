@@ -46,6 +46,7 @@ from kvstrata.kernels.paper_quantizers import (
 )
 from kvstrata.kernels.planes import unpack_planar
 from kvstrata.kernels.rope import rotate
+from kvstrata.kernels.row_pages import PAGE_TOKENS, RowPages, RowStep, step_rows
 from kvstrata.kernels.token_masks import TOKENS, token_classes
 from kvstrata.kernels.value_bias import encode_value_bias
 
@@ -198,6 +199,14 @@ def _attend(dim: int, dtype: torch.dtype) -> None:
         attend_blocks(torch.ones(_HEADS * group, dim, dtype=dtype), pages, turns, 1.0)
 
 
+def _rows(dim: int, dtype: torch.dtype) -> None:
+    memory = torch.zeros(2, 2, PAGE_TOKENS * dim, dtype=dtype)
+    tables = torch.arange(2, dtype=torch.int32).view(1, 1, 2, 1)
+    pages = RowPages(memory, tables, torch.zeros(1, 1, 2, dtype=torch.int32))
+    row = torch.ones(1, 2, dim, dtype=dtype)
+    step_rows(row, row, row, RowStep(pages, torch.zeros(1, dtype=torch.int64)), 0, 1.0)
+
+
 def _exact(dim: int, dtype: torch.dtype) -> None:
     merge_bytes(split_bytes(_tokens(dim, dtype)), dtype)
 
@@ -234,7 +243,7 @@ def _paper_quantizers(dim: int, dtype: torch.dtype) -> None:
 
 
 # What a worker calls for a request.
-WORKER_OPS = ("calibrated", "colsum", "exact", "fallback")
+WORKER_OPS = ("attend", "calibrated", "colsum", "exact", "fallback", "rows")
 
 _OPS: dict[str, Callable[[int, torch.dtype], None]] = {
     "attend": _attend,
@@ -245,5 +254,6 @@ _OPS: dict[str, Callable[[int, torch.dtype], None]] = {
     "gather": _gather,
     "paper-quantizers": _paper_quantizers,
     "rope": _rope,
+    "rows": _rows,
     "unpack": _unpack,
 }
