@@ -1,20 +1,23 @@
-"""Waiting for a block that somebody is writing."""
+"""Who writes which block now, and who waits for it."""
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from kvstrata.kvstore_service.live_block import LiveBlock
 from kvstrata.protos.identity import BlockKey
 
 
 class Arrivals:
-    """Who writes which block now, and who waits for it.
+    """The blocks that are being written. One event loop owns it.
 
-    Waiting ends at the commit, at the end of the last writer without one, or when the time is over.
+    Waiting ends when a block is opened to be followed, at its commit, at the end of its last writer
+    without one, or when the time is over.
     """
 
     def __init__(self) -> None:
         self._writers: dict[BlockKey, int] = {}
+        self._live: dict[BlockKey, LiveBlock] = {}
         self._waiters: dict[BlockKey, set[asyncio.Future[str]]] = {}
 
     @contextlib.contextmanager
@@ -29,6 +32,26 @@ class Arrivals:
                 del self._writers[key]
                 self._tell(key, "writer_gone")
 
+    @contextlib.contextmanager
+    def following(self, block: LiveBlock) -> Iterator[None]:
+        """Count as a writer whose block can be followed; there is one of a key at a time."""
+        assert block.key not in self._live, "two live blocks of one key"
+        with self.writing(block.key):
+            self._live[block.key] = block
+            self._tell(block.key, "opened")
+            try:
+                yield
+            finally:
+                del self._live[block.key]
+
+    def live(self, key: BlockKey) -> LiveBlock | None:
+        """Return the block while it can be followed."""
+        return self._live.get(key)
+
+    def num_pending(self, keys: Sequence[BlockKey]) -> int:
+        """Return how many of ``keys``, from the first on, are being written."""
+        return next((i for i, k in enumerate(keys) if k not in self._writers), len(keys))
+
     def committed(self, key: BlockKey) -> None:
         """Tell the waiters of ``key`` that it is there."""
         self._tell(key, "committed")
@@ -38,20 +61,22 @@ class Arrivals:
         for key in list(self._waiters):
             self._tell(key, "draining")
 
+    def waited_for(self) -> list[BlockKey]:
+        """Return the keys that somebody waits for."""
+        return list(self._waiters)
+
     def _tell(self, key: BlockKey, news: str) -> None:
         for waiter in self._waiters.pop(key, ()):
             if not waiter.done():
                 waiter.set_result(news)
 
-    async def wait(self, key: BlockKey, timeout_s: float) -> str:
-        """Return "committed", "writer_gone", "draining", or "wait_expired" after ``timeout_s``."""
+    @contextlib.contextmanager
+    def waiting(self, key: BlockKey) -> Iterator[asyncio.Future[str]]:
+        """Give what will be "opened", "committed", "writer_gone" or "draining"."""
         waiter: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._waiters.setdefault(key, set()).add(waiter)
         try:
-            async with asyncio.timeout(max(timeout_s, 0)):
-                return await waiter
-        except TimeoutError:
-            return "wait_expired"
+            yield waiter
         finally:
             waiters = self._waiters.get(key)
             if waiters is not None:

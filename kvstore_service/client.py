@@ -11,87 +11,40 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
+from kvstrata.kvstore_service.attachment import AttachedBlock, AttachedSegment, Attachment
+from kvstrata.kvstore_service.block_writer import BlockWriter, PutOutcome, outcome_of
 from kvstrata.kvstore_service.data_codec import decode_get_reply, encode_put_request
+from kvstrata.kvstore_service.found import FetchedStratum, FoundBlock, LookupResult, fetched
 from kvstrata.kvstore_service.frame_assembly import FrameAssembly
 from kvstrata.kvstore_service.retrieved import Retrieved, retrieve_request, retrieved
 from kvstrata.kvstore_service.wire import key_message, key_of, size_messages, stratum_enum
 from kvstrata.protos import kvstore_pb2 as pb
 from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
-from kvstrata.protos.errors import (
-    CorruptFrameError,
-    UnavailableError,
-    from_rpc_error,
-)
-from kvstrata.protos.frame import Frame
+from kvstrata.protos.errors import UnavailableError, from_rpc_error
 from kvstrata.protos.identity import BlockHash, BlockKey, ScopeDigest
 from kvstrata.protos.kvstore_pb2_grpc import KVStoreStub
 from kvstrata.protos.service import CHUNK_BYTES, call_metadata, open_channel
 
+__all__ = [
+    "AttachedBlock",
+    "AttachedSegment",
+    "BlockWriter",
+    "FetchedStratum",
+    "FoundBlock",
+    "LookupResult",
+    "PutOutcome",
+    "StoreClient",
+]
+
 THROTTLED = "throttled: "
 Blocks = Iterable[tuple[BlockKey, Mapping[int, bytes]]]
 AsyncBlocks = AsyncIterable[tuple[BlockKey, Mapping[int, bytes]]]
-
-
-@dataclass(frozen=True, slots=True)
-class FoundBlock:
-    """One block of a run: its strata, their bytes in all, and the nearest tier that holds it."""
-
-    strata: tuple[int, ...]
-    num_bytes: int
-    tier: str
-
-
-@dataclass(frozen=True, slots=True)
-class LookupResult:
-    """The longest run of committed blocks; may be longer if ``degraded``: a tier was silent."""
-
-    blocks: tuple[FoundBlock, ...]
-    degraded: bool
-
-
-@dataclass(frozen=True, slots=True)
-class PutOutcome:
-    """What became of one block.
-
-    Attributes:
-        key: The block.
-        outcome: "committed", "exists", "rejected", or "kept": readable, but not in the tier that
-            was to hold it.
-        reason: Why it was rejected or only kept, or which tier it did not reach.
-        tiers: Tiers that hold it now.
-    """
-
-    key: BlockKey
-    outcome: str
-    reason: str
-    tiers: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class FetchedStratum:
-    """One stratum of one wanted block, or why it is missing.
-
-    Attributes:
-        index: Into the hashes asked for.
-        stratum: Which one.
-        frame: Header verified; a segment is verified when it is taken. None on a miss.
-        miss: Why there is no frame; empty when there is one.
-        tier: Where the store found it.
-        num_bytes: Bytes received.
-    """
-
-    index: int
-    stratum: int
-    frame: Frame | None
-    miss: str = ""
-    tier: str = ""
-    num_bytes: int = 0
 
 
 class StoreClient:
@@ -165,7 +118,7 @@ class StoreClient:
         )
         reply = await self._call(self._stub.Lookup, request)
         blocks = (FoundBlock(tuple(b.strata), b.bytes, b.tier) for b in reply.blocks)
-        return LookupResult(tuple(blocks), reply.degraded)
+        return LookupResult(tuple(blocks), reply.degraded, reply.pending)
 
     async def put(
         self,
@@ -207,7 +160,7 @@ class StoreClient:
         outcomes: list[PutOutcome] = []
         async with contextlib.aclosing(self._replies(call, failures)) as replies:
             async for reply in replies:
-                outcomes.append(_outcome(reply))
+                outcomes.append(outcome_of(reply))
                 if outcomes[-1].reason.startswith(THROTTLED):
                     break
         if outcomes and outcomes[-1].reason.startswith(THROTTLED):
@@ -267,7 +220,7 @@ class StoreClient:
                 assembly.add(reply.offset, data)
                 if reply.last:
                     key = BlockKey(scope, hashes[reply.index])
-                    yield _fetched(reply, key, assembly)
+                    yield fetched(reply, key, assembly)
                     assembly = None
 
     async def retrieve(
@@ -300,6 +253,61 @@ class StoreClient:
         request.top_k, request.chunk_blocks = top_k, chunk
         request.sink_blocks, request.recent_blocks = sinks, recent
         return retrieved(await self._call(self._stub.Retrieve, request, timeout_s), hashes)
+
+    @contextlib.asynccontextmanager
+    async def write(self, *, timeout_s: float) -> AsyncIterator[BlockWriter]:
+        """Give a writer of blocks that are published while they are made.
+
+        Args:
+            timeout_s: Deadline of the whole stream.
+        """
+        call = self._stub.Write(timeout=timeout_s, metadata=self._metadata)
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        writer = BlockWriter(call, deadline, self.address)
+        try:
+            yield writer
+        finally:
+            await writer.abandon()
+
+    async def attach(
+        self,
+        scope: ScopeDigest,
+        hashes: Sequence[BlockHash],
+        strata: Sequence[int],
+        *,
+        silence_s: float,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[AttachedSegment | AttachedBlock, None]:
+        """Yield segments of blocks as they are made, or as they are, and each block's end.
+
+        A segment is provisional: whatever was made of it must be thrown away unless its block ends
+        with no ``reason``. Every block ends, if the call does not raise. Within a block and stratum
+        layers ascend; blocks that are made together come side by side.
+
+        Args:
+            scope: Whose blocks.
+            hashes: Which blocks.
+            strata: Which strata.
+            silence_s: How long the store may hear nothing of any wanted block before those that are
+                not done end as "wait_expired"; with 0 what is not committed is absent.
+            timeout_s: Deadline of the whole call.
+        """
+        request = pb.AttachRequest(
+            scope=scope,
+            block_hashes=b"".join(hashes),
+            strata=map(stratum_enum, strata),
+            silence_ms=int(silence_s * 1000),
+        )
+        deadline_s = timeout_s or self._timeout_s + silence_s
+        call = self._stub.Attach(request, timeout=deadline_s, metadata=self._metadata)
+        keys = [BlockKey(scope, block_hash) for block_hash in hashes]
+        attachment = Attachment(keys, strata, self._max_frame_bytes)
+        async with contextlib.aclosing(self._replies(call)) as replies:
+            async for reply in replies:
+                for found in attachment.take(reply):
+                    yield found
+        for found in attachment.unfinished():
+            yield found
 
     async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
         """Exempt blocks from eviction for ``ttl_s`` or the store's limit; return the absent."""
@@ -360,18 +368,3 @@ def _put_requests(
         view = memoryview(frame)
         for first in range(0, len(frame), CHUNK_BYTES):
             yield view[first : first + CHUNK_BYTES]
-
-
-def _outcome(reply: pb.PutReply) -> PutOutcome:
-    name = pb.PutOutcome.Name(reply.outcome).removeprefix("PUT_OUTCOME_").lower()
-    return PutOutcome(key_of(reply.key), name, reply.reason, tuple(reply.tiers))
-
-
-def _fetched(reply: pb.GetReply, key: BlockKey, assembly: FrameAssembly) -> FetchedStratum:
-    try:
-        frame = assembly.finish(key, reply.stratum)
-    except CorruptFrameError:
-        return FetchedStratum(reply.index, reply.stratum, None, "corrupt", reply.tier)
-    return FetchedStratum(
-        reply.index, reply.stratum, frame, tier=reply.tier, num_bytes=assembly.num_bytes
-    )

@@ -1,9 +1,10 @@
 """When a block may be committed: what its frames must say about it and about each other."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from kvstrata.kvstore_service.segment_assembly import StoredSegment
 from kvstrata.protos.errors import CorruptFrameError, KVStrataError
-from kvstrata.protos.frame import Frame, stratum_name
+from kvstrata.protos.frame import Frame, open_head, stratum_name
 from kvstrata.protos.frame_pb2 import FrameHeader, Stratum
 from kvstrata.protos.identity import BLOCK_TOKENS, HASH_BYTES, BlockKey, block_hash
 
@@ -26,11 +27,42 @@ class BlockRejectedError(KVStrataError):
         self.kind = kind
 
 
+_SAID_BEFORE = (
+    *("scope", "block_hash", "parent_hash", "token_ids", "first_position"),
+    *("codec", "codec_version", "profile", "rope"),
+    *("kv_dtype", "num_layers", "num_kv_heads", "head_dim"),
+)
+
+
+def check_draft(key: BlockKey, header: FrameHeader, strata: Collection[int]) -> None:
+    """Raise ``BlockRejectedError`` unless ``header`` may be that of a block that is being made."""
+    if set(strata) not in VALID_SUBSETS:
+        raise BlockRejectedError("strata", f"{_named(strata)} is no valid set of strata")
+    if header.scope != key.scope or header.block_hash != key.block_hash:
+        raise BlockRejectedError("identity", "the header belongs to another block")
+    if header.segments or header.attachments:
+        raise BlockRejectedError("identity", "a block that is being made has no tables yet")
+    _check_tokens(key, header)
+
+
+def check_finished(draft: FrameHeader, head: bytes, segments: Sequence[StoredSegment]) -> None:
+    """Raise ``BlockRejectedError`` unless a frame's head fits what was said and sent before it."""
+    try:
+        header = open_head(head)[0]
+    except CorruptFrameError as error:
+        raise BlockRejectedError("corrupt", error.message) from error
+    for name in _SAID_BEFORE:
+        if getattr(header, name) != getattr(draft, name):
+            raise BlockRejectedError("identity", f"{name} is not what the opening said")
+    table = [(entry.layer, entry.length, entry.checksum) for entry in header.segments]
+    if table != [(s.layer, len(s.data), s.checksum) for s in segments]:
+        raise BlockRejectedError("corrupt", "the offset table describes other segments than came")
+
+
 def check_block(key: BlockKey, frames: Mapping[int, bytes]) -> None:
     """Raise ``BlockRejectedError`` unless ``frames`` make up the block, every checksum included."""
     if set(frames) not in VALID_SUBSETS:
-        names = "+".join(stratum_name(s) for s in sorted(frames)) or "nothing"
-        raise BlockRejectedError("strata", f"{names} is no valid set of strata")
+        raise BlockRejectedError("strata", f"{_named(frames)} is no valid set of strata")
     headers = [open_verified(key, stratum, frame) for stratum, frame in frames.items()]
     first = headers[0]
     if len({header.encoding_id for header in headers}) > 1:
@@ -42,6 +74,10 @@ def check_block(key: BlockKey, frames: Mapping[int, bytes]) -> None:
     if any(header.parent_hash != first.parent_hash for header in headers):
         raise BlockRejectedError("tokens", "the strata name different parents")
     _check_tokens(key, first)
+
+
+def _named(strata: Iterable[int]) -> str:
+    return "+".join(stratum_name(s) for s in sorted(strata)) or "nothing"
 
 
 def _check_tokens(key: BlockKey, header: FrameHeader) -> None:

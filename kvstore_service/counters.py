@@ -24,6 +24,8 @@ TIER_ERRORS = "tier_errors_total"  # tier
 RECEIVED_BYTES = "received_bytes_total"  # tenant
 SENT_BYTES = "sent_bytes_total"  # tenant
 WAITS = "waits_total"  # tenant, outcome
+OPENED = "opened_blocks_total"  # tenant, state
+ATTACHED = "attached_blocks_total"  # tenant, outcome
 LOOKUPS = "lookups_total"  # tenant
 LOOKUP_BLOCKS = "lookup_blocks_total"  # tenant, result
 SHARED_READS = "shared_reads_total"
@@ -56,7 +58,7 @@ STAGE_SECONDS = "stage_seconds"  # node, stage
 PER_TENANT = frozenset(
     {HITS, MISSES, WANTED, ABANDONED, PUTS, RECEIVED_BYTES, SENT_BYTES, WAITS, LOOKUPS}
     | {LOOKUP_BLOCKS, REFUSALS, GIVEN_UP, CALLS, REQUESTS, PROMPT_TOKENS, CACHED_TOKENS}
-    | {COMPUTED_TOKENS, GENERATED_TOKENS}
+    | {COMPUTED_TOKENS, GENERATED_TOKENS, OPENED, ATTACHED}
 )
 MAX_TENANTS = 100
 OTHER = "other"

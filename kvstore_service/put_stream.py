@@ -3,16 +3,51 @@
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 from kvstrata.kvstore_service.config import StoreLimits
 from kvstrata.kvstore_service.request_check import parse_key
-from kvstrata.protos.errors import InvalidRequestError, LimitError, MalformedMessageError
+from kvstrata.protos.errors import (
+    RETRY_AFTER,
+    InvalidRequestError,
+    LimitError,
+    MalformedMessageError,
+    ThrottledError,
+)
 from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.identity import BlockKey
-from kvstrata.protos.kvstore_pb2 import PutOpen
+from kvstrata.protos.kvstore_pb2 import PutOpen, StratumSize
 
+_RETRY_S = 0.1
 _KNOWN_STRATA = frozenset(Stratum.values()) - {Stratum.STRATUM_UNSPECIFIED}
+
+
+def declared_sizes(
+    key: BlockKey, strata: Sequence[StratumSize], limits: StoreLimits
+) -> dict[int, int]:
+    """Return the strata that an opening declares, and their bytes.
+
+    Raises:
+        InvalidRequestError: None, one of them twice, an unknown or an empty one.
+        LimitError: Larger than a block may be.
+    """
+    declared = [int(size.stratum) for size in strata]
+    if not declared or len(set(declared)) < len(declared) or not _KNOWN_STRATA.issuperset(declared):
+        raise InvalidRequestError(
+            f"a block declares each of its strata once, got {declared[:8]}",
+            "name one to three of BASE, MID, FINE, or EXACT alone",
+        )
+    sizes = {int(size.stratum): int(size.frame_bytes) for size in strata}
+    num_bytes = sum(sizes.values())
+    if num_bytes > limits.max_block_bytes:
+        raise LimitError(
+            f"a block of {num_bytes} bytes exceeds the limit of {limits.max_block_bytes}",
+            "raise the store's limit or use a smaller preset",
+            block_key=key.encode(),
+        )
+    if 0 in sizes.values():
+        raise InvalidRequestError("a frame of 0 bytes was declared")
+    return sizes
 
 
 class BlockAssembly:
@@ -24,32 +59,12 @@ class BlockAssembly:
     def __init__(self, opening: PutOpen, limits: StoreLimits) -> None:
         self.key: BlockKey = parse_key(opening.key)
         self.durability: str = opening.durability
-        self._pending = deque((int(s.stratum), int(s.frame_bytes)) for s in opening.strata)
-        self.num_bytes = sum(size for _, size in self._pending)
+        sizes = declared_sizes(self.key, opening.strata, limits)
+        self._pending = deque(sizes.items())
+        self.num_bytes = sum(sizes.values())
         self.frames: dict[int, bytes] = {}
         self._parts: list[bytes] = []
         self._arrived = 0
-        self._check(limits)
-
-    def _check(self, limits: StoreLimits) -> None:
-        declared = [stratum for stratum, _ in self._pending]
-        if (
-            not declared
-            or len(set(declared)) < len(declared)
-            or not _KNOWN_STRATA.issuperset(declared)
-        ):
-            raise InvalidRequestError(
-                f"a block declares each of its strata once, got {declared[:8]}",
-                "name one to three of BASE, MID, FINE, or EXACT alone",
-            )
-        if self.num_bytes > limits.max_block_bytes:
-            raise LimitError(
-                f"a block of {self.num_bytes} bytes exceeds the limit of {limits.max_block_bytes}",
-                "raise the store's limit or use a smaller preset",
-                block_key=self.key.encode(),
-            )
-        if any(size == 0 for _, size in self._pending):
-            raise InvalidRequestError("a frame of 0 bytes was declared")
 
     @property
     def is_complete(self) -> bool:
@@ -95,6 +110,20 @@ class ByteBudget:
     async def reserved(self, num_bytes: int) -> AsyncIterator[None]:
         """Hold ``num_bytes``, at most the whole budget, waiting until they are free."""
         await self._acquire(num_bytes)
+        try:
+            yield
+        finally:
+            self._free += num_bytes
+            self._wake()
+
+    @contextlib.contextmanager
+    def reserved_now(self, num_bytes: int) -> Iterator[None]:
+        """Hold ``num_bytes``; ``ThrottledError`` if they are not free, or others wait for them."""
+        if self._queue or num_bytes > self._free:
+            error = ThrottledError(f"in_flight: {num_bytes} bytes more in flight", "try again")
+            error.metadata[RETRY_AFTER] = f"{_RETRY_S:.3f}"
+            raise error
+        self._free -= num_bytes
         try:
             yield
         finally:

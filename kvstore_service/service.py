@@ -14,6 +14,7 @@ from kvstrata.kvstore_service.data_codec import (
     decode_put_request,
     encode_get_reply,
 )
+from kvstrata.kvstore_service.live_service import LiveService, live_handlers
 from kvstrata.kvstore_service.lower_reader import Found, Piece, Read
 from kvstrata.kvstore_service.namespace import Namespace
 from kvstrata.kvstore_service.put_stream import BlockAssembly, ByteBudget
@@ -74,7 +75,8 @@ def store_handlers(service: "StoreService") -> grpc.GenericRpcHandler:
         request_deserializer=pb.GetRequest.FromString,
         response_serializer=encode_get_reply,
     )
-    return grpc.method_handlers_generic_handler(SERVICE_NAME, {**unary, "Put": put, "Get": get})
+    handlers = {**unary, "Put": put, "Get": get, **live_handlers(service.live)}
+    return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
 
 class StoreService(KVStoreServicer):
@@ -101,6 +103,7 @@ class StoreService(KVStoreServicer):
         self._budget = ByteBudget(limits.max_in_flight_bytes)
         search = RetrieveHandler(store, workload, limits, representative_bytes, self._admit)
         self.Retrieve = search  # type: ignore[method-assign]
+        self.live = LiveService(store, workload, limits, tenants, quotas, self._budget)
 
     def _caller(self, context: Any) -> Tenant:
         return self._tenants.identify(metadata_of(context))
@@ -118,7 +121,11 @@ class StoreService(KVStoreServicer):
         with self._workload.call():
             lease_ms = min(request.lease_ms, self._limits.max_lease_ms)
             found, degraded = await self._store.lookup(keys, lease_ms / 1000)
-        return pb.LookupReply(blocks=map(_block_info, found), degraded=degraded)
+        return pb.LookupReply(
+            blocks=map(_block_info, found),
+            degraded=degraded,
+            pending=self._store.arrivals.num_pending(keys[len(found) :]),
+        )
 
     async def Put(  # noqa: N802
         self, requests: AsyncIterator[pb.PutRequest], context: Any

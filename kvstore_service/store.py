@@ -17,6 +17,7 @@ from kvstrata.kvstore_service.commit_rule import (
     BlockRejectedError,
     check_block,
 )
+from kvstrata.kvstore_service.commit_waits import CommitWaits
 from kvstrata.kvstore_service.counters import Counters
 from kvstrata.kvstore_service.departures import ADMIN, QUOTA, Departures
 from kvstrata.kvstore_service.dram_tier import DramTier
@@ -27,8 +28,6 @@ from kvstrata.kvstore_service.write_behind import WriteBehind
 from kvstrata.protos.errors import CapacityError, InvalidRequestError
 from kvstrata.protos.identity import BlockKey
 from kvstrata.protos.kvstore_pb2 import PutOutcome
-
-_POLL_S = 0.05  # how often a waiting reader looks for what another store process committed
 
 Presence = list[tuple[str, StratumSizes]]
 """The tiers that hold a block, nearest first, with the strata each holds."""
@@ -76,6 +75,7 @@ class BlockStore:
         self.max_behind_bytes = max_behind_bytes
         self.pins = PinTable(clock)
         self.arrivals = Arrivals()
+        self.waits = CommitWaits(self.arrivals, self._are_present, is_shared=bool(lower))
         self.departures = Departures(self.counters)
         self.on_changed: Callable[[Sequence[BlockKey]], None] = _ignore
         self._lower = LowerReader(dram, tuple(lower), self.counters, self.departures)
@@ -258,12 +258,12 @@ class BlockStore:
             strata: Wanted strata.
             wait_until: Loop time until which an uncommitted block is waited for.
         """
-        read = await self._lower.read(key, strata)
+        read = await self.read(key, strata)
         loop = asyncio.get_running_loop()
         if wait_until > loop.time() and not self._is_readable(read):
-            outcome = await self._await_commit(key, wait_until)
+            outcome = await self.waits.commit(key, wait_until)
             self.counters.add(names.WAITS, outcome=outcome)
-            read = await self._lower.read(key, strata)
+            read = await self.read(key, strata)
             if outcome != "committed":
                 read = _with_reason(read, outcome)
         self._count(read)
@@ -279,19 +279,8 @@ class BlockStore:
             reason in ("corrupt", "stale_encoding") for reason in read.values()
         )
 
-    async def _await_commit(self, key: BlockKey, wait_until: float) -> str:
-        loop = asyncio.get_running_loop()
-        shared = len(self.tiers) > 1
-        while True:
-            found, _ = await self.locate([key])
-            if is_present(found[0]):
-                return "committed"
-            remaining = wait_until - loop.time()
-            if remaining <= 0:
-                return "wait_expired"
-            news = await self.arrivals.wait(key, min(remaining, _POLL_S) if shared else remaining)
-            if news != "wait_expired":
-                return news
+    async def _are_present(self, keys: Sequence[BlockKey]) -> list[bool]:
+        return [is_present(presence) for presence in (await self.locate(keys))[0]]
 
     def _count(self, read: Read) -> None:
         for found in read.values():
@@ -368,6 +357,7 @@ class BlockStore:
     async def close(self) -> None:
         """Close every tier. Idempotent."""
         await asyncio.gather(*(queue.close() for queue in self._behind.values()))
+        await self.waits.close()
         await self._lower.close()
         for tier in self.tiers:
             await tier.close()

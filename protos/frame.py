@@ -115,6 +115,42 @@ def encode_frame(
     return bytes(frame)
 
 
+def draft_header(header: FrameHeader) -> FrameHeader:
+    """Return what ``header`` says of the whole block, and nothing that its bytes decide."""
+    draft = FrameHeader()
+    draft.CopyFrom(header)
+    for name in ("stratum", "encoding_id", "segments", "attachments"):
+        draft.ClearField(name)
+    return draft
+
+
+def segment_checksum(data: Buffer) -> int:
+    """Return the checksum of a segment or attachment, as in the offset table."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def assemble_frame(head: Buffer, parts: Sequence[Buffer], max_bytes: int) -> bytes:
+    """Return the frame of ``head`` and its segments and attachments, in the table's order.
+
+    The same bytes as ``encode_frame`` made. Checksums of the parts are for the reader to verify.
+
+    Raises:
+        CorruptFrameError: ``head`` is not prelude and header alone, announces more than
+            ``max_bytes``, or its table describes other parts.
+    """
+    header, frame_bytes, head_bytes = open_head(head)
+    entries: list[Segment | Attachment] = [*header.segments, *header.attachments]
+    if len(head) != head_bytes or frame_bytes > max_bytes:
+        raise CorruptFrameError(f"{len(head)} bytes are no head of a frame within {max_bytes}")
+    if [entry.length for entry in entries] != [len(part) for part in parts]:
+        raise CorruptFrameError("the offset table describes other segments than came")
+    frame = bytearray(frame_bytes)
+    frame[:head_bytes] = head
+    for entry, part in zip(entries, parts, strict=True):
+        frame[entry.offset : entry.offset + entry.length] = part
+    return bytes(frame)
+
+
 def _head_checksum(prelude: Buffer, head: Buffer) -> int:
     h = xxhash.xxh3_64(prelude)
     h.update(head)

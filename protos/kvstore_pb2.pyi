@@ -21,6 +21,13 @@ class Similarity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SIMILARITY_UNSPECIFIED: _ClassVar[Similarity]
     SIMILARITY_DOT: _ClassVar[Similarity]
     SIMILARITY_COSINE: _ClassVar[Similarity]
+
+class WriteState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WRITE_STATE_UNSPECIFIED: _ClassVar[WriteState]
+    WRITE_STATE_OPEN: _ClassVar[WriteState]
+    WRITE_STATE_PENDING: _ClassVar[WriteState]
+    WRITE_STATE_DONE: _ClassVar[WriteState]
 PUT_OUTCOME_UNSPECIFIED: PutOutcome
 PUT_OUTCOME_COMMITTED: PutOutcome
 PUT_OUTCOME_EXISTS: PutOutcome
@@ -29,6 +36,10 @@ PUT_OUTCOME_KEPT: PutOutcome
 SIMILARITY_UNSPECIFIED: Similarity
 SIMILARITY_DOT: Similarity
 SIMILARITY_COSINE: Similarity
+WRITE_STATE_UNSPECIFIED: WriteState
+WRITE_STATE_OPEN: WriteState
+WRITE_STATE_PENDING: WriteState
+WRITE_STATE_DONE: WriteState
 
 class BlockKey(_message.Message):
     __slots__ = ("scope", "block_hash")
@@ -59,12 +70,14 @@ class BlockInfo(_message.Message):
     def __init__(self, strata: _Optional[_Iterable[_Union[_frame_pb2.Stratum, str]]] = ..., bytes: _Optional[int] = ..., tier: _Optional[str] = ...) -> None: ...
 
 class LookupReply(_message.Message):
-    __slots__ = ("blocks", "degraded")
+    __slots__ = ("blocks", "degraded", "pending")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
     blocks: _containers.RepeatedCompositeFieldContainer[BlockInfo]
     degraded: bool
-    def __init__(self, blocks: _Optional[_Iterable[_Union[BlockInfo, _Mapping]]] = ..., degraded: _Optional[bool] = ...) -> None: ...
+    pending: int
+    def __init__(self, blocks: _Optional[_Iterable[_Union[BlockInfo, _Mapping]]] = ..., degraded: _Optional[bool] = ..., pending: _Optional[int] = ...) -> None: ...
 
 class StratumSize(_message.Message):
     __slots__ = ("stratum", "frame_bytes")
@@ -197,6 +210,144 @@ class RetrieveReply(_message.Message):
     degraded: bool
     truncated: bool
     def __init__(self, selections: _Optional[_Iterable[_Union[RetrieveSelection, _Mapping]]] = ..., block_hashes: _Optional[bytes] = ..., absent: _Optional[_Iterable[int]] = ..., unrepresented: _Optional[_Iterable[int]] = ..., degraded: _Optional[bool] = ..., truncated: _Optional[bool] = ...) -> None: ...
+
+class LayerSegment(_message.Message):
+    __slots__ = ("block", "stratum", "layer", "length", "checksum", "data")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    STRATUM_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    stratum: _frame_pb2.Stratum
+    layer: int
+    length: int
+    checksum: int
+    data: bytes
+    def __init__(self, block: _Optional[int] = ..., stratum: _Optional[_Union[_frame_pb2.Stratum, str]] = ..., layer: _Optional[int] = ..., length: _Optional[int] = ..., checksum: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class StratumHead(_message.Message):
+    __slots__ = ("stratum", "head", "attachments")
+    STRATUM_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    ATTACHMENTS_FIELD_NUMBER: _ClassVar[int]
+    stratum: _frame_pb2.Stratum
+    head: bytes
+    attachments: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, stratum: _Optional[_Union[_frame_pb2.Stratum, str]] = ..., head: _Optional[bytes] = ..., attachments: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class WriteOpen(_message.Message):
+    __slots__ = ("block", "key", "header", "strata", "durability")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    STRATA_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    key: BlockKey
+    header: _frame_pb2.FrameHeader
+    strata: _containers.RepeatedCompositeFieldContainer[StratumSize]
+    durability: str
+    def __init__(self, block: _Optional[int] = ..., key: _Optional[_Union[BlockKey, _Mapping]] = ..., header: _Optional[_Union[_frame_pb2.FrameHeader, _Mapping]] = ..., strata: _Optional[_Iterable[_Union[StratumSize, _Mapping]]] = ..., durability: _Optional[str] = ...) -> None: ...
+
+class WriteFinish(_message.Message):
+    __slots__ = ("block", "heads")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    HEADS_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    heads: _containers.RepeatedCompositeFieldContainer[StratumHead]
+    def __init__(self, block: _Optional[int] = ..., heads: _Optional[_Iterable[_Union[StratumHead, _Mapping]]] = ...) -> None: ...
+
+class WriteRequest(_message.Message):
+    __slots__ = ("opens", "segments", "finishes", "aborts", "progress")
+    OPENS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    FINISHES_FIELD_NUMBER: _ClassVar[int]
+    ABORTS_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    opens: _containers.RepeatedCompositeFieldContainer[WriteOpen]
+    segments: _containers.RepeatedCompositeFieldContainer[LayerSegment]
+    finishes: _containers.RepeatedCompositeFieldContainer[WriteFinish]
+    aborts: _containers.RepeatedScalarFieldContainer[int]
+    progress: bool
+    def __init__(self, opens: _Optional[_Iterable[_Union[WriteOpen, _Mapping]]] = ..., segments: _Optional[_Iterable[_Union[LayerSegment, _Mapping]]] = ..., finishes: _Optional[_Iterable[_Union[WriteFinish, _Mapping]]] = ..., aborts: _Optional[_Iterable[int]] = ..., progress: _Optional[bool] = ...) -> None: ...
+
+class WriteStatus(_message.Message):
+    __slots__ = ("block", "state", "result")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    state: WriteState
+    result: PutReply
+    def __init__(self, block: _Optional[int] = ..., state: _Optional[_Union[WriteState, str]] = ..., result: _Optional[_Union[PutReply, _Mapping]] = ...) -> None: ...
+
+class WriteReply(_message.Message):
+    __slots__ = ("statuses",)
+    STATUSES_FIELD_NUMBER: _ClassVar[int]
+    statuses: _containers.RepeatedCompositeFieldContainer[WriteStatus]
+    def __init__(self, statuses: _Optional[_Iterable[_Union[WriteStatus, _Mapping]]] = ...) -> None: ...
+
+class AttachRequest(_message.Message):
+    __slots__ = ("scope", "block_hashes", "strata", "silence_ms")
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    STRATA_FIELD_NUMBER: _ClassVar[int]
+    SILENCE_MS_FIELD_NUMBER: _ClassVar[int]
+    scope: bytes
+    block_hashes: bytes
+    strata: _containers.RepeatedScalarFieldContainer[_frame_pb2.Stratum]
+    silence_ms: int
+    def __init__(self, scope: _Optional[bytes] = ..., block_hashes: _Optional[bytes] = ..., strata: _Optional[_Iterable[_Union[_frame_pb2.Stratum, str]]] = ..., silence_ms: _Optional[int] = ...) -> None: ...
+
+class AttachOpened(_message.Message):
+    __slots__ = ("block", "header")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    header: _frame_pb2.FrameHeader
+    def __init__(self, block: _Optional[int] = ..., header: _Optional[_Union[_frame_pb2.FrameHeader, _Mapping]] = ...) -> None: ...
+
+class StratumMiss(_message.Message):
+    __slots__ = ("stratum", "miss")
+    STRATUM_FIELD_NUMBER: _ClassVar[int]
+    MISS_FIELD_NUMBER: _ClassVar[int]
+    stratum: _frame_pb2.Stratum
+    miss: Miss
+    def __init__(self, stratum: _Optional[_Union[_frame_pb2.Stratum, str]] = ..., miss: _Optional[_Union[Miss, _Mapping]] = ...) -> None: ...
+
+class AttachDone(_message.Message):
+    __slots__ = ("block", "heads", "missing", "tier")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    HEADS_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    heads: _containers.RepeatedCompositeFieldContainer[StratumHead]
+    missing: _containers.RepeatedCompositeFieldContainer[StratumMiss]
+    tier: str
+    def __init__(self, block: _Optional[int] = ..., heads: _Optional[_Iterable[_Union[StratumHead, _Mapping]]] = ..., missing: _Optional[_Iterable[_Union[StratumMiss, _Mapping]]] = ..., tier: _Optional[str] = ...) -> None: ...
+
+class AttachMiss(_message.Message):
+    __slots__ = ("block", "miss")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    MISS_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    miss: Miss
+    def __init__(self, block: _Optional[int] = ..., miss: _Optional[_Union[Miss, _Mapping]] = ...) -> None: ...
+
+class AttachReply(_message.Message):
+    __slots__ = ("opened", "segments", "done", "misses")
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    MISSES_FIELD_NUMBER: _ClassVar[int]
+    opened: _containers.RepeatedCompositeFieldContainer[AttachOpened]
+    segments: _containers.RepeatedCompositeFieldContainer[LayerSegment]
+    done: _containers.RepeatedCompositeFieldContainer[AttachDone]
+    misses: _containers.RepeatedCompositeFieldContainer[AttachMiss]
+    def __init__(self, opened: _Optional[_Iterable[_Union[AttachOpened, _Mapping]]] = ..., segments: _Optional[_Iterable[_Union[LayerSegment, _Mapping]]] = ..., done: _Optional[_Iterable[_Union[AttachDone, _Mapping]]] = ..., misses: _Optional[_Iterable[_Union[AttachMiss, _Mapping]]] = ...) -> None: ...
 
 class PinRequest(_message.Message):
     __slots__ = ("keys", "ttl_ms")

@@ -49,6 +49,16 @@ class KVStoreStub:
                 request_serializer=kvstrata_dot_protos_dot_kvstore__pb2.GetRequest.SerializeToString,
                 response_deserializer=kvstrata_dot_protos_dot_kvstore__pb2.GetReply.FromString,
                 _registered_method=True)
+        self.Write = channel.stream_stream(
+                '/kvstrata.v1.KVStore/Write',
+                request_serializer=kvstrata_dot_protos_dot_kvstore__pb2.WriteRequest.SerializeToString,
+                response_deserializer=kvstrata_dot_protos_dot_kvstore__pb2.WriteReply.FromString,
+                _registered_method=True)
+        self.Attach = channel.unary_stream(
+                '/kvstrata.v1.KVStore/Attach',
+                request_serializer=kvstrata_dot_protos_dot_kvstore__pb2.AttachRequest.SerializeToString,
+                response_deserializer=kvstrata_dot_protos_dot_kvstore__pb2.AttachReply.FromString,
+                _registered_method=True)
         self.Pin = channel.unary_unary(
                 '/kvstrata.v1.KVStore/Pin',
                 request_serializer=kvstrata_dot_protos_dot_kvstore__pb2.PinRequest.SerializeToString,
@@ -110,6 +120,31 @@ class KVStoreServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Write(self, request_iterator, context):
+        """Writes blocks while they are made: many at a time, segment by segment, before their frames can
+        exist. Opening a block announces it: Lookup counts it as pending, whoever opens it too is told
+        PENDING and writes nothing, and Attach serves its segments as they arrive. Each is verified by its
+        checksum on arrival, the whole block as by Put when it is finished; then it is committed.
+        A segment that fails, an abort, the end or break of the stream, or its silence beyond the server's
+        limit ends a block: nothing of it is kept, and its readers are told at once. Bytes are reserved when
+        a block is opened, or it is REJECTED as "throttled: ..."; the stream goes on. An empty request keeps
+        the stream alive. One DONE a block, in no order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Attach(self, request, context):
+        """Streams the wanted strata of the wanted blocks, committed ones and those being written, segment by
+        segment as they arrive; within a stratum in ascending layers. Each is verified before it is sent.
+        Every block ends, in an AttachDone or in a Miss; what was sent of a block that ends in a Miss must
+        not be used. A block that nobody writes yet is waited for. When nothing was heard of any wanted
+        block for silence_ms, those that are not done miss as wait_expired.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Pin(self, request, context):
         """Exempts blocks from eviction for ttl_ms (at most the server's limit). Repeating it extends the time.
         """
@@ -159,6 +194,16 @@ def add_KVStoreServicer_to_server(servicer, server):
                     servicer.Get,
                     request_deserializer=kvstrata_dot_protos_dot_kvstore__pb2.GetRequest.FromString,
                     response_serializer=kvstrata_dot_protos_dot_kvstore__pb2.GetReply.SerializeToString,
+            ),
+            'Write': grpc.stream_stream_rpc_method_handler(
+                    servicer.Write,
+                    request_deserializer=kvstrata_dot_protos_dot_kvstore__pb2.WriteRequest.FromString,
+                    response_serializer=kvstrata_dot_protos_dot_kvstore__pb2.WriteReply.SerializeToString,
+            ),
+            'Attach': grpc.unary_stream_rpc_method_handler(
+                    servicer.Attach,
+                    request_deserializer=kvstrata_dot_protos_dot_kvstore__pb2.AttachRequest.FromString,
+                    response_serializer=kvstrata_dot_protos_dot_kvstore__pb2.AttachReply.SerializeToString,
             ),
             'Pin': grpc.unary_unary_rpc_method_handler(
                     servicer.Pin,
@@ -262,6 +307,60 @@ class KVStore:
             '/kvstrata.v1.KVStore/Get',
             kvstrata_dot_protos_dot_kvstore__pb2.GetRequest.SerializeToString,
             kvstrata_dot_protos_dot_kvstore__pb2.GetReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Write(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/kvstrata.v1.KVStore/Write',
+            kvstrata_dot_protos_dot_kvstore__pb2.WriteRequest.SerializeToString,
+            kvstrata_dot_protos_dot_kvstore__pb2.WriteReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attach(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvstrata.v1.KVStore/Attach',
+            kvstrata_dot_protos_dot_kvstore__pb2.AttachRequest.SerializeToString,
+            kvstrata_dot_protos_dot_kvstore__pb2.AttachReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -29,7 +29,7 @@ from kvstrata.protos.errors import (
     UnauthenticatedError,
     from_rpc_error,
 )
-from kvstrata.protos.frame import Frame, encode_frame, under_scope
+from kvstrata.protos.frame import Frame, draft_header, encode_frame, under_scope
 from kvstrata.protos.identity import BlockKey, ScopeDigest
 from kvstrata.protos.kvstore_pb2_grpc import KVStoreStub
 from kvstrata.protos.service import call_metadata, open_channel
@@ -137,6 +137,41 @@ async def put(scene: Scene) -> bool:
     return await scene.alices_frame() != scene.frames[BASE]
 
 
+async def write(scene: Scene) -> bool:
+    """As ``put``, segment by segment."""
+    key, frames = sample_block(scene.key.scope, strata={BASE: 4000, MID: 4000}, seed=7)
+    draft = draft_header(Frame.open(frames[BASE]).header)
+    async with (
+        StoreClient(scene.store.address, credentials=credentials("bob")) as bob,
+        bob.write(timeout_s=10) as writer,
+    ):
+        (opened,) = await writer.open([draft], {BASE: 9000, MID: 9000})
+        assert (opened.key, opened.outcome) == (scene.key, "open")
+        await writer.finish({key: frames})
+    return await scene.alices_frame() != scene.frames[BASE]
+
+
+async def attach(scene: Scene) -> bool:
+    async with (
+        StoreClient(scene.store.address, credentials=credentials("alice")) as alice,
+        alice.write(timeout_s=10) as writer,
+    ):
+        unfinished, frames = sample_block(scene.key.scope, 1)
+        await writer.open([draft_header(Frame.open(frames[BASE]).header)], {BASE: 9000})
+        await writer.send([(unfinished, BASE, 0, b"only begun")])
+        for silence_ms in (0, 50):
+            request = kvstore_pb2.AttachRequest(
+                scope=scene.key.scope,
+                block_hashes=scene.key.block_hash + unfinished.block_hash,
+                strata=[frame_pb2.STRATUM_BASE],
+                silence_ms=silence_ms,
+            )
+            replies = await scene.call(scene.kvstore.Attach, request)
+            if any(reply.segments or reply.opened for reply in replies):
+                return True
+    return False
+
+
 async def pin(scene: Scene) -> bool:
     request = kvstore_pb2.PinRequest(keys=[scene.message], ttl_ms=60_000)
     reply = await scene.call(scene.kvstore.Pin, request)
@@ -179,6 +214,8 @@ ATTACKS: dict[str, Callable[[Scene], Awaitable[bool]]] = {
     "KVStore.Lookup": lookup,
     "KVStore.Get": get,
     "KVStore.Put": put,
+    "KVStore.Write": write,
+    "KVStore.Attach": attach,
     "KVStore.Pin": pin,
     "KVStore.Unpin": unpin,
     "KVStore.Delete": delete,
@@ -265,7 +302,8 @@ async def test_no_call_is_answered_without_a_known_token(scene: Scene, rpc: str)
         (("tenant", "bob"), ("kvstrata-tenant", "bob")),
     ]
     for header in headers:
-        call = method(iter(()) if name == "Put" else _empty(rpc), metadata=header, timeout=10)
+        request = iter(()) if name in ("Put", "Write") else _empty(rpc)
+        call = method(request, metadata=header, timeout=10)
         with pytest.raises(grpc.RpcError) as caught:
             _ = [r async for r in call] if hasattr(call, "__aiter__") else await call
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED, header
