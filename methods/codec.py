@@ -5,7 +5,7 @@ Legend: L stored layers, H KV heads, N blocks, T block tokens (64), D head_dim.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -24,12 +24,18 @@ class KVBlocks:
         values: (L, H, N, T, D).
         saliency: float32 (L, H, N, T), larger is more attended; 0 where unknown.
         first_position: Position of the first token of the first block, a multiple of T.
+        kept: bool (L, H, N, T): tokens to store; None for all, which every codec but a
+            ``SelectiveCodec`` needs.
+        salient: bool (L, H, N, T): tokens that a stage wants at more bits; None leaves the choice
+            to the codec. One that has no such classes ignores it.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     saliency: torch.Tensor
     first_position: int
+    kept: torch.Tensor | None = None
+    salient: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +84,23 @@ class BlockCodec(Protocol):
         self, frames: Sequence[Mapping[Stratum, Frame]], shape: BlockShape
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values (L, H, N, T, D), ``shape.dtype``, of N blocks of equal strata.
+
+        Tokens that were not stored are zeros.
+
+        Raises:
+            CorruptFrameError: A segment's checksum or size is off.
+        """
+        ...
+
+
+@runtime_checkable
+class SelectiveCodec(BlockCodec, Protocol):
+    """A codec whose blocks need not hold all of their tokens: it heeds ``KVBlocks.kept``."""
+
+    def kept(
+        self, frames: Sequence[Mapping[Stratum, Frame]], shape: BlockShape
+    ) -> torch.Tensor | None:
+        """Return which tokens the blocks hold, bool (L, H, N, T), or None if all of them.
 
         Raises:
             CorruptFrameError: A segment's checksum or size is off.

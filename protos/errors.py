@@ -6,6 +6,7 @@
     . InvalidTokenError
     . MalformedMessageError
     . LimitError
+    . MethodConflictError
   - PromptTooLongError          OUT_OF_RANGE
   - NotFoundError               NOT_FOUND
     . UnknownPresetError
@@ -103,6 +104,10 @@ class MalformedMessageError(InvalidRequestError):
 
 class LimitError(InvalidRequestError):
     """A number outside its range."""
+
+
+class MethodConflictError(InvalidRequestError):
+    """Methods that exclude each other; ``metadata["rule"]`` says by which rule."""
 
 
 class PromptTooLongError(KVStrataError):
