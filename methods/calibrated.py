@@ -15,7 +15,8 @@ Segment of one layer, H heads, D head_dim, E escaped tokens of all heads togethe
                   tokens ascending
     MID   uint8   rows       of K, then of V: ``kernels.mid_rows``
 
-Planes are dense: an escape's bits are there and mean nothing.
+Planes are dense: an escape's bits are there and mean nothing. But a token that is left out has
+none, see ``left_out``.
 
 Source:
     ZipCache, arXiv:2405.14256, for saliency as the measure of who gets bits; KIVI and others
@@ -32,7 +33,7 @@ from kvstrata.kernels.block_planes import PlaneLayout
 from kvstrata.kernels.component_basis import ComponentBasis, encode_tokens, expand
 from kvstrata.kernels.escape_rows import pack_escape_rows
 from kvstrata.kernels.mid_rows import pack_mid_rows
-from kvstrata.kernels.token_masks import to_mask, token_classes
+from kvstrata.kernels.token_masks import to_flags, to_mask, token_classes
 from kvstrata.kernels.value_bias import encode_value_bias
 from kvstrata.methods.bit_allocation import VALUE_WEIGHT, allocate
 from kvstrata.methods.calibrated_segments import SegmentLayout, StoredSide
@@ -118,11 +119,14 @@ class CalibratedCodec:
             return []
         position = blocks.first_position + torch.arange(num_blocks * BLOCK_TOKENS)
         sinks = (position < SINK_TOKENS).view(num_blocks, BLOCK_TOKENS)
-        weights = _token_weights(blocks.saliency, sinks).flatten(0, 1)
+        kept = torch.ones((), dtype=torch.bool).expand(blocks.saliency.shape)
+        kept = kept if blocks.kept is None else blocks.kept
+        weights = _token_weights(blocks.saliency, kept & ~sinks).flatten(0, 1)
+        kept = kept.flatten(0, 1)
         keys, values = self._sides
         base, mid = self._layout.write(
-            keys.encode(blocks.keys.flatten(0, 1), weights, sinks, with_bias=False),
-            values.encode(blocks.values.flatten(0, 1), weights, sinks, with_bias=True),
+            keys.encode(blocks.keys.flatten(0, 1), weights, sinks, kept, with_bias=False),
+            values.encode(blocks.values.flatten(0, 1), weights, sinks, kept, with_bias=True),
             encode_tags(blocks.saliency.mean(1)),
         )
         return [
@@ -150,6 +154,17 @@ class CalibratedCodec:
             raise CorruptFrameError(str(error)) from error
         return keys, values
 
+    def kept(
+        self, frames: Sequence[Mapping[Stratum, Frame]], shape: BlockShape
+    ) -> torch.Tensor | None:
+        """Return which tokens are stored. See ``SelectiveCodec``."""
+        try:
+            masks = self._layout.read_masks([self._segments(strata[BASE]) for strata in frames])
+        except ValueError as error:
+            raise CorruptFrameError(str(error)) from error
+        left_out = (masks[0, 0] & masks[1, 0]).unflatten(0, (-1, shape.num_kv_heads))
+        return ~to_flags(left_out) if left_out.any() else None
+
     def _segments(self, frame: Frame) -> list[Buffer]:
         segments = frame.segments()
         last = self.first_layer + self.profile.shape[0]
@@ -176,13 +191,20 @@ class _Side:
         self.escape_price = bits.escape_price.view(-1, 1, 1)
 
     def encode(
-        self, x: torch.Tensor, weights: torch.Tensor, sinks: torch.Tensor, *, with_bias: bool
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        sinks: torch.Tensor,
+        kept: torch.Tensor,
+        *,
+        with_bias: bool,
     ) -> StoredSide:
         """Return what is stored of ``x``, (L * H, N, T, D); ``sinks`` are always escapes."""
         y, words, error = encode_tokens(x, self.basis, self.variance)
         score = error * weights
-        escaped = (score > self.escape_price) | sinks
-        escape, mid = to_mask(escaped), to_mask((score > self.mid_price) & ~escaped)
+        escaped = ((score > self.escape_price) | sinks) & kept
+        escape, mid = to_mask(escaped), to_mask((score > self.mid_price) & ~escaped & kept)
+        left_out = to_mask(~kept)
         bias = None
         if with_bias:
             bias = encode_value_bias(
@@ -190,12 +212,12 @@ class _Side:
                 words,
                 self.basis.layout,
                 weights=weights,
-                base=token_classes(mid, escape).base,
+                base=token_classes(mid, escape).base & ~left_out,
                 deviation=self.basis.deviation,
             )
         return StoredSide(
-            escape=escape,
-            mid=mid,
+            escape=escape | left_out,
+            mid=mid | left_out,
             words=words,
             escapes=pack_escape_rows(x, escape),
             mid_rows=pack_mid_rows(y, mid, self.basis.layout),
@@ -225,14 +247,14 @@ def _restore(profile_id: str, threshold: float, form: str) -> CalibratedCodec:
     return calibrated_codec(PROFILES.by_id(profile_id), threshold, form)
 
 
-def _token_weights(saliency: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
-    """Return how much each token matters, float32 (L, H, N, T), 1 on average without sinks.
+def _token_weights(saliency: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Return how much each token matters, float32 (L, H, N, T), 1 on average of those counted.
 
     Args:
         saliency: float32 (L, H, N, T); 0 or no number where unknown, which counts as average.
-        sinks: bool (N, T).
+        counted: bool (L, H, N, T), or what broadcasts to it: neither sinks nor left out.
     """
-    known = (saliency > 0) & saliency.isfinite() & ~sinks
+    known = (saliency > 0) & saliency.isfinite() & counted
     saliency = torch.where(known, saliency, 0.0)
     mean = saliency.sum((-2, -1)) / known.sum((-2, -1)).clamp_min(1)
     weights = saliency / mean.clamp_min(1e-30)[..., None, None]

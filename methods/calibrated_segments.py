@@ -17,6 +17,7 @@ from kvstrata.kernels.block_planes import MidRows, PlaneLayout
 from kvstrata.kernels.escape_rows import EscapeRows
 from kvstrata.kernels.token_masks import count_tokens
 from kvstrata.kernels.value_bias import ValueBias
+from kvstrata.methods.left_out import compact_segment, spread_segment
 from kvstrata.protos.frame import Buffer
 from kvstrata.protos.identity import BLOCK_TOKENS
 
@@ -30,7 +31,7 @@ class StoredSide:
 
     Attributes:
         escape: int64 (L * H, N), one of the two masks that tell a token's class.
-        mid: int64 (L * H, N), the other.
+        mid: int64 (L * H, N), the other. A token in both is left out.
         words: int64 (N, W).
         escapes: Their rows.
         mid_rows: None if not read.
@@ -79,7 +80,9 @@ class SegmentLayout:
         nibbles = values.bias.nibbles.view(num_blocks, self.num_layers, -1)
         scales = values.bias.scales.view(num_blocks, self.num_layers, -1)
         escape_ends = [_ends(self._escape_counts(side.escapes.masks)) for side in sides]
-        mid_ends = [_ends(self._mid_sizes(i, side.mid)) for i, side in enumerate(sides)]
+        mid_ends = [
+            _ends(self._mid_sizes(i, side.mid & ~side.escape)) for i, side in enumerate(sides)
+        ]
         scales_of = [side.escapes.scales.view(torch.uint8).numpy() for side in sides]
         codes_of = [side.escapes.codes.numpy() for side in sides]
         rows_of = [_rows(side) for side in sides]
@@ -95,14 +98,12 @@ class SegmentLayout:
             for n in range(num_blocks):
                 at = n * self.num_layers + layer
                 spans = [ends[at : at + 2].tolist() for ends in escape_ends]
-                base[n].append(
-                    rows[n].tobytes()
-                    + b"".join(
-                        part[size * a : size * b].tobytes()
-                        for size, arrays in ((SCALE_BYTES, scales_of), (1, codes_of))
-                        for part, (a, b) in zip(arrays, spans, strict=True)
-                    )
+                dense = rows[n].tobytes() + b"".join(
+                    part[size * a : size * b].tobytes()
+                    for size, arrays in ((SCALE_BYTES, scales_of), (1, codes_of))
+                    for part, (a, b) in zip(arrays, spans, strict=True)
                 )
+                base[n].append(compact_segment(dense, self._words_per_head(layer)))
                 mid[n].append(
                     b"".join(
                         part[ends[at] : ends[at + 1]].tobytes()
@@ -119,10 +120,12 @@ class SegmentLayout:
         Raises:
             ValueError: A segment's size is not the one that its masks tell.
         """
+        base = [
+            [spread_segment(s, self._words_per_head(layer)) for layer, s in enumerate(segments)]
+            for segments in base
+        ]
         fixed = [self._read_fixed(base, layer) for layer in range(self.num_layers)]
-        masks = torch.stack([rows[0] for rows in fixed]).view(torch.int64)
-        masks = masks.view(self.num_layers, len(base), 2, 2, self.heads)
-        masks = masks.permute(2, 3, 0, 4, 1).reshape(2, 2, -1, len(base)).contiguous()
+        masks = self.read_masks(base)
         escape, marked = masks[0], masks[1]
         mid_masks = marked & ~escape
         counts = [self._escape_counts(escape[side] & ~marked[side]) for side in (0, 1)]
@@ -146,6 +149,28 @@ class SegmentLayout:
             for side in (0, 1)
         )
         return keys, values
+
+    def read_masks(self, base: Sequence[Sequence[Buffer]]) -> torch.Tensor:
+        """Return the masks of segments, int64 (escape or mid, K or V, L * H, N).
+
+        Raises:
+            ValueError: A segment is too short.
+        """
+        size = 4 * self.heads * WORD_BYTES
+        rows = np.empty((self.num_layers, len(base), size), np.uint8)
+        for n, segments in enumerate(base):
+            for layer, segment in enumerate(segments):
+                if len(segment) < size:
+                    raise ValueError(f"layer {layer}: {len(segment)} bytes of base")
+                rows[layer, n] = np.frombuffer(segment, np.uint8, size)
+        masks = torch.from_numpy(rows).view(torch.int64)
+        masks = masks.view(self.num_layers, len(base), 2, 2, self.heads)
+        return masks.permute(2, 3, 0, 4, 1).reshape(2, 2, -1, len(base)).contiguous()
+
+    def _words_per_head(self, layer: int) -> list[np.ndarray]:
+        """Return the words of each head's planes of K and of V, int (H,)."""
+        heads = slice(layer * self.heads, (layer + 1) * self.heads)
+        return [side.words_per_head[heads].numpy() for side in self.sides]
 
     def _by_layer(self, masks: torch.Tensor) -> torch.Tensor:
         """Return int64 (L, N, 4 H) of (K escape, K mid, V escape, V mid) masks (4, L * H, N)."""
