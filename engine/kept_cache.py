@@ -234,8 +234,8 @@ class KeptCache:
         logits = (grouped @ seen_keys[:, None].transpose(2, 3)).float() * scaling
         weights = logits.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
         self._weights[layer] = weights
-        output = weights.to(values.dtype) @ held.values[:, None]
-        return output.flatten(0, 1)
+        attended: torch.Tensor = weights.to(values.dtype) @ held.values[:, None]
+        return attended.flatten(0, 1)
 
     def _rolled(
         self, held: _Layer, queries: torch.Tensor, new: torch.Tensor
