@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 
-from kvstrata.engine.attention import AttentionState
+from kvstrata.engine.attention import AttentionState, LayerRows
 from kvstrata.engine.cache import SequenceCache
 from kvstrata.engine.spec import KVSpec
 from kvstrata.methods.h2o import H2O
@@ -56,14 +56,14 @@ class _Layer:
         )
 
     def place(
-        self, keys: torch.Tensor, values: torch.Tensor, first_position: int, limit: int
+        self, keys: torch.Tensor, values: torch.Tensor, new: torch.Tensor, limit: int
     ) -> None:
         """Put n new tokens into free places; more are made where there are too few.
 
         Args:
             keys: (H, n, D).
             values: As ``keys``.
-            first_position: Of the first of them.
+            new: int64 (n,), their positions.
             limit: Places that will ever be needed.
         """
         num_new = keys.shape[1]
@@ -72,7 +72,6 @@ class _Layer:
             self._grow(max(lacking, min(GROW_PLACES, limit - self.positions.shape[1])))
         taken = (self.positions >= 0).to(torch.uint8)
         places = taken.argmin(1, keepdim=True) if num_new == 1 else taken.argsort(1)[:, :num_new]
-        new = torch.arange(first_position, first_position + num_new, device=keys.device)
         rows = places[..., None].expand(-1, -1, keys.shape[-1])
         self.keys.scatter_(1, rows, keys)
         self.values.scatter_(1, rows, values)
@@ -150,6 +149,8 @@ class KeptCache:
             for layer in range(self.spec.num_layers)
         ]
         self._weights: dict[int, torch.Tensor] = {}
+        self._new = torch.empty(0, dtype=torch.int64)
+        self._rows: LayerRows = ()
 
     def _take(
         self, prompt: SequenceCache, layer: int, kept: torch.Tensor, scores: torch.Tensor | None
@@ -183,25 +184,24 @@ class KeptCache:
         pairs = zip(held.positions.tolist(), held.scores.tolist(), strict=True)
         return [{p: s for p, s in zip(*head, strict=True) if p >= 0} for head in pairs]
 
-    def grow(self, num_tokens: int) -> None:
-        """Check that a sequence may have so many tokens.
-
-        Raises:
-            ValueError: More than ``spec.max_positions``.
-        """
-        if num_tokens > self.spec.max_positions:
+    @torch.inference_mode()
+    def begin(self, num_tokens: int, rows: LayerRows = ()) -> AttentionState:
+        """Forget a pass that failed, and return what attends in the next; see ``KVCache``."""
+        if self.length + num_tokens > self.spec.max_positions:
             raise ValueError(
-                f"{num_tokens} tokens do not fit: the model's limit is "
+                f"{self.length + num_tokens} tokens do not fit: the model's limit is "
                 f"{self.spec.max_positions} positions"
             )
-
-    @torch.inference_mode()
-    def state(self) -> AttentionState:
-        """Return the attention of one forward pass; ``advance`` ends it."""
         self._weights.clear()
-        for layer in self._layers:  # of a pass that failed
+        self._new = torch.arange(self.length, self.length + num_tokens)
+        self._rows = rows
+        for layer in self._layers:
             layer.positions.masked_fill_(layer.positions >= self.length, -1)
         return self
+
+    def rows(self, layer: int) -> torch.Tensor | None:
+        """Return which of the new tokens run this layer; see ``AttentionState.rows``."""
+        return self._rows[layer] if self._rows else None
 
     def attend(
         self,
@@ -213,12 +213,12 @@ class KeptCache:
     ) -> torch.Tensor:
         """Attend over what is held and the new tokens; see ``AttentionState.attend``."""
         held = self._layers[layer]
-        num_new = keys.shape[1]
-        new = torch.arange(self.length, self.length + num_new, device=keys.device)
+        running = self.rows(layer)
+        new = (self._new if running is None else self._new[running]).to(keys.device)
         if self._rolling and self._rotate is not None:
             keys = self._rotate(keys, new, inverse=True)
-        limit = self.spec.max_positions if self._seats is None else self._seats.total + num_new
-        held.place(keys, values, self.length, limit)
+        limit = self.spec.max_positions if self._seats is None else self._seats.total + len(new)
+        held.place(keys, values, new, limit)
         visible = (held.positions >= 0)[:, None] & (held.positions[:, None] <= new[:, None])
         seen_keys = held.keys
         if self._rolling:
