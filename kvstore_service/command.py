@@ -11,9 +11,9 @@ import typer
 
 from kvstrata.kvstore_service.config import StoreConfig
 from kvstrata.kvstore_service.server import start_store
-from kvstrata.kvstore_service.sizes import parse_size
 from kvstrata.protos.credentials import server_tls
 from kvstrata.protos.errors import KVStrataError
+from kvstrata.protos.sizes import parse_size
 
 
 def main(
