@@ -49,9 +49,9 @@ def decode_put_request(message: bytes) -> PutPart:
     Raises:
         DecodeError: Not a ``PutRequest``.
     """
-    rest, data = _split(message, _PUT_DATA_TAG[0])
+    rest, view = _split(message, _PUT_DATA_TAG[0])
     request = pb.PutRequest.FromString(rest)
-    data = request.data or data
+    data = request.data or view
     opening = request.open if request.HasField("open") else None
     return PutPart(opening, (data,) if len(data) else ())
 

@@ -77,7 +77,8 @@ class BlockAssembly:
         Raises:
             MalformedMessageError: More bytes than were declared.
         """
-        for view in map(memoryview, data):
+        for each in data:
+            view = memoryview(each)
             while view:
                 if not self._pending:
                     raise MalformedMessageError(
