@@ -1,14 +1,14 @@
 """Reading a block from the nearest tier that has it: verified, promoted, once at a time."""
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from kvstrata.kvstore_service import counters as names
 from kvstrata.kvstore_service.commit_rule import (
     ALL_STRATA,
     BASE,
-    EXACT,
     FINE,
     MID,
     BlockRejectedError,
@@ -23,7 +23,8 @@ from kvstrata.protos.frame import open_head
 from kvstrata.protos.identity import BlockKey
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Piece:
     """A verified frame and the tier it came from."""
 
     frame: bytes
@@ -79,13 +80,6 @@ class LowerReader:
             self._partial.difference_update(victims)
         self._departures.evicted(victims, tier.name, CAPACITY)
 
-    def read_resident(self, key: BlockKey, strata: Sequence[int]) -> Read | None:
-        """Return what ``read`` would if dram has it all and it is of one writing; else None."""
-        if (BASE not in strata and EXACT not in strata) or not self._dram.holds(key, strata):
-            return None
-        tier = self._dram.name
-        return {s: Piece(frame, tier) for s, frame in self._dram.peek(key, strata).items()}
-
     async def read(self, key: BlockKey, strata: Sequence[int]) -> Read:
         """Return each wanted stratum of one writing, or why it is missing."""
         held = self._dram.peek(key, strata)
@@ -96,7 +90,27 @@ class LowerReader:
         reason = "evicted" if self._departures.was_evicted(key) else "absent"
         read = {s: found.get(s, reason) for s in strata}
         self._refuse_stale(key, read, found.get(BASE))
+        if BASE in strata and "stale_encoding" in read.values():
+            return await self._read_one_writing(key, strata) or read
         return read
+
+    async def _read_one_writing(self, key: BlockKey, strata: Sequence[int]) -> Read:
+        """Return the strata from the first tier below that has them all, of one writing; else {}.
+
+        Nearer tiers may hold part of another writing, which hides it: two workers put the block,
+        their bytes differ, and each tier kept the one that it got first. Dram takes over what is
+        found.
+        """
+        for tier in self._lower:
+            read = await self._fetch_from(tier, key, strata)
+            frames = {s: piece.frame for s, piece in read.items() if isinstance(piece, Piece)}
+            if len(frames) == len(strata) and len(set(map(_encoding_id, frames.values()))) == 1:
+                if self._dram.peek(key, [BASE]):  # not deleted meanwhile
+                    with contextlib.suppress(CapacityError):
+                        self.evicted(self._dram, await self._dram.put(key, frames))
+                        self._partial.add(key)
+                return read
+        return {}
 
     def _with_base(self, key: BlockKey, missing: list[int], held: dict[int, bytes]) -> list[int]:
         """Add BASE where it is needed to tell which writing the others must come from."""

@@ -214,12 +214,27 @@ async def test_strata_of_another_writing_are_never_combined(
     _, new = sample_block(scope, strata={BASE: 400, MID: 400}, seed=1)
     await store.dram.put(key, {BASE: new[BASE]})
     await slow.put(key, old)
-    for wanted in ([BASE, MID], [MID]):
-        read = await store.get(key, wanted)
-        assert read[MID] == "stale_encoding"
+    assert await store.get(key, [MID]) == {MID: "stale_encoding"}
+    await slow.drop(key, BASE)
+    read = await store.get(key, [BASE, MID])
+    assert read == {BASE: Piece(new[BASE], "dram"), MID: "stale_encoding"}
     await store.delete([key])
     await slow.put(key, {BASE: new[BASE], MID: old[MID]})
     assert (await store.get(key, [MID])) == {MID: "stale_encoding"}
+
+
+async def test_a_whole_writing_below_is_served_where_dram_holds_part_of_another(
+    store: BlockStore, slow: SlowTier, scope: ScopeDigest
+) -> None:
+    key, old = sample_block(scope, strata={BASE: 400, MID: 400})
+    _, new = sample_block(scope, strata={BASE: 400, MID: 400}, seed=1)
+    await slow.put(key, old)
+    assert (await store.put(key, new)).outcome == COMMITTED
+    await store.dram.drop(key, MID)  # as under pressure
+    for tier in (slow.name, "dram"):
+        read = await store.get(key, [BASE, MID])
+        assert read == {BASE: Piece(old[BASE], tier), MID: Piece(old[MID], tier)}
+    await store.dram.check_integrity()
 
 
 async def test_a_refinement_without_its_base_is_a_miss(
