@@ -11,7 +11,8 @@ Layout, little-endian; everything after the prelude may move in a later version,
     24      8     XXH3-64 of bytes 0..23 and of the header
     32      H     FrameHeader (protobuf), with the offset table
     ...           zero bytes up to the next multiple of 64
-    ...           segments in ascending layer order, then attachments, each at a multiple of 64
+    ...           segments in ascending layer order, then attachments, each at a multiple of 64,
+                  zero bytes between them
 
 A received buffer is used in place: segments are views, 64-byte aligned within the frame. A reader
 may hold only the header and some layers; each segment has its own checksum, verified when it is
@@ -29,7 +30,7 @@ reader).
 """
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import xxhash
@@ -176,19 +177,14 @@ class Frame:
     payload: memoryview
 
     @classmethod
-    def open(cls, buffer: Buffer, *, is_stored: bool = False) -> "Frame":
+    def open(cls, buffer: Buffer) -> "Frame":
         """Return the frame in ``buffer``, header verified, segments not yet.
-
-        Args:
-            buffer: The frame.
-            is_stored: Whether a store checked the offset table when it took the frame, so that it
-                need not be checked again; what points beyond the frame is found in any case.
 
         Raises:
             CorruptFrameError: Not a frame, another version, truncated, or the header's checksum is
                 off.
         """
-        header, frame_bytes, head_bytes = open_head(buffer, has_table_checked=is_stored)
+        header, frame_bytes, head_bytes = open_head(buffer)
         if len(buffer) != frame_bytes:
             raise CorruptFrameError(
                 f"frame of {frame_bytes} bytes came as {len(buffer)}", "fetch it again"
@@ -217,20 +213,11 @@ class Frame:
 
     def segments(self) -> dict[int, memoryview]:
         """Return every held layer's verified bytes, ascending."""
-        payload, first_byte = self.payload, self.first_byte
-        size, digest = len(payload), xxhash.xxh3_64_intdigest
-        found = {}
-        for entry in self.header.segments:  # hot: 30 layers of each stratum of each block
-            begin = entry.offset - first_byte
-            end = begin + entry.length
-            if begin >= 0 and end <= size:
-                view = payload[begin:end]
-                if digest(view) != entry.checksum:
-                    raise _wrong_checksum(f"layer {entry.layer}")
-                found[entry.layer] = view
-            elif end + first_byte > self.frame_bytes:
-                raise CorruptFrameError("the offset table points beyond the frame")
-        return found
+        return {
+            entry.layer: self._take(entry, f"layer {entry.layer}")
+            for entry in self.header.segments
+            if self._holds(entry)
+        }
 
     def attachment(self, name: str) -> memoryview:
         """Return the verified bytes of an attachment; errors as for ``segment``."""
@@ -240,15 +227,27 @@ class Frame:
         raise KeyError(f"no attachment {name!r} in this frame")
 
     def verify(self) -> None:
-        """Check every held segment and attachment.
+        """Check every held segment and attachment; of a whole frame every byte.
 
         Raises:
-            CorruptFrameError: A checksum is off.
+            CorruptFrameError: A checksum is off, or bytes between the parts are not zero.
         """
         self.segments()
         for entry in self.header.attachments:
             if self._holds(entry):
                 self._take(entry, entry.name)
+        if self.first_byte == 0 and len(self.payload) == self.frame_bytes:
+            self._check_padding()
+
+    def _check_padding(self) -> None:
+        cursor = self.head_bytes
+        gaps = []
+        entries: list[Segment | Attachment] = [*self.header.segments, *self.header.attachments]
+        for entry in entries:
+            gaps.append(self.payload[cursor : entry.offset])
+            cursor = entry.offset + entry.length
+        if b"".join((*gaps, self.payload[cursor:])).strip(b"\0"):
+            raise CorruptFrameError("bytes between segments are not zero", "fetch it again")
 
     def layer_run(self, first_layer: int, last_layer: int) -> tuple[int, int]:
         """Return the byte range of layers [first_layer, last_layer); (0, 0) if none."""
@@ -267,12 +266,10 @@ class Frame:
         begin = entry.offset - self.first_byte
         view = self.payload[begin : begin + entry.length]
         if xxhash.xxh3_64_intdigest(view) != entry.checksum:
-            raise _wrong_checksum(what)
+            raise CorruptFrameError(
+                f"checksum of {what} does not hold", "fetch or compute it again"
+            )
         return view
-
-
-def _wrong_checksum(what: str) -> CorruptFrameError:
-    return CorruptFrameError(f"checksum of {what} does not hold", "fetch or compute it again")
 
 
 def head_size(prefix: Buffer) -> int:
@@ -299,12 +296,8 @@ def head_size(prefix: Buffer) -> int:
     return PRELUDE_BYTES + int(head_length)
 
 
-def open_head(buffer: Buffer, *, has_table_checked: bool = False) -> tuple[FrameHeader, int, int]:
+def open_head(buffer: Buffer) -> tuple[FrameHeader, int, int]:
     """Return the verified header, the frame's size and the head's size.
-
-    Args:
-        buffer: A frame, or the first bytes of one.
-        has_table_checked: Leave the offset table unchecked.
 
     Raises:
         CorruptFrameError: As for ``Frame.open``.
@@ -313,16 +306,16 @@ def open_head(buffer: Buffer, *, has_table_checked: bool = False) -> tuple[Frame
     if len(buffer) < head_bytes:
         raise CorruptFrameError(f"header of {head_bytes} bytes is cut at {len(buffer)}")
     view = memoryview(buffer)
-    prelude, head = view[: _PRELUDE.size], bytes(view[PRELUDE_BYTES:head_bytes])
+    prelude, head = view[: _PRELUDE.size], view[PRELUDE_BYTES:head_bytes]
     if _CHECKSUM.unpack_from(buffer, _PRELUDE.size)[0] != _head_checksum(prelude, head):
         raise CorruptFrameError("checksum of the header does not hold", "fetch it again")
+    header = FrameHeader()
     try:
-        header = FrameHeader.FromString(head)
+        header.ParseFromString(bytes(head))
     except DecodeError as error:
         raise CorruptFrameError(f"unreadable header: {error}") from error
     frame_bytes = int(_PRELUDE.unpack_from(buffer)[4])
-    if not has_table_checked:
-        _check_table(header, head_bytes, frame_bytes)
+    _check_table((*header.segments, *header.attachments), head_bytes, frame_bytes)
     return header, frame_bytes, head_bytes
 
 
@@ -347,17 +340,16 @@ def under_scope(frame: Buffer, old: bytes, new: bytes) -> bytes:
     return b"".join((prelude, checksum, head, view[head_bytes:]))
 
 
-def _check_table(header: FrameHeader, head_bytes: int, frame_bytes: int) -> None:
-    """Raise unless the entries are aligned, in ascending order and within the frame."""
+def _check_table(
+    entries: Iterable[Segment | Attachment], head_bytes: int, frame_bytes: int
+) -> None:
     cursor = head_bytes
-    for entries in (header.segments, header.attachments):
-        for entry in entries:  # hot, as in ``segments``
-            offset = entry.offset
-            if offset < cursor or offset % ALIGNMENT:
-                raise CorruptFrameError("the offset table does not describe this frame")
-            cursor = offset + entry.length
-            if cursor > frame_bytes:
-                raise CorruptFrameError("the offset table points beyond the frame")
+    for entry in entries:
+        if entry.offset % ALIGNMENT or entry.offset < cursor or entry.length > frame_bytes:
+            raise CorruptFrameError("the offset table does not describe this frame")
+        cursor = entry.offset + entry.length
+    if cursor > frame_bytes:
+        raise CorruptFrameError("the offset table points beyond the frame")
 
 
 def stratum_name(stratum: int) -> str:
