@@ -36,13 +36,15 @@ CHUNK_BYTES = 1 << 20  # the size at which gRPC streams are fastest
 MAX_DISCARDED_BYTES = 64 << 20
 MAX_DISCARD_S = 60.0
 DISCARD_S = 1.0  # silence after which a refused client is taken to have stopped writing
-MAX_WHOLE_BYTES = 2 << 20  # up to here one message is still better than two and a join
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", -1),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # gRPC's own would let a server that was away for minutes wait two more for its clients.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
 SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

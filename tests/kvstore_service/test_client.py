@@ -8,14 +8,11 @@ from collections.abc import AsyncIterator, Mapping
 import pytest
 from redis.asyncio import Redis
 
-from kvstrata.kvstore_service.client import StoreClient
+from kvstrata.kvstore_service.client import FetchedStratum, StoreClient
 from kvstrata.kvstore_service.config import StoreConfig, StoreLimits
-from kvstrata.kvstore_service.data_codec import GetPart
-from kvstrata.kvstore_service.found import FetchedStratum, GetAssembly
 from kvstrata.kvstore_service.frame_assembly import FrameAssembly
 from kvstrata.kvstore_service.redis_tier import value_key
 from kvstrata.kvstore_service.testing import LocalStore, RedisServer, free_port, sample_block
-from kvstrata.protos import kvstore_pb2 as pb
 from kvstrata.protos.errors import (
     CorruptFrameError,
     DeadlineError,
@@ -381,8 +378,27 @@ def test_an_assembly_takes_no_more_than_was_announced() -> None:
             assembly.add(offset, bytes(size))
 
 
-def test_a_block_that_was_not_asked_for_is_refused(scope: ScopeDigest) -> None:
-    assembly = GetAssembly(scope, [BlockHash(b"h" * 16)], 1 << 20)
-    stray = pb.Piece(index=1, frame_bytes=9, length=9, last=True)
-    with pytest.raises(CorruptFrameError, match="block 1 of 1"):
-        list(assembly.add(GetPart([stray], [bytes(9)])))
+async def test_a_client_tries_again_soon_however_long_the_store_was_away() -> None:
+    """gRPC's own pauses grow to two minutes: nine attempts would take more than one."""
+    attempts = 0
+    enough = asyncio.Event()
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 9:
+            enough.set()
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, StoreClient(f"127.0.0.1:{port}", timeout_s=60) as client:
+
+        async def ask() -> None:
+            while not enough.is_set():
+                with contextlib.suppress(UnavailableError):
+                    await client.lookup(ScopeDigest(b"s" * 16), [])
+                await asyncio.sleep(0.05)
+
+        async with asyncio.timeout(40):
+            await asyncio.gather(ask(), enough.wait())
