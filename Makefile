@@ -16,7 +16,7 @@ RUN_CLEAN := export TMPDIR=$$(mktemp -d /tmp/kvt-XXXXXX) && trap 'rm -rf "$$TMPD
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint fmt types farm proto aot e2e peers-codec size clean
+.PHONY: help install demo test lint fmt types farm proto soak aot e2e peers-codec size clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9%_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9%_-]+):.*## /\1\t/' \
@@ -43,6 +43,9 @@ demo: install ## start everything on this machine and show a cache hit; writes .
 test: lint types ## lint, types and every test but those that are long: make e2e, make aot
 	$(RUN_CLEAN) $(BIN)/pytest -m "not e2e" -n 2 --dist loadfile --basetemp="$$TMPDIR/pytest" --durations=10
 	$(RUN_CLEAN) $(BIN)/pytest -m "e2e and not long" --basetemp="$$TMPDIR/pytest" --durations=5
+
+soak: install ## 30 minutes of load and faults against three stores; SOAK="--seed 7 --seconds 120" for another run
+	$(RUN_CLEAN) $(BIN)/python -P benchmarks/bench_soak.py $(SOAK)
 
 aot: install ## compile every case of every GPU kernel for every GPU we name; make test takes the largest
 	$(RUN_CLEAN) KVSTRATA_AOT=all $(BIN)/pytest tests/kernels/test_aot.py --basetemp="$$TMPDIR/pytest"
