@@ -16,6 +16,7 @@ import grpc
 import numpy as np
 import redis.asyncio
 
+from kvstrata.kvstore_service.heap import keep_freed_memory
 from kvstrata.protos.service import CHANNEL_OPTIONS, CHUNK_BYTES, SERVER_OPTIONS
 
 METHOD = "/bench.Bytes/Get"
@@ -155,6 +156,7 @@ def _serve_socket(value: bytes, count: int) -> None:
 def main() -> None:
     kind, num_bytes, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     value = np.random.default_rng(0).bytes(num_bytes)
+    keep_freed_memory()  # as the store does
     if kind == "grpc":
         asyncio.run(_serve_grpc(value, count))
     else:

@@ -1,6 +1,6 @@
 """The ``Admin`` service, one method per call; replies are dictionaries with stable keys."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -55,11 +55,70 @@ class Admin:
             if not token or (limit and len(blocks) >= limit):
                 return {"blocks": blocks[: limit or None], "truncated": bool(token)}
 
-    def inspect(self, key: BlockKey) -> dict[str, Any]:
-        """Return everything about one block except its values."""
-        reply = self._call(self._stub.Inspect, admin_pb2.InspectRequest(key=key_message(key)))
+    def inspect(self, key: BlockKey, tokens: bool = False) -> dict[str, Any]:
+        """Return everything about one block except its values.
+
+        With ``tokens`` also how each layer keeps its 64 tokens: a byte of saliency each, and the
+        masks of escapes, mid and dropped tokens, a hexadecimal number a KV head, of K, then of V.
+        """
+        request = admin_pb2.InspectRequest(key=key_message(key), tokens=tokens)
+        reply = self._call(self._stub.Inspect, request)
         headers = [header_dict(header) for header in reply.headers]
-        return {**listing_dict(reply.block), "headers": headers}
+        found = {**listing_dict(reply.block), "headers": headers}
+        if tokens:
+            found["layers"] = [layer_dict(layer) for layer in reply.layers]
+            found["tokens_unknown"] = reply.tokens_unknown
+        return found
+
+    def explain(self, request: admin_pb2.ExplainRequest) -> admin_pb2.ExplainReply:
+        """Return what became of the blocks of a prompt."""
+        reply: admin_pb2.ExplainReply = self._call(self._stub.Explain, request)
+        return reply
+
+    def pin(self, keys: Iterable[BlockKey], ttl_s: float) -> dict[str, Any]:
+        """Exempt blocks from eviction for ``ttl_s``, or the server's limit if that is less."""
+        wanted = list(keys)
+        milliseconds = min(int(check_seconds("ttl", ttl_s) * 1000), MAX_UINT32)
+        request = kvstore_pb2.PinRequest(keys=map(key_message, wanted), ttl_ms=milliseconds)
+        missing = [key_of(key).encode() for key in self._call(self._stub.Pin, request).missing]
+        return {"pinned": len(wanted) - len(missing), "missing": missing}
+
+    def unpin(self, keys: Iterable[BlockKey]) -> dict[str, Any]:
+        """End pins."""
+        wanted = list(keys)
+        self._call(self._stub.Unpin, kvstore_pb2.UnpinRequest(keys=map(key_message, wanted)))
+        return {"unpinned": len(wanted)}
+
+    def move(self, keys: Iterable[BlockKey], source: str, target: str) -> dict[str, Any]:
+        """Copy blocks into tier ``target``, and remove them from ``source`` if that is named."""
+        request = admin_pb2.MoveRequest(
+            keys=[key_message(key) for key in keys], source=source, target=target
+        )
+        reply = self._call(self._stub.Move, request)
+        problems = {key_of(p.key).encode(): p.reason for p in reply.problems}
+        return {"moved": reply.moved, "problems": problems}
+
+    def verify(
+        self, keys: Iterable[BlockKey], tier: str, repair: bool, timeout_s: float
+    ) -> Iterator[dict[str, Any]]:
+        """Yield what was checked so far, each time with the damage found since; then the end."""
+        request = admin_pb2.VerifyRequest(
+            keys=[key_message(key) for key in keys], tier=tier, repair=repair
+        )
+        limit_s = self._endpoint.time_limit(timeout_s)
+        try:
+            replies = self._stub.Verify(request, timeout=limit_s, metadata=self._endpoint.metadata)
+            for reply in replies:
+                yield verify_dict(reply)
+        except grpc.RpcError as error:
+            raise self._endpoint.error(error) from None
+
+    def quota(self, tenant: str = "", limits: Mapping[str, float] | None = None) -> dict[str, Any]:
+        """Return limits and use of one tenant or all, after setting ``limits``, by their names."""
+        request = admin_pb2.QuotaRequest(tenant=tenant, **(limits or {}))  # type: ignore[arg-type]
+        reply = self._call(self._stub.Quota, request)
+        fields = [field.name for field in admin_pb2.TenantQuota.DESCRIPTOR.fields]
+        return {"tenants": [{name: getattr(t, name) for name in fields} for t in reply.tenants]}
 
     def evict(self, keys: Iterable[BlockKey], tier: str) -> dict[str, Any]:
         """Remove blocks (all if ``keys`` is empty) from a tier (all if empty)."""
@@ -114,6 +173,42 @@ def key_message(key: BlockKey) -> kvstore_pb2.BlockKey:
     return kvstore_pb2.BlockKey(scope=key.scope, block_hash=key.block_hash)
 
 
+def key_of(message: kvstore_pb2.BlockKey) -> BlockKey:
+    """Return the key in a message."""
+    return BlockKey(ScopeDigest(message.scope), BlockHash(message.block_hash))
+
+
+def layer_dict(layer: admin_pb2.LayerTokens) -> dict[str, Any]:
+    """Return how one layer keeps its tokens; masks in hex, token 0 in the lowest bit."""
+    masks = {"escape": layer.escape, "mid": layer.mid, "dropped": layer.dropped}
+    return {
+        "layer": layer.layer,
+        "saliency": list(layer.saliency),
+        **{name: [f"{mask:016x}" for mask in rows] for name, rows in masks.items()},
+    }
+
+
+def verify_dict(reply: admin_pb2.VerifyReply) -> dict[str, Any]:
+    """Return one report of a verification."""
+    fields = (
+        *("checked_strata", "checked_bytes", "checked_blocks", "total_blocks"),
+        *("num_damaged", "num_undecryptable", "done"),
+    )
+    return {
+        **{name: getattr(reply, name) for name in fields},
+        "damaged": [
+            {
+                "key": key_of(damage.key).encode(),
+                "stratum": stratum_name(damage.stratum),
+                "tier": damage.tier,
+                "what": damage.what,
+            }
+            for damage in reply.damaged
+        ],
+        "unavailable": list(reply.unavailable),
+    }
+
+
 def stats_dict(reply: admin_pb2.StatsReply) -> dict[str, Any]:
     """Return ``reply`` with total hits and, per reason, misses."""
     misses: dict[str, int] = {}
@@ -133,6 +228,7 @@ def stats_dict(reply: admin_pb2.StatsReply) -> dict[str, Any]:
                 "hits": tier.hits,
                 "evictions": tier.evictions,
                 "detail": tier.detail,
+                "behind_bytes": tier.behind_bytes,
             }
             for tier in reply.tiers
         },
@@ -142,15 +238,45 @@ def stats_dict(reply: admin_pb2.StatsReply) -> dict[str, Any]:
             {"name": c.name, "labels": dict(sorted(c.labels.items())), "value": c.value}
             for c in reply.counters
         ],
+        "times": [
+            {
+                "name": h.name,
+                "labels": dict(sorted(h.labels.items())),
+                "count": sum(h.counts),
+                "sum_s": h.sum_s,
+                "p50_s": quantile(h, 0.5),
+                "p99_s": quantile(h, 0.99),
+            }
+            for h in reply.histograms
+        ],
+        "gauges": [
+            {"name": g.name, "labels": dict(sorted(g.labels.items())), "value": g.value}
+            for g in reply.gauges
+        ],
         "pinned_blocks": reply.pinned_blocks,
         "pinned_bytes": reply.pinned_bytes,
         "in_flight_puts": reply.in_flight_puts,
     }
 
 
+def quantile(times: admin_pb2.Histogram, share: float) -> float | None:
+    """Return the upper bound of the bucket that holds the quantile, in seconds.
+
+    None without observations, and beyond the last bound, where nothing is known.
+    """
+    rank = share * sum(times.counts)
+    if not rank:
+        return None
+    for bound_s, count in zip(times.bounds_s, times.counts, strict=False):
+        rank -= count
+        if rank <= 0:
+            return bound_s
+    return None
+
+
 def listing_dict(block: admin_pb2.BlockListing) -> dict[str, Any]:
     """Return one line of a listing; ``strata`` maps a stratum's name to its bytes."""
-    key = BlockKey(ScopeDigest(block.key.scope), BlockHash(block.key.block_hash))
+    key = key_of(block.key)
     strata = {stratum_name(s.stratum): s.frame_bytes for s in block.strata}
     return {
         "key": key.encode(),

@@ -1,13 +1,13 @@
 """The ``kvctl`` command: look into a running gateway or store, and act on its blocks."""
 
-import json
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from kvstrata.client import tables
-from kvstrata.client.admin import Admin, parse_key
+from kvstrata.client import kvctl_blocks, tables
+from kvstrata.client.admin import Admin
+from kvstrata.client.admin_command import Timeout, show
 from kvstrata.client.terminal import (
     DEFAULT_ADDRESS,
     FAILED,
@@ -21,9 +21,10 @@ from kvstrata.client.terminal import (
     report,
     run,
 )
-from kvstrata.client.validation import check_integer
+from kvstrata.client.top import watch
+from kvstrata.client.validation import check_integer, check_seconds
 from kvstrata.protos.errors import DeadlineError, InvalidRequestError, UnavailableError
-from kvstrata.protos.identity import HASH_BYTES
+from kvstrata.protos.sizes import parse_size
 
 app = typer.Typer(
     cls=ErrorReportingGroup,
@@ -31,8 +32,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-Timeout = Annotated[float, typer.Option(help="Time limit in seconds.")]
-Key = Annotated[str, typer.Argument(help="A block key as `kvctl ls` prints it.")]
 
 
 @app.callback()
@@ -42,49 +41,34 @@ def _root(
     ctx.obj = credentials(tls_ca, tls_cert, tls_key)
 
 
-@app.command()
 def stats(
     ctx: typer.Context,
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = 10.0,
     json_output: Json = False,
 ) -> None:
-    """Show tiers, hits, misses and counters since start."""
+    """Show tiers, hits, misses, times and counters since start."""
     with Admin(address, timeout, ctx.obj) as admin:
-        _show(admin.stats(), json_output, tables.show_stats)
+        show(admin.stats(), json_output, tables.show_stats)
 
 
-@app.command()
-def ls(
+def top(
     ctx: typer.Context,
-    limit: Annotated[int, typer.Option(help="At most this many blocks; 0 lists all.")] = 100,
-    scope: Annotated[str, typer.Option(help="Only this scope, 32 hex digits.")] = "",
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 2.0,
+    count: Annotated[int, typer.Option(help="End after so many; 0 goes on until Ctrl-C.")] = 0,
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = 10.0,
-    json_output: Json = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object an interval.")
+    ] = False,
 ) -> None:
-    """List blocks, most recently used first."""
-    check_integer("--limit", limit, 0, 2**31)
-    wanted = _parse_scope(scope)
+    """Show live what the server does: hits, misses, bytes, calls and tiers."""
+    check_seconds("--interval", interval)
+    check_integer("--count", count, 0, 2**31)
     with Admin(address, timeout, ctx.obj) as admin:
-        _show(admin.list_blocks(limit, wanted), json_output, tables.show_blocks)
+        watch(admin.stats, interval, count, json_output)
 
 
-@app.command()
-def inspect(
-    ctx: typer.Context,
-    key: Key,
-    address: Address = DEFAULT_ADDRESS,
-    timeout: Timeout = 10.0,
-    json_output: Json = False,
-) -> None:
-    """Show everything about one block except its values."""
-    block_key = parse_key(key)
-    with Admin(address, timeout, ctx.obj) as admin:
-        _show(admin.inspect(block_key), json_output, tables.show_block)
-
-
-@app.command()
 def health(
     ctx: typer.Context,
     address: Address = DEFAULT_ADDRESS,
@@ -100,33 +84,41 @@ def health(
             raise
         report(error)
         found = {"ok": False, "status": "UNREACHABLE", "health": "", "why": [error.message]}
-    _show(found, json_output, tables.show_health)
+    show(found, json_output, tables.show_health)
     if not found["ok"]:
         raise typer.Exit(FAILED)
 
 
-@app.command()
-def evict(
+def quota(
     ctx: typer.Context,
-    keys: Annotated[list[str] | None, typer.Argument(help="Block keys.")] = None,
-    all_blocks: Annotated[bool, typer.Option("--all", help="Every block instead.")] = False,
-    tier: Annotated[str, typer.Option(help="Only from this tier; else from all.")] = "",
+    tenant: Annotated[str, typer.Argument(help="The tenant; all without it.")] = "",
+    quota_bytes: Annotated[
+        str, typer.Option("--bytes", help="Bytes of blocks, such as 10GiB; 0 is no limit.")
+    ] = "",
+    requests_per_s: Annotated[
+        float | None, typer.Option(help="Calls a second; 0 is no limit.")
+    ] = None,
+    in_flight: Annotated[
+        str, typer.Option(help="Bytes under way at once, such as 200MiB; 0 is no limit.")
+    ] = "",
     address: Address = DEFAULT_ADDRESS,
-    timeout: Timeout = 60.0,
+    timeout: Timeout = 10.0,
     json_output: Json = False,
 ) -> None:
-    """Remove blocks from one tier or all; pinned ones stay and are counted."""
-    if bool(keys) == all_blocks:
-        raise InvalidRequestError(
-            "keys and --all are both given" if keys else "no block is named",
-            "name block keys, or say --all",
-        )
-    block_keys = [parse_key(key) for key in keys or ()]
+    """Show tenants' limits and use, or set limits until the file of tenants is read again."""
+    limits: dict[str, float] = {}
+    if quota_bytes:
+        limits["quota_bytes"] = parse_size(quota_bytes)
+    if requests_per_s is not None:
+        limits["requests_per_s"] = requests_per_s
+    if in_flight:
+        limits["in_flight_bytes"] = parse_size(in_flight)
+    if limits and not tenant:
+        raise InvalidRequestError("limits for nobody", "name the tenant")
     with Admin(address, timeout, ctx.obj) as admin:
-        _show(admin.evict(block_keys, tier), json_output, tables.show_evicted)
+        show(admin.quota(tenant, limits), json_output, tables.show_quota)
 
 
-@app.command()
 def drain(
     ctx: typer.Context,
     timeout: Annotated[float, typer.Option(help="Seconds that running work may take.")] = 30.0,
@@ -136,7 +128,7 @@ def drain(
     """Stop the server from taking new work; exits 1 if work still runs when the time is over."""
     with Admin(address, 10.0, ctx.obj) as admin:
         found = admin.drain(timeout)
-    _show(found, json_output, tables.show_drained)
+    show(found, json_output, tables.show_drained)
     if not found["drained"]:
         raise typer.Exit(FAILED)
 
@@ -156,24 +148,24 @@ def _health(status: str, found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _parse_scope(text: str) -> bytes:
-    try:
-        scope = bytes.fromhex(text)
-    except ValueError:
-        scope = b"?"
-    if len(scope) not in (0, HASH_BYTES):
-        raise InvalidRequestError(
-            f"not a scope (32 hex digits): {text[:80]!r}",
-            "take the part of a block key before its dot",
-        )
-    return scope
-
-
-def _show(found: dict[str, Any], as_json: bool, draw: Callable[[dict[str, Any]], None]) -> None:
-    if as_json:
-        typer.echo(json.dumps(found))
-    else:
-        draw(found)
+COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "stats": (stats, "kvctl stats --json | jq .misses"),
+    "top": (top, "kvctl top --interval 1"),
+    "ls": (kvctl_blocks.ls, "kvctl ls --limit 20"),
+    "inspect": (kvctl_blocks.inspect, "kvctl inspect KEY --layer 3"),
+    "lookup": (kvctl_blocks.lookup, "kvctl lookup --file prompt.txt --preset exact"),
+    "explain": (kvctl_blocks.explain, 'kvctl explain "You are a helpful assistant. ..."'),
+    "pin": (kvctl_blocks.pin, "kvctl pin KEY --ttl 300"),
+    "unpin": (kvctl_blocks.unpin, "kvctl unpin KEY"),
+    "evict": (kvctl_blocks.evict, "kvctl evict --all --tier dram"),
+    "move": (kvctl_blocks.move, "kvctl move KEY --from dram --to ssd"),
+    "verify": (kvctl_blocks.verify, "kvctl verify --tier ssd --repair"),
+    "quota": (quota, "kvctl quota alice --bytes 10GiB --requests-per-s 100"),
+    "health": (health, "kvctl health --json"),
+    "drain": (drain, "kvctl drain --timeout 60"),
+}
+for _name, (_function, _example) in COMMANDS.items():
+    app.command(_name, epilog=f"Example: {_example}")(_function)
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from kvstrata.client.plugins import PluginGroup
-from kvstrata.client.request import ChatMessage, GenerateOptions, Prompt
+from kvstrata.client.prompt_reading import as_prompt, read_prompt
+from kvstrata.client.request import GenerateOptions
 from kvstrata.client.results import Completion
 from kvstrata.client.sync_client import Client, Stream
 from kvstrata.client.terminal import (
@@ -24,7 +25,7 @@ from kvstrata.client.terminal import (
     credentials,
     run,
 )
-from kvstrata.protos.errors import InvalidRequestError, MalformedMessageError, printable
+from kvstrata.protos.errors import printable
 
 app = typer.Typer(
     name="kvstrata",
@@ -97,7 +98,7 @@ def generate(
         "seed": seed,
         "stop": stop,
     }
-    asked = _as_prompt(_read_prompt(prompt, file), chat=chat, system=system)
+    asked = as_prompt(read_prompt(prompt, file), chat=chat, system=system)
     shown = credentials(tls_ca, tls_cert, tls_key)
     with Client(address, timeout_s=timeout, credentials=shown) as client:
         start_s = time.monotonic()
@@ -148,33 +149,6 @@ def _follow(stream: Stream, start_s: float, write: Callable[[str], None]) -> dic
 def _write(text: str) -> None:
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
-
-
-def _as_prompt(text: str, *, chat: bool, system: str | None) -> Prompt:
-    if not chat and system is None:
-        return text
-    messages = [] if system is None else [ChatMessage("system", system)]
-    return [*messages, ChatMessage("user", text)]
-
-
-def _read_prompt(prompt: str | None, file: Path | None) -> str:
-    if (prompt is None) == (file is None):
-        raise InvalidRequestError(
-            "give one prompt" if prompt is None else "both a prompt and --file are given",
-            "pass the text as an argument, - for stdin, or --file PATH",
-        )
-    if file is not None:
-        return _decode(str(file), file.read_bytes())
-    return _decode("stdin", sys.stdin.buffer.read()) if prompt == "-" else str(prompt)
-
-
-def _decode(source: str, data: bytes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise MalformedMessageError(
-            f"{source} is not valid UTF-8 at byte {error.start}", "convert it to UTF-8"
-        ) from None
 
 
 def main() -> None:

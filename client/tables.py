@@ -27,6 +27,14 @@ def show_stats(found: dict[str, Any]) -> None:
         f"{found['pinned_blocks']} blocks pinned ({size(found['pinned_bytes'])}), "
         f"{found['in_flight_puts']} puts in flight"
     )
+    if found["times"]:
+        times = Table("times", "labels", *right("count", "mean ms", "p50 ms", "p99 ms"))
+        for row in found["times"]:
+            labels = ", ".join(f"{k}={v}" for k, v in row["labels"].items())
+            mean = f"{row['sum_s'] / row['count'] * 1000:.2f}"
+            quantiles = (_at_most(row[name]) for name in ("p50_s", "p99_s"))
+            add(times, row["name"], labels, row["count"], mean, *quantiles)
+        draw(times)
     if found["counters"]:
         counters = Table("counter", "labels", *right("value"))
         for counter in found["counters"]:
@@ -46,37 +54,27 @@ def show_blocks(found: dict[str, Any]) -> None:
     line(f"{len(found['blocks'])} blocks{more}")
 
 
-def show_block(found: dict[str, Any]) -> None:
-    """Print one block and the header of each stratum."""
-    line(f"{found['key']}{' (pinned)' if found['pinned'] else ''}")
-    line(f"{size(found['bytes'])} in {', '.join(found['tiers'])}")
-    shown = {
-        "encoding id": "encoding_id",
-        "profile": "profile",
-        "parent": "parent_hash",
-        "rope": "rope",
-        "dtype": "kv_dtype",
-        "KV heads": "num_kv_heads",
-        "head dim": "head_dim",
-        "first position": "first_position",
-        "tokens": "num_tokens",
-    }
-    table = Table("", *(header["stratum"] for header in found["headers"]))
-    headers = found["headers"]
-    add(table, "frame bytes", *(found["strata"].get(h["stratum"], "") for h in headers))
-    add(table, "codec", *(f"{h['codec']}/{h['codec_version']}" for h in headers))
-    add(table, "layers", *(f"{len(h['layers'])} of {h['num_layers']}" for h in headers))
-    for title, key in shown.items():
-        add(table, title, *(header[key] for header in headers))
-    add(table, "attachments", *(", ".join(h["attachments"]) for h in headers))
-    draw(table)
-
-
 def show_health(found: dict[str, Any]) -> None:
     """Print one word, then the reasons."""
     line("ok" if found["ok"] else f"not ok ({found['status']})")
     for reason in found["why"]:
         line(f"  {reason}")
+
+
+def show_quota(found: dict[str, Any]) -> None:
+    """Print limits and use of tenants."""
+    table = Table("tenant", *right("stored", "of", "in flight", "of", "requests/s up to"))
+    for row in found["tenants"]:
+        add(
+            table,
+            row["tenant"],
+            size(row["stored_bytes_now"]) if row["quota_bytes"] else "not counted",
+            size(row["quota_bytes"]) if row["quota_bytes"] else "no limit",
+            size(row["in_flight_bytes_now"]),
+            size(row["in_flight_bytes"]) if row["in_flight_bytes"] else "no limit",
+            f"{row['requests_per_s']:g}" if row["requests_per_s"] else "no limit",
+        )
+    draw(table)
 
 
 def show_evicted(found: dict[str, Any]) -> None:
@@ -87,6 +85,10 @@ def show_evicted(found: dict[str, Any]) -> None:
 def show_drained(found: dict[str, Any]) -> None:
     """Print whether all work has ended."""
     line("drained" if found["drained"] else f"not drained: {found['in_flight']} in flight")
+
+
+def _at_most(seconds: float | None) -> str:
+    return "-" if seconds is None else f"<= {seconds * 1000:g}"
 
 
 def size(count: int) -> str:

@@ -7,7 +7,6 @@ import typer
 
 from kvstrata.cluster.stack_config import MIB, StackConfig
 from kvstrata.cluster.supervisor import die_with_parent, supervise
-from kvstrata.kvstore_service.sizes import parse_size
 from kvstrata.protos.credentials import (
     CA_VARIABLE,
     CERT_VARIABLE,
@@ -17,6 +16,7 @@ from kvstrata.protos.credentials import (
     ServerTls,
     server_tls,
 )
+from kvstrata.protos.sizes import parse_size
 
 TlsCert = Annotated[str, typer.Option(help="The gateway's certificate, PEM: TLS.")]
 TlsKey = Annotated[str, typer.Option(help="Its private key, PEM.")]

@@ -6,8 +6,8 @@ and the tokens themselves travel through memory. Blocks do not see each other, s
 not depend on how many are handled at once. Components that are zero are not multiplied.
 
 Roofline per element, D = 64, bf16: both directions move 2 bytes and half a byte at most of words.
-By instruction counts products take 0.05 ns on one AMX core at 2.5 GHz (``tiles_numba``), quantising
-and finishing some 0.2 ns. Seen on a busy two-core machine: 1.1 to 2 GB/s of bf16 either way.
+By instruction counts products take 0.05 ns on an AMX core at 2.5 GHz (see ``products_numba``),
+quantising and finishing some 0.2 ns. Seen on a busy two-core machine: 1.1 to 2 GB/s of bf16.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -32,19 +32,23 @@ from kvstrata.kernels.block_planes_numba import (
 from kvstrata.kernels.component_basis import ComponentBasis, product_dtype
 from kvstrata.kernels.escape_rows import EscapeRows, row_starts, unpack_escape_rows
 from kvstrata.kernels.floats_numba import as_numpy
-from kvstrata.kernels.sign_codes import MAX_WIDTH
-from kvstrata.kernels.threads import for_ranges
-from kvstrata.kernels.tiles_numba import (
-    DEPTH,
+from kvstrata.kernels.products_numba import (
+    Multiplier,
     aligned,
     begin_products,
+    depth_step,
     end_products,
-    has_tiles,
+    multiplier_of,
     multiply_columns,
+    multiply_rows,
     pack,
     padded,
+    padded_depth,
+    rows_dtype,
     tile_config,
 )
+from kvstrata.kernels.sign_codes import MAX_WIDTH
+from kvstrata.kernels.threads import for_ranges
 from kvstrata.kernels.token_masks import TOKENS, TokenClasses
 from kvstrata.kernels.vectors_numba import (
     LANES,
@@ -64,11 +68,9 @@ _inlined = njit(forceinline=True, **_OPTIONS)
 _GRAIN = 8
 
 
-def _packed(basis: ComponentBasis, name: str, *, tiles: bool) -> "np.ndarray[Any, Any]":
+def _packed(basis: ComponentBasis, name: str, by: Multiplier) -> "np.ndarray[Any, Any]":
     """Return a matrix in the order in which products read it."""
-    packed: np.ndarray[Any, Any] = basis.once(
-        (name, tiles), lambda: pack(getattr(basis, name), tiles=tiles)
-    )
+    packed: np.ndarray[Any, Any] = basis.once((name, by), lambda: pack(getattr(basis, name), by))
     return packed
 
 
@@ -92,19 +94,19 @@ def encode_tokens_numba(
     """Return what ``encode_tokens`` returns."""
     plan, (heads, blocks, _, dim) = plan_of(basis.layout), x.shape
     dtype = product_dtype(x.dtype)
-    tiles = dtype == torch.bfloat16 and has_tiles()
-    as_is = tiles and x.dtype == torch.bfloat16 and dim % DEPTH == 0
+    by = multiplier_of(dtype)
+    as_is = by != "floats" and x.dtype == torch.bfloat16 and dim % depth_step(by) == 0
     y = torch.empty(x.shape, dtype=dtype) if out is None else out
     words = torch.empty((blocks, basis.layout.num_words), dtype=torch.int64)
     error = torch.empty(x.shape[:3], dtype=torch.float32)
     tokens, costs = _flat(x), _flat(weights)
-    tables = _flat(basis.mean), _packed(basis, "forward", tiles=tiles)
+    tables = _flat(basis.mean), _packed(basis, "forward", by)
     shift = _shift(basis) if as_is else np.zeros(heads * dim, np.float32)
     outputs = as_numpy(y).reshape(-1), words.numpy(), error.numpy().reshape(-1)
 
     def work(first: int, last: int) -> None:
-        row = dim if as_is else padded(dim)
-        rows = aligned(0 if as_is else TOKENS * row, np.uint16 if tiles else np.float32)
+        row = padded(dim, by)
+        rows = aligned(0 if as_is else TOKENS * row, rows_dtype(by))
         _encode_tokens(
             tokens, tokens if as_is else rows, as_is, row, *tables, shift, costs, plan.widths,
             plan.offsets, BORDERS, SIZES, aligned(2 * LANES * TOKENS, np.float32), tile_config(),
@@ -135,10 +137,7 @@ def _encode_tokens(
             at = 0
             _centre(x, start, mean, h * dim, rows, row, dim)
         for c in range(0, dim, LANES):
-            multiply_columns(
-                rows, at, row, packed, (h * dim + c) * padded_depth(dim), padded_depth(dim),
-                sums, 0, LANES,
-            )  # fmt: skip
+            multiply_columns(rows, at, row, packed, (h * dim + c) * row, row, sums, 0, LANES)
             less = load(shift, h * dim + c)
             for t in range(TOKENS):
                 store(y, start + t * dim + c, subtract(load(sums, t * LANES), less))
@@ -147,12 +146,6 @@ def _encode_tokens(
                 words[item % num_blocks], error, item * TOKENS,
             )  # fmt: skip
     end_products(packed, config)
-
-
-@_inlined
-def padded_depth(depth):
-    """Return ``padded``."""
-    return (depth + DEPTH - 1) // DEPTH * DEPTH
 
 
 @_inlined
@@ -179,7 +172,7 @@ def expand_numba(
     """Write what ``expand_reference`` returns to ``out``."""
     layout, none = basis.layout, np.zeros(0, np.float32)
     plan, dim = plan_of(layout), layout.dim
-    tiles = product_dtype(out.dtype) == torch.bfloat16 and has_tiles()
+    by = multiplier_of(product_dtype(out.dtype))
     rows, firsts = none, np.zeros(0, np.int64)
     if escapes is not None:
         rows, firsts = _flat(unpack_escape_rows(escapes)), row_starts(escapes.masks).numpy()
@@ -188,7 +181,7 @@ def expand_numba(
         plan,
         mid_tables(mid, layout),
         FINE,
-        _packed(basis, "inverse", tiles=tiles),
+        _packed(basis, "inverse", by),
         _flat(basis.mean),
         none if shift is None else _flat(shift),
         *(masks.contiguous().numpy() for masks in (classes.base, classes.mid, classes.escape)),
@@ -201,7 +194,7 @@ def expand_numba(
     def work(first: int, last: int) -> None:
         _expand(
             *arguments, np.zeros(2 * MAX_WIDTH * dim, np.int32),
-            aligned(TOKENS * padded(dim), np.uint16 if tiles else np.float32),
+            aligned(TOKENS * padded(dim, by), rows_dtype(by)),
             aligned(TOKENS * dim, np.float32), np.zeros(dim, np.float32), tile_config(), target,
             dim, first, last,
         )  # fmt: skip
@@ -226,10 +219,9 @@ def _expand(
         kept = plan.sizes[h * MAX_WIDTH]
         if refined.masks.size > 0:
             kept = max(kept, plan.counts[h])
-        kept = padded_depth(max(kept, 1))
+        kept, whole = padded_depth(packed, max(kept, 1)), padded_depth(packed, dim)
         decode_block(words[n], plan, refined, fine, halves, y, 0, dim, kept, h, n)
-        for c in range(0, dim, LANES):
-            multiply_columns(y, 0, kept, packed, (h * dim + c) * padded_depth(dim), kept, x, c, dim)
+        multiply_rows(y, 0, kept, packed, h * dim * whole, whole, kept, x, 0, dim)
         row = firsts[n * num_heads + h] if firsts.size > 0 else 0
         _finish(
             x, mean, shifts, base[h, n], mid[h, n], escape[h, n], rows, row, cos, sin, zeros, out,

@@ -14,7 +14,7 @@ Arrays of bf16 are uint16, of fp16 int16 (see ``floats_numba``).
 from typing import Any
 
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
+from llvmlite.binding import get_host_cpu_features, llvm_version_info
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
@@ -253,13 +253,15 @@ class _BFloat(ir.Type):
         return "bfloat"
 
 
+_BF16 = _BFloat()  # one object: it equals itself alone
+
 _CPU_FEATURES = get_host_cpu_features()
-_HAS_BFLOAT = _CPU_FEATURES.get("avx512bf16", False) and _CPU_FEATURES.get("avx512vl", False)
+HAS_PAIRS = bool(_CPU_FEATURES.get("avx512bf16", False) and _CPU_FEATURES.get("avx512vl", False))
 
 
 def _narrow_bfloat(builder, value):
-    if _HAS_BFLOAT:  # one instruction; elsewhere LLVM would call a function that is not there
-        return builder.bitcast(builder.fptrunc(value, _many(_BFloat())), _many(_I16))
+    if HAS_PAIRS:  # one instruction; elsewhere LLVM would call a function that is not there
+        return builder.bitcast(builder.fptrunc(value, _many(_BF16)), _many(_I16))
     bits = builder.bitcast(value, _many(_I32))
     high = builder.lshr(bits, _constant(_I32, 16))
     odd = builder.and_(high, _constant(_I32, 1))
@@ -271,6 +273,34 @@ def _narrow_bfloat(builder, value):
         builder.lshr(rounded, _constant(_I32, 16)),
     )
     return builder.trunc(chosen, _many(_I16))
+
+
+@intrinsic
+def splat_pair_at(typingctx, array, index):
+    """Return two neighbours of an array of bf16, the first in the low half, 16 times."""
+
+    def generate(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        pointer = builder.bitcast(builder.gep(data, [args[1]]), _I32.as_pointer())
+        pair = builder.load(pointer)
+        pair.align = 2
+        return _splat(builder, pair)
+
+    return ints(array, types.intp), generate
+
+
+@intrinsic
+def add_pairs(typingctx, total, x, y):
+    """Return total + x * y of 16 pairs of bf16, where ``HAS_PAIRS``; tiny numbers count as 0."""
+
+    def generate(context, builder, signature, args):
+        pairs = ir.VectorType(_BF16, 2 * LANES)
+        kind = pairs if llvm_version_info[0] >= 16 else _many(_I32)
+        x, y = (builder.bitcast(pair, kind) for pair in args[1:])
+        name = "llvm.x86.avx512bf16.dpbf16ps.512"
+        return _call(builder, name, _many(_F32), [args[0], x, y])
+
+    return floats(floats, ints, ints), generate
 
 
 @intrinsic

@@ -16,20 +16,25 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from kvstrata.kvstore_service.attachment import AttachedBlock, AttachedSegment, Attachment
 from kvstrata.kvstore_service.block_writer import BlockWriter, PutOutcome, outcome_of
-from kvstrata.kvstore_service.data_codec import decode_get_reply, encode_put_request
-from kvstrata.kvstore_service.found import FetchedStratum, FoundBlock, LookupResult, fetched
-from kvstrata.kvstore_service.frame_assembly import FrameAssembly
+from kvstrata.kvstore_service.data_codec import PutPart, decode_get_reply, encode_put_request
+from kvstrata.kvstore_service.found import FetchedStratum, FoundBlock, GetAssembly, LookupResult
 from kvstrata.kvstore_service.retrieved import Retrieved, retrieve_request, retrieved
 from kvstrata.kvstore_service.wire import key_message, key_of, size_messages, stratum_enum
 from kvstrata.protos import kvstore_pb2 as pb
 from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
-from kvstrata.protos.errors import UnavailableError, from_rpc_error
+from kvstrata.protos.errors import MalformedMessageError, UnavailableError, from_rpc_error
 from kvstrata.protos.identity import BlockHash, BlockKey, ScopeDigest
 from kvstrata.protos.kvstore_pb2_grpc import KVStoreStub
-from kvstrata.protos.service import CHUNK_BYTES, call_metadata, open_channel
+from kvstrata.protos.service import (
+    CHUNK_BYTES,
+    MAX_WHOLE_BYTES,
+    call_metadata,
+    open_channel,
+)
 
 __all__ = [
     "AttachedBlock",
@@ -146,11 +151,11 @@ class StoreClient:
         sent: list[BlockKey] = []
         source = iter(blocks) if isinstance(blocks, Iterable) else blocks
 
-        async def requests() -> AsyncIterator[pb.PutRequest | memoryview]:
+        async def requests() -> AsyncIterator[PutPart]:
             try:
                 async for key, frames in _iterate(source):
                     sent.append(key)
-                    for request in _put_requests(key, frames, durability):
+                    for request in _put_parts(key, frames, durability):
                         yield request
             except Exception as error:
                 failures.append(error)
@@ -209,19 +214,11 @@ class StoreClient:
         )
         deadline_s = (timeout_s or self._timeout_s) + wait_ms / 1000
         call = self._get(request, timeout=deadline_s, metadata=self._metadata)
-        assembly: FrameAssembly | None = None
+        assembly = GetAssembly(scope, hashes, self._max_frame_bytes)
         async with contextlib.aclosing(self._replies(call)) as replies:
-            async for reply, data in replies:
-                if reply.HasField("miss"):
-                    yield FetchedStratum(reply.index, reply.stratum, None, reply.miss.reason)
-                    assembly = None
-                    continue
-                assembly = assembly or FrameAssembly(reply.frame_bytes, self._max_frame_bytes)
-                assembly.add(reply.offset, data)
-                if reply.last:
-                    key = BlockKey(scope, hashes[reply.index])
-                    yield fetched(reply, key, assembly)
-                    assembly = None
+            async for part in replies:
+                for fetched in assembly.add(part):
+                    yield fetched
 
     async def retrieve(
         self,
@@ -340,6 +337,8 @@ class StoreClient:
         except grpc.RpcError as error:
             if not failures:
                 raise from_rpc_error(error, self.address) from error
+        except DecodeError as error:
+            raise MalformedMessageError(f"unreadable reply of {self.address}: {error}") from error
         except asyncio.CancelledError:
             if not failures:  # else it was the call that we cancelled, not our caller us
                 raise
@@ -358,13 +357,17 @@ async def _iterate(
             yield block
 
 
-def _put_requests(
-    key: BlockKey, frames: Mapping[int, bytes], durability: str
-) -> Iterable[pb.PutRequest | memoryview]:
+def _put_parts(key: BlockKey, frames: Mapping[int, bytes], durability: str) -> Iterator[PutPart]:
+    """Yield the messages of one block: one if it fits, else pieces of 1 MiB."""
     sizes = size_messages({stratum: len(frame) for stratum, frame in frames.items()})
-    opening = pb.PutOpen(key=key_message(key), strata=sizes, durability=durability)
-    yield pb.PutRequest(open=opening)
+    opening: pb.PutOpen | None = pb.PutOpen(
+        key=key_message(key), strata=sizes, durability=durability
+    )
+    if sum(map(len, frames.values())) <= MAX_WHOLE_BYTES:
+        yield PutPart(opening, tuple(frames.values()))
+        return
     for frame in frames.values():
         view = memoryview(frame)
         for first in range(0, len(frame), CHUNK_BYTES):
-            yield view[first : first + CHUNK_BYTES]
+            yield PutPart(opening, (view[first : first + CHUNK_BYTES],))
+            opening = None

@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 
 from kvstrata.kvstore_service.config import StoreConfig
+from kvstrata.kvstore_service.heap import keep_freed_memory
 from kvstrata.kvstore_service.server import start_store
-from kvstrata.kvstore_service.sizes import parse_size
 from kvstrata.protos.credentials import server_tls
 from kvstrata.protos.errors import KVStrataError
+from kvstrata.protos.sizes import parse_size
 
 
 def main(
@@ -68,6 +69,7 @@ def main(
 ) -> None:
     """Run a store until SIGTERM or SIGINT. One JSON line says when it serves; logs go to stderr."""
     _configure_logging(log_level)
+    keep_freed_memory()
     try:
         config = StoreConfig(
             listen=listen,

@@ -1,97 +1,118 @@
 """The two messages that carry frames, encoded and decoded with one copy of the bytes or none.
 
 Protobuf's own runtime copies a ``bytes`` field three times on its way out and twice on its way in,
-which halves the throughput of Put and Get. The bytes on the wire are those of ``kvstore.proto``: a
-``PutRequest`` with ``data``, and a ``GetReply`` whose ``data`` comes last. Any peer may use the
-generated stubs instead.
+which halves the throughput of Put and Get. The bytes on the wire are those of ``kvstore.proto``.
+Any peer may use the generated stubs instead.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
 from kvstrata.protos import kvstore_pb2 as pb
 
+_PUT_OPEN_TAG = b"\x0a"  # field 1, length-delimited
 _PUT_DATA_TAG = b"\x12"  # field 2, length-delimited
-_GET_DATA_TAG = b"\x2a"  # field 5, length-delimited
-_GET_DATA_FIELD = 5
-
-GetPiece = tuple[pb.GetReply, bytes | memoryview]
-"""A reply without its data, and the data."""
+_GET_DATA_TAG = b"\x0a"  # field 1, length-delimited
 
 
-def encode_put_request(request: pb.PutRequest | memoryview) -> bytes:
-    """Return the message of an opening, or of a piece of data."""
-    if isinstance(request, memoryview):
-        return b"".join((_PUT_DATA_TAG, _varint(len(request)), request))
-    return request.SerializeToString()
+class PutPart(NamedTuple):
+    """A ``PutRequest``: the block that it opens, if it does, and bytes of the open block."""
+
+    opening: pb.PutOpen | None
+    data: Sequence[bytes | memoryview]
 
 
-def decode_put_request(message: bytes) -> pb.PutRequest:
-    """Return the request; data that fills its message is copied once."""
-    if message[:1] == _PUT_DATA_TAG:
-        length, first = _read_varint(message, 1)
-        if first + length == len(message):
-            return DataRequest(message[first:])  # type: ignore[return-value]
-    return pb.PutRequest.FromString(message)
+class GetPart(NamedTuple):
+    """A ``GetReply``: its pieces and their bytes, one after another."""
+
+    pieces: Sequence[pb.Piece]
+    data: Sequence[bytes | memoryview]
 
 
-class DataRequest:
-    """A ``PutRequest`` that holds nothing but data."""
-
-    __slots__ = ("data",)
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-
-    def WhichOneof(self, _: str) -> str:  # noqa: N802
-        """Return "data", as the message would."""
-        return "data"
-
-
-def encode_get_reply(piece: GetPiece) -> bytes:
-    """Return the message of a reply and its data."""
-    reply, data = piece
-    if not data:
-        return reply.SerializeToString()
-    return b"".join((reply.SerializeToString(), _GET_DATA_TAG, _varint(len(data)), data))
+def encode_put_request(part: PutPart) -> bytes:
+    """Return the message of a part."""
+    head = b""
+    if part.opening is not None:
+        opening = part.opening.SerializeToString()
+        head = b"".join((_PUT_OPEN_TAG, _varint(len(opening)), opening))
+    size = sum(map(len, part.data))
+    if not size:
+        return head
+    return b"".join((head, _PUT_DATA_TAG, _varint(size), *part.data))
 
 
-def decode_get_reply(message: bytes) -> GetPiece:
-    """Return the reply without its data, and the data as a view of ``message``.
+def decode_put_request(message: bytes) -> PutPart:
+    """Return the part; its data is one view of ``message``, or nothing.
 
     Raises:
-        DecodeError: Not a ``GetReply``.
+        DecodeError: Not a ``PutRequest``.
     """
-    view = memoryview(message)
-    data: bytes | memoryview = b""
-    rest: list[memoryview] = []
+    rest, view = _split(message, _PUT_DATA_TAG[0])
+    request = pb.PutRequest.FromString(rest)
+    data = request.data or view
+    opening = request.open if request.HasField("open") else None
+    return PutPart(opening, (data,) if len(data) else ())
+
+
+def encode_get_reply(part: GetPart) -> bytes:
+    """Return the message of pieces and their data."""
+    pieces = pb.GetReply(pieces=part.pieces).SerializeToString()
+    size = sum(map(len, part.data))
+    if not size:
+        return pieces
+    return b"".join((_GET_DATA_TAG, _varint(size), *part.data, pieces))
+
+
+def decode_get_reply(message: bytes) -> GetPart:
+    """Return the pieces, and a view of ``message`` for the data of each.
+
+    Raises:
+        DecodeError: Not a ``GetReply``, or its pieces do not add up to its data.
+    """
+    rest, whole = _split(message, _GET_DATA_TAG[0])
+    reply = pb.GetReply.FromString(rest)
+    whole = memoryview(reply.data) if reply.data else whole
+    data = []
+    cursor = 0
+    pieces = list(reply.pieces)
+    for piece in pieces:
+        end = cursor + piece.length
+        data.append(whole[cursor:end])
+        cursor = end
+    if cursor != len(whole):
+        raise DecodeError(f"pieces of {cursor} bytes came with {len(whole)}")
+    return GetPart(pieces, data)
+
+
+def _split(message: bytes, tag: int) -> tuple[bytes, memoryview]:
+    """Return the message without its first field of that tag, and a view of the field's bytes."""
     cursor = 0
     while cursor < len(message):
-        tag, value = _read_varint(message, cursor)
-        end = _skip(message, value, tag & 7)
-        if tag >> 3 == _GET_DATA_FIELD and tag & 7 == 2:
-            data = view[_read_varint(message, value)[1] : end]
-        else:
-            rest.append(view[cursor:end])
-        cursor = end
-    return pb.GetReply.FromString(b"".join(rest)), data
+        found, value = _read_varint(message, cursor)
+        if found == tag:
+            length, first = _read_varint(message, value)
+            end = first + length
+            if end > len(message):
+                raise DecodeError("truncated message")
+            return message[:cursor] + message[end:], memoryview(message)[first:end]
+        cursor = _skip(message, value, found & 7)
+    return message, memoryview(b"")
 
 
 def _skip(message: bytes, first: int, wire_type: int) -> int:
     """Return where the field whose value starts at ``first`` ends."""
     if wire_type == 0:
-        end = _read_varint(message, first)[1]
-    elif wire_type == 1:
-        end = first + 8
-    elif wire_type == 2:
+        return _read_varint(message, first)[1]
+    if wire_type == 1:
+        return first + 8
+    if wire_type == 2:
         length, begin = _read_varint(message, first)
-        end = begin + length
-    elif wire_type == 5:
-        end = first + 4
-    else:
-        raise DecodeError(f"wire type {wire_type}")
-    if end > len(message):
-        raise DecodeError("truncated message")
-    return end
+        return begin + length
+    if wire_type == 5:
+        return first + 4
+    raise DecodeError(f"wire type {wire_type}")
 
 
 def _varint(number: int) -> bytes:

@@ -79,6 +79,11 @@ class DramTier:
         block = self._blocks.get(key, {})
         return {stratum: block[stratum] for stratum in strata if stratum in block}
 
+    def holds(self, key: BlockKey, strata: Sequence[int]) -> bool:
+        """Return whether all of ``strata`` are here; no use of the block."""
+        block = self._blocks.get(key)
+        return block is not None and all(stratum in block for stratum in strata)
+
     async def put(self, key: BlockKey, frames: Mapping[int, bytes]) -> list[BlockKey]:
         """Replace the block; see ``Tier.put``."""
         num_bytes, old_bytes = _size(frames), _size(self._blocks.get(key, {}))

@@ -62,7 +62,7 @@ async def _first_blocks(
             header = open_head(next(iter(frames.values()), b""))[0]
         except CorruptFrameError:
             continue
-        if header.parent_hash == key.scope and list(header.token_ids) == token_ids:
+        if not header.first_position and list(header.token_ids) == token_ids:
             seen.add(key.scope)
             for table in ("token_ids", "segments", "attachments"):
                 header.ClearField(table)

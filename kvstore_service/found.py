@@ -1,12 +1,14 @@
 """What the store's client found: the values that its look-ups and reads return."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from kvstrata.kvstore_service.data_codec import GetPart
 from kvstrata.kvstore_service.frame_assembly import FrameAssembly
 from kvstrata.protos import kvstore_pb2 as pb
 from kvstrata.protos.errors import CorruptFrameError
 from kvstrata.protos.frame import Frame
-from kvstrata.protos.identity import BlockKey
+from kvstrata.protos.identity import BlockHash, ScopeDigest
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +56,48 @@ class FetchedStratum:
     num_bytes: int = 0
 
 
-def fetched(reply: pb.GetReply, key: BlockKey, assembly: FrameAssembly) -> FetchedStratum:
-    """Return the stratum that ``reply`` closes; a miss if it is not what was asked for."""
-    try:
-        frame = assembly.finish(key, reply.stratum)
-    except CorruptFrameError:
-        return FetchedStratum(reply.index, reply.stratum, None, "corrupt", reply.tier)
-    return FetchedStratum(
-        reply.index, reply.stratum, frame, tier=reply.tier, num_bytes=assembly.num_bytes
-    )
+class GetAssembly:
+    """What one Get asked for, as it arrives.
+
+    Args:
+        scope: Whose blocks.
+        hashes: Which blocks.
+        max_frame_bytes: A frame announced larger than this is refused.
+    """
+
+    def __init__(
+        self, scope: ScopeDigest, hashes: Sequence[BlockHash], max_frame_bytes: int
+    ) -> None:
+        self._scope = scope
+        self._hashes = hashes
+        self._max_frame_bytes = max_frame_bytes
+        self._frame: FrameAssembly | None = None
+
+    def add(self, part: GetPart) -> Iterator[FetchedStratum]:
+        """Take a message and yield the strata that it closes.
+
+        Raises:
+            CorruptFrameError: Pieces that do not fit together, too large a frame, or a block that
+                was not asked for.
+        """
+        for piece, data in zip(part.pieces, part.data, strict=True):
+            if piece.index >= len(self._hashes):
+                raise CorruptFrameError(f"block {piece.index} of {len(self._hashes)} came")
+            if piece.HasField("miss"):
+                self._frame = None
+                yield FetchedStratum(piece.index, piece.stratum, None, piece.miss.reason)
+                continue
+            if self._frame is None:
+                self._frame = FrameAssembly(piece.frame_bytes, self._max_frame_bytes)
+            self._frame.add(piece.offset, data)
+            if piece.last:
+                yield self._fetched(piece, self._frame)
+                self._frame = None
+
+    def _fetched(self, piece: pb.Piece, assembly: FrameAssembly) -> FetchedStratum:
+        index, stratum = piece.index, piece.stratum
+        try:
+            frame = assembly.finish(self._scope, self._hashes[index], stratum)
+        except CorruptFrameError:
+            return FetchedStratum(index, stratum, None, "corrupt", piece.tier)
+        return FetchedStratum(index, stratum, frame, "", piece.tier, assembly.num_bytes)

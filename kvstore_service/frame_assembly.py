@@ -1,8 +1,8 @@
-"""Putting a frame, or some layers of it, together from the pieces of a Get stream."""
+"""Putting frames, or some layers of them, together from the pieces of a Get stream."""
 
 from kvstrata.protos.errors import CorruptFrameError
 from kvstrata.protos.frame import MAX_FRAME_BYTES, Buffer, Frame
-from kvstrata.protos.identity import BlockKey
+from kvstrata.protos.identity import BlockHash, ScopeDigest
 
 
 class FrameAssembly:
@@ -36,25 +36,21 @@ class FrameAssembly:
         self._next_offset = offset + len(data)
         self.num_bytes += len(data)
 
-    def finish(self, key: BlockKey, stratum: int) -> Frame:
-        """Return the frame, its header verified to be that of ``stratum`` of ``key``.
+    def finish(self, scope: ScopeDigest, block_hash: BlockHash, stratum: int) -> Frame:
+        """Return the frame, its header verified to be that of ``stratum`` of the block.
 
         Raises:
             CorruptFrameError: It is not.
         """
         (_, head), (first_byte, payload) = self._runs[0], self._runs[-1]
         if len(self._runs) == 1 and self.num_bytes == self._frame_bytes:
-            frame = Frame.open(_join(head))
+            frame = Frame.open(_join(head), is_stored=True)
         else:
             joined = _join(head)
             body = joined if len(self._runs) == 1 else _join(payload)
             frame = Frame.open_parts(joined, first_byte, body)
         header = frame.header
-        if (header.scope, header.block_hash, header.stratum) != (
-            key.scope,
-            key.block_hash,
-            stratum,
-        ):
+        if (header.scope, header.block_hash, header.stratum) != (scope, block_hash, stratum):
             raise CorruptFrameError(
                 "the frame belongs to another block", "fetch or compute it again"
             )

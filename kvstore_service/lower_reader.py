@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvstrata.kvstore_service import counters as names
 from kvstrata.kvstore_service.commit_rule import (
     ALL_STRATA,
     BASE,
+    EXACT,
     FINE,
     MID,
     BlockRejectedError,
@@ -23,8 +24,7 @@ from kvstrata.protos.frame import open_head
 from kvstrata.protos.identity import BlockKey
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A verified frame and the tier it came from."""
 
     frame: bytes
@@ -79,6 +79,13 @@ class LowerReader:
         if tier is self._dram:
             self._partial.difference_update(victims)
         self._departures.evicted(victims, tier.name, CAPACITY)
+
+    def read_resident(self, key: BlockKey, strata: Sequence[int]) -> Read | None:
+        """Return what ``read`` would if dram has it all and it is of one writing; else None."""
+        if (BASE not in strata and EXACT not in strata) or not self._dram.holds(key, strata):
+            return None
+        tier = self._dram.name
+        return {s: Piece(frame, tier) for s, frame in self._dram.peek(key, strata).items()}
 
     async def read(self, key: BlockKey, strata: Sequence[int]) -> Read:
         """Return each wanted stratum of one writing, or why it is missing."""

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
 from kvstrata.kvstore_service.config import StoreLimits
 from kvstrata.kvstore_service.request_check import parse_key
@@ -53,7 +53,7 @@ def declared_sizes(
 class BlockAssembly:
     """One block while its bytes arrive. Holds what arrived, never more than was declared.
 
-    A message that is exactly one stratum is kept as it came; anything else is joined once.
+    A stratum that comes in one message is copied out of it; others are joined once more.
     """
 
     def __init__(self, opening: PutOpen, limits: StoreLimits) -> None:
@@ -71,32 +71,30 @@ class BlockAssembly:
         """Whether every declared byte has arrived."""
         return not self._pending
 
-    def add(self, data: bytes) -> None:
+    def add(self, data: Iterable[bytes | memoryview]) -> None:
         """Take one message's bytes.
 
         Raises:
-            MalformedMessageError: More bytes than were declared, or none.
+            MalformedMessageError: More bytes than were declared.
         """
-        if not data:
-            raise MalformedMessageError("a data message without bytes")
-        view = memoryview(data)
-        while view:
-            if not self._pending:
-                raise MalformedMessageError(
-                    f"{len(view)} bytes more than were declared", "declare the frames' true sizes"
-                )
-            stratum, size = self._pending[0]
-            part = view[: size - self._arrived]
-            whole = data if len(part) == len(data) else bytes(part)
-            self._parts.append(whole)
-            self._arrived += len(part)
-            view = view[len(part) :]
-            if self._arrived == size:
-                self.frames[stratum] = (
-                    self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-                )
-                self._parts, self._arrived = [], 0
-                self._pending.popleft()
+        for each in data:
+            view = memoryview(each)
+            while view:
+                if not self._pending:
+                    raise MalformedMessageError(
+                        f"{len(view)} bytes more than were declared",
+                        "declare the frames' true sizes",
+                    )
+                stratum, size = self._pending[0]
+                part = view[: size - self._arrived]
+                self._parts.append(bytes(part))
+                self._arrived += len(part)
+                view = view[len(part) :]
+                if self._arrived == size:
+                    whole = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+                    self.frames[stratum] = whole
+                    self._parts, self._arrived = [], 0
+                    self._pending.popleft()
 
 
 class ByteBudget:

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -10,13 +10,13 @@ import grpc
 from kvstrata.kvstore_service import counters as names
 from kvstrata.kvstore_service.config import StoreLimits
 from kvstrata.kvstore_service.data_codec import (
-    GetPiece,
+    GetPart,
+    PutPart,
     decode_put_request,
     encode_get_reply,
 )
+from kvstrata.kvstore_service.get_stream import get_parts, layer_range, shown
 from kvstrata.kvstore_service.live_service import LiveService, live_handlers
-from kvstrata.kvstore_service.lower_reader import Found, Piece, Read
-from kvstrata.kvstore_service.namespace import Namespace
 from kvstrata.kvstore_service.put_stream import BlockAssembly, ByteBudget
 from kvstrata.kvstore_service.quota import Quotas
 from kvstrata.kvstore_service.read_ahead import cancel, read_ahead
@@ -38,14 +38,12 @@ from kvstrata.protos.errors import (
     MalformedMessageError,
     ThrottledError,
 )
-from kvstrata.protos.frame import Frame
 from kvstrata.protos.identity import BlockKey, ScopeDigest
 from kvstrata.protos.kvstore_pb2_grpc import KVStoreServicer
-from kvstrata.protos.service import CHUNK_BYTES, discard, metadata_of
+from kvstrata.protos.service import discard, metadata_of
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["KVStore"].full_name
 
-LayerRange = tuple[int, int] | None
 Blocks = asyncio.Queue[asyncio.Task[pb.PutReply] | None]
 
 
@@ -128,7 +126,7 @@ class StoreService(KVStoreServicer):
         )
 
     async def Put(  # noqa: N802
-        self, requests: AsyncIterator[pb.PutRequest], context: Any
+        self, requests: AsyncIterator[PutPart], context: Any
     ) -> AsyncIterator[pb.PutReply]:
         """Commit blocks one after another; nothing of a block that did not arrive whole is kept."""
         receiving: asyncio.Task[None] | None = None
@@ -156,7 +154,7 @@ class StoreService(KVStoreServicer):
             raise
 
     async def _receive_then_end(
-        self, requests: AsyncIterator[pb.PutRequest], blocks: Blocks, tenant: Tenant
+        self, requests: AsyncIterator[PutPart], blocks: Blocks, tenant: Tenant
     ) -> None:
         """Queue every block, then None, also if the stream breaks; raises what broke it."""
         try:
@@ -167,7 +165,7 @@ class StoreService(KVStoreServicer):
         await blocks.put(None)
 
     async def _receive_all(
-        self, requests: AsyncIterator[pb.PutRequest], blocks: Blocks, tenant: Tenant
+        self, requests: AsyncIterator[PutPart], blocks: Blocks, tenant: Tenant
     ) -> None:
         """Receive one block while the one before is being committed."""
         tasks: set[asyncio.Task[pb.PutReply]] = set()
@@ -178,19 +176,20 @@ class StoreService(KVStoreServicer):
                 task.exception()  # seen, even if the stream breaks before its turn
 
         try:
-            async for request in requests:
+            async for part in requests:
                 self._workload.refuse_if_draining()
-                if request.WhichOneof("part") != "open":
+                if part.opening is None:
                     raise MalformedMessageError(
                         "data without an open block",
                         "send PutOpen first, then as many bytes as declared",
                     )
-                assembly = BlockAssembly(request.open, self._limits)
+                assembly = BlockAssembly(part.opening, self._limits)
                 self._store.check_durability(assembly.durability)
                 with _naming(assembly.key):
                     self._quotas.check_put(tenant, assembly.num_bytes)
                 arrived = asyncio.Event()
-                task = asyncio.create_task(self._receive(assembly, requests, arrived, tenant))
+                receive = self._receive(assembly, part, requests, arrived, tenant)
+                task = asyncio.create_task(receive)
                 tasks.add(task)
                 task.add_done_callback(ended)
                 await blocks.put(task)
@@ -204,7 +203,8 @@ class StoreService(KVStoreServicer):
     async def _receive(
         self,
         block: BlockAssembly,
-        requests: AsyncIterator[pb.PutRequest],
+        part: PutPart,
+        requests: AsyncIterator[PutPart],
         arrived: asyncio.Event,
         tenant: Tenant,
     ) -> pb.PutReply:
@@ -219,8 +219,9 @@ class StoreService(KVStoreServicer):
                 room = self._quotas.room(tenant, key, block.num_bytes, self._store)
                 place = await held.enter_async_context(room)
                 await held.enter_async_context(self._budget.reserved(block.num_bytes))
+                block.add(part.data)
                 while not block.is_complete:
-                    block.add((await self._next_part(requests)).data)
+                    block.add(await self._next_data(requests))
                 arrived.set()
                 self._store.counters.add(names.RECEIVED_BYTES, block.num_bytes)
                 place.kept = True
@@ -236,10 +237,10 @@ class StoreService(KVStoreServicer):
             tiers=result.tiers,
         )
 
-    async def _next_part(self, requests: AsyncIterator[pb.PutRequest]) -> pb.PutRequest:
+    async def _next_data(self, requests: AsyncIterator[PutPart]) -> Sequence[bytes | memoryview]:
         try:
             async with asyncio.timeout(self._limits.put_idle_s):
-                request = await anext(requests)
+                opening, data = await anext(requests)
         except StopAsyncIteration:
             raise InvalidRequestError(
                 "the stream ended inside a block", "send every declared byte before closing"
@@ -248,17 +249,19 @@ class StoreService(KVStoreServicer):
             raise DeadlineError(
                 f"no byte of the open block for {self._limits.put_idle_s} s", "put it again"
             ) from None
-        if request.WhichOneof("part") != "data":
+        if opening is not None:
             raise MalformedMessageError("a block was opened inside another one")
-        return request
+        if not data:
+            raise MalformedMessageError("a message without bytes")
+        return data
 
     async def Get(  # noqa: N802
         self, request: pb.GetRequest, context: Any
-    ) -> AsyncIterator[GetPiece]:
+    ) -> AsyncIterator[GetPart]:
         """Stream the wanted strata in request order, reading a few blocks ahead."""
         keys = parse_hashes(request.scope, request.block_hashes, self._limits.max_hashes)
         strata = parse_strata(request.strata)
-        layers = _layer_range(request)
+        layers = layer_range(request)
         tenant = self._admit(context)
         namespace = tenant.namespace
         with self._workload.call():
@@ -274,12 +277,12 @@ class StoreService(KVStoreServicer):
             )
             async with contextlib.aclosing(reads):
                 index = 0
-                async for read in reads:
-                    for stratum, found in _shown(read, ScopeDigest(request.scope), namespace):
-                        for piece in _replies(index, stratum, found, layers):
-                            self._store.counters.add(names.SENT_BYTES, len(piece[1]))
-                            yield piece
-                    index += 1
+                async for ready in reads:
+                    blocks = [shown(read, ScopeDigest(request.scope), namespace) for read in ready]
+                    for part in get_parts(index, blocks, layers):
+                        self._store.counters.add(names.SENT_BYTES, sum(map(len, part.data)))
+                        yield part
+                    index += len(ready)
 
     async def Pin(self, request: pb.PinRequest, context: Any) -> pb.PinReply:  # noqa: N802
         """Exempt blocks from eviction for a while."""
@@ -309,8 +312,8 @@ class StoreService(KVStoreServicer):
             return pb.DeleteReply(deleted=await self._store.delete(keys))
 
 
-def _data_size(request: pb.PutRequest) -> int:
-    return len(request.data)
+def _data_size(part: PutPart) -> int:
+    return sum(map(len, part.data))
 
 
 @contextlib.contextmanager
@@ -329,61 +332,6 @@ def _refused(error: ThrottledError) -> pb.PutReply:
         outcome=pb.PUT_OUTCOME_REJECTED,
         reason=f"throttled: {error.message}",
     )
-
-
-def _layer_range(request: pb.GetRequest) -> LayerRange:
-    first, last = request.first_layer, request.last_layer
-    if first == last == 0:
-        return None
-    if first >= last:
-        raise InvalidRequestError(
-            f"[{first}, {last}) is no range of layers",
-            "give first_layer < last_layer, or 0, 0 for all",
-        )
-    return first, last
-
-
-def _shown(read: Read, scope: ScopeDigest, namespace: Namespace) -> Iterator[tuple[int, Found]]:
-    """Yield each stratum that was read as its tenant put it."""
-    for stratum, found in read.items():
-        if isinstance(found, Piece):
-            found = Piece(namespace.shown(scope, found.frame), found.tier)
-        yield stratum, found
-
-
-def _replies(index: int, stratum: int, found: Found, layers: LayerRange) -> Iterator[GetPiece]:
-    """Yield the pieces of one stratum, or its miss."""
-    number = stratum_enum(stratum)
-    if not isinstance(found, Piece):
-        miss = pb.Miss(reason=found)
-        yield pb.GetReply(index=index, stratum=number, last=True, miss=miss), b""
-        return
-    frame = memoryview(found.frame)
-    pieces = list(_pieces(_byte_ranges(found.frame, layers)))
-    for begin, end in pieces:
-        reply = pb.GetReply(
-            index=index,
-            stratum=number,
-            frame_bytes=0 if begin else len(frame),
-            offset=begin,
-            last=(begin, end) == pieces[-1],
-            tier=found.tier,
-        )
-        yield reply, frame[begin:end]
-
-
-def _byte_ranges(frame: bytes, layers: LayerRange) -> list[tuple[int, int]]:
-    if layers is None:
-        return [(0, len(frame))]
-    opened = Frame.open(frame)
-    begin, end = opened.layer_run(*layers)
-    return [(0, opened.head_bytes), (begin, end)] if end > begin else [(0, opened.head_bytes)]
-
-
-def _pieces(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    for begin, end in ranges:
-        for first in range(begin, end, CHUNK_BYTES):
-            yield first, min(first + CHUNK_BYTES, end)
 
 
 def _block_info(presence: Presence) -> pb.BlockInfo:

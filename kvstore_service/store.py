@@ -250,6 +250,13 @@ class BlockStore:
                     found[i] = [(name, sizes) for name, sizes in found[i] if name != tier.name]
         return degraded
 
+    def get_resident(self, key: BlockKey, strata: Sequence[int]) -> Read | None:
+        """Return what ``get`` would if that takes no wait, since dram has it all; else None."""
+        read = self._lower.read_resident(key, strata)
+        if read is not None:
+            self.counters.add(names.HITS, len(read), tier=self.dram.name)
+        return read
+
     async def get(self, key: BlockKey, strata: Sequence[int], wait_until: float = 0.0) -> Read:
         """Return each wanted stratum or why it is missing, promoting what came from below.
 

@@ -143,8 +143,8 @@ class CalibratedCodec:
             raise CorruptFrameError("the blocks are of a model of another shape")
         try:
             stored = self._layout.read(
-                [self._segments(strata[BASE]) for strata in frames],
-                [self._segments(strata[MID]) for strata in frames] if MID in frames[0] else None,
+                [self.segments_of(strata[BASE]) for strata in frames],
+                [self.segments_of(strata[MID]) for strata in frames] if MID in frames[0] else None,
             )
             keys, values = (
                 side.decode(part, shape.dtype).unflatten(0, (num_layers, heads))
@@ -159,13 +159,24 @@ class CalibratedCodec:
     ) -> torch.Tensor | None:
         """Return which tokens are stored. See ``SelectiveCodec``."""
         try:
-            masks = self._layout.read_masks([self._segments(strata[BASE]) for strata in frames])
+            masks = self._layout.read_masks([self.segments_of(strata[BASE]) for strata in frames])
         except ValueError as error:
             raise CorruptFrameError(str(error)) from error
         left_out = (masks[0, 0] & masks[1, 0]).unflatten(0, (-1, shape.num_kv_heads))
         return ~to_flags(left_out) if left_out.any() else None
 
-    def _segments(self, frame: Frame) -> list[Buffer]:
+    @property
+    def bases(self) -> tuple[ComponentBasis, ComponentBasis]:
+        """Return what keys and values of all stored layers are transformed with."""
+        keys, values = self._sides
+        return keys.basis, values.basis
+
+    def segments_of(self, frame: Frame) -> list[Buffer]:
+        """Return a frame's segments, one per stored layer.
+
+        Raises:
+            CorruptFrameError: A checksum is off, or it holds other layers.
+        """
         segments = frame.segments()
         last = self.first_layer + self.profile.shape[0]
         if sorted(segments) != list(range(self.first_layer, last)):

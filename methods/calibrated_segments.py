@@ -103,7 +103,7 @@ class SegmentLayout:
                     for size, arrays in ((SCALE_BYTES, scales_of), (1, codes_of))
                     for part, (a, b) in zip(arrays, spans, strict=True)
                 )
-                base[n].append(compact_segment(dense, self._words_per_head(layer)))
+                base[n].append(compact_segment(dense, self.words_per_head(layer)))
                 mid[n].append(
                     b"".join(
                         part[ends[at] : ends[at + 1]].tobytes()
@@ -121,7 +121,7 @@ class SegmentLayout:
             ValueError: A segment's size is not the one that its masks tell.
         """
         base = [
-            [spread_segment(s, self._words_per_head(layer)) for layer, s in enumerate(segments)]
+            [spread_segment(s, self.words_per_head(layer)) for layer, s in enumerate(segments)]
             for segments in base
         ]
         fixed = [self._read_fixed(base, layer) for layer in range(self.num_layers)]
@@ -167,7 +167,7 @@ class SegmentLayout:
         masks = masks.view(self.num_layers, len(base), 2, 2, self.heads)
         return masks.permute(2, 3, 0, 4, 1).reshape(2, 2, -1, len(base)).contiguous()
 
-    def _words_per_head(self, layer: int) -> list[np.ndarray]:
+    def words_per_head(self, layer: int) -> list[np.ndarray]:
         """Return the words of each head's planes of K and of V, int (H,)."""
         heads = slice(layer * self.heads, (layer + 1) * self.heads)
         return [side.words_per_head[heads].numpy() for side in self.sides]

@@ -139,13 +139,13 @@ class Miss(_message.Message):
     reason: str
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
-class GetReply(_message.Message):
-    __slots__ = ("index", "stratum", "frame_bytes", "offset", "data", "last", "tier", "miss")
+class Piece(_message.Message):
+    __slots__ = ("index", "stratum", "frame_bytes", "offset", "length", "last", "tier", "miss")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     STRATUM_FIELD_NUMBER: _ClassVar[int]
     FRAME_BYTES_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     MISS_FIELD_NUMBER: _ClassVar[int]
@@ -153,11 +153,19 @@ class GetReply(_message.Message):
     stratum: _frame_pb2.Stratum
     frame_bytes: int
     offset: int
-    data: bytes
+    length: int
     last: bool
     tier: str
     miss: Miss
-    def __init__(self, index: _Optional[int] = ..., stratum: _Optional[_Union[_frame_pb2.Stratum, str]] = ..., frame_bytes: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., last: _Optional[bool] = ..., tier: _Optional[str] = ..., miss: _Optional[_Union[Miss, _Mapping]] = ...) -> None: ...
+    def __init__(self, index: _Optional[int] = ..., stratum: _Optional[_Union[_frame_pb2.Stratum, str]] = ..., frame_bytes: _Optional[int] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., last: _Optional[bool] = ..., tier: _Optional[str] = ..., miss: _Optional[_Union[Miss, _Mapping]] = ...) -> None: ...
+
+class GetReply(_message.Message):
+    __slots__ = ("data", "pieces")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    PIECES_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    pieces: _containers.RepeatedCompositeFieldContainer[Piece]
+    def __init__(self, data: _Optional[bytes] = ..., pieces: _Optional[_Iterable[_Union[Piece, _Mapping]]] = ...) -> None: ...
 
 class RetrieveQuery(_message.Message):
     __slots__ = ("layer", "vector")

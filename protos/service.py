@@ -36,6 +36,7 @@ CHUNK_BYTES = 1 << 20  # the size at which gRPC streams are fastest
 MAX_DISCARDED_BYTES = 64 << 20
 MAX_DISCARD_S = 60.0
 DISCARD_S = 1.0  # silence after which a refused client is taken to have stopped writing
+MAX_WHOLE_BYTES = 2 << 20  # up to here one message is still better than two and a join
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

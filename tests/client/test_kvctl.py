@@ -37,6 +37,7 @@ def test_stats_json_has_tiers_hits_and_misses_by_reason(run):
         "hits": 7,
         "evictions": 0,
         "detail": "",
+        "behind_bytes": 0,
     }
     assert {"name": "hits_total", "labels": {"tier": "dram"}, "value": 7} in found["counters"]
     assert {"name": "puts_total", "labels": {}, "value": 11} in found["counters"]

@@ -1,11 +1,15 @@
 """Looking into the service through its gateway, and shutting that down."""
 
 import asyncio
+import json
+from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from typer.testing import CliRunner
 
+from kvstrata.client.kvctl import app
 from kvstrata.engine import Model
 from kvstrata.kvstore_service.testing import LocalStore
 from kvstrata.prefill_node import WorkerConfig
@@ -55,6 +59,26 @@ async def test_explain_takes_a_prompt_and_knows_the_presets(cluster: Cluster) ->
     found = await explain(request_of(PROMPT))
     assert (found.run, [d.reason for d in found.blocks[1].departures]) == (1, ["admin"])
     assert list(found.blocks[2].listing.tiers) == ["dram"]
+
+
+async def test_kvctl_explains_a_prompt_through_the_gateway(cluster: Cluster) -> None:
+    await cluster.generate(request_of(PROMPT))
+    ids = ",".join(map(str, PROMPT))
+
+    async def kvctl(*args: str) -> dict[str, Any]:
+        command = [*args, "--address", cluster.server.address, "--json"]
+        result = await asyncio.to_thread(CliRunner().invoke, app, command)
+        assert result.exit_code == 0, result.output
+        found: dict[str, Any] = json.loads(result.stdout)
+        return found
+
+    found = await kvctl("lookup", "--token-ids", ids)
+    assert (found["run"], found["num_blocks"], found["prompt_tokens"]) == (3, 3, 200)
+    found = await kvctl("explain", "--token-ids", ids, "--preset", "exact")
+    assert found["why"].endswith("stored with another preset: balanced, not exact")
+    assert found["others"][0]["differs"][1] == "codec: fallback/2, not exact/1"
+    found = await kvctl("explain", "some text")
+    assert found["why"].startswith("no full block of 64 tokens")
 
 
 async def test_every_verb_reaches_the_store_through_the_gateway(cluster: Cluster) -> None:

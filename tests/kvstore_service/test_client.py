@@ -8,11 +8,14 @@ from collections.abc import AsyncIterator, Mapping
 import pytest
 from redis.asyncio import Redis
 
-from kvstrata.kvstore_service.client import FetchedStratum, StoreClient
+from kvstrata.kvstore_service.client import StoreClient
 from kvstrata.kvstore_service.config import StoreConfig, StoreLimits
+from kvstrata.kvstore_service.data_codec import GetPart
+from kvstrata.kvstore_service.found import FetchedStratum, GetAssembly
 from kvstrata.kvstore_service.frame_assembly import FrameAssembly
 from kvstrata.kvstore_service.redis_tier import value_key
 from kvstrata.kvstore_service.testing import LocalStore, RedisServer, free_port, sample_block
+from kvstrata.protos import kvstore_pb2 as pb
 from kvstrata.protos.errors import (
     CorruptFrameError,
     DeadlineError,
@@ -376,6 +379,13 @@ def test_an_assembly_takes_no_more_than_was_announced() -> None:
     for offset, size in ((60, 41), (10, 5)):
         with pytest.raises(CorruptFrameError):
             assembly.add(offset, bytes(size))
+
+
+def test_a_block_that_was_not_asked_for_is_refused(scope: ScopeDigest) -> None:
+    assembly = GetAssembly(scope, [BlockHash(b"h" * 16)], 1 << 20)
+    stray = pb.Piece(index=1, frame_bytes=9, length=9, last=True)
+    with pytest.raises(CorruptFrameError, match="block 1 of 1"):
+        list(assembly.add(GetPart([stray], [bytes(9)])))
 
 
 async def test_a_client_tries_again_soon_however_long_the_store_was_away() -> None:

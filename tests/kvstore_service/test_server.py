@@ -12,10 +12,10 @@ import kvstrata.kvstore_service as room
 from kvstrata.kvstore_service.client import StoreClient
 from kvstrata.kvstore_service.config import StoreConfig, StoreLimits
 from kvstrata.kvstore_service.server import start_store
-from kvstrata.kvstore_service.sizes import parse_size
 from kvstrata.kvstore_service.testing import LocalStore, free_port, sample_block
 from kvstrata.protos.errors import ConfigurationError
 from kvstrata.protos.identity import ScopeDigest
+from kvstrata.protos.sizes import parse_size
 
 
 def python(*arguments: str, **environment: str) -> subprocess.Popen[str]:

@@ -121,21 +121,45 @@ async def test_one_message_may_span_several_strata(stub: Any, scope: ScopeDigest
     assert (await call.read()).outcome == pb.PUT_OUTCOME_COMMITTED
 
 
+async def test_a_block_may_be_opened_and_brought_in_one_message(
+    stub: Any, scope: ScopeDigest
+) -> None:
+    key, frames = sample_block(scope, strata={BASE: 400, MID: 400})
+    request = opening(scope, {s: len(f) for s, f in frames.items()}, key.block_hash)
+    request.data = b"".join(frames.values())
+    replies = [reply.outcome async for reply in stub.Put(stream([request, request]))]
+    assert replies == [pb.PUT_OUTCOME_COMMITTED, pb.PUT_OUTCOME_EXISTS]
+
+
+async def test_small_blocks_share_a_message(
+    store: LocalStore, stub: Any, scope: ScopeDigest
+) -> None:
+    blocks = [sample_block(scope, n, strata={BASE: 300_000, MID: 1000}) for n in range(9)]
+    async with StoreClient(store.address) as client:
+        await client.put(blocks)
+    hashes = b"".join(key.block_hash for key, _ in blocks)
+    strata: Any = [BASE, MID]
+    request = pb.GetRequest(scope=scope, block_hashes=hashes, strata=strata)
+    replies = [reply async for reply in stub.Get(request)]
+    assert [len({piece.index for piece in reply.pieces}) for reply in replies] == [4, 4, 1]
+    sent = b"".join(reply.data for reply in replies)
+    assert sent == b"".join(frame for _, frames in blocks for frame in frames.values())
+
+
 async def test_the_generated_stub_reads_what_the_data_codec_sends(
     store: LocalStore, stub: Any, scope: ScopeDigest
 ) -> None:
     key, frames = sample_block(scope, strata={BASE: 3_000_000})
     async with StoreClient(store.address) as client:
         await client.put([(key, frames)])
-    request = pb.GetRequest(
-        scope=scope, block_hashes=key.block_hash, strata=[pb.GetReply().stratum]
-    )
+    request = pb.GetRequest(scope=scope, block_hashes=key.block_hash, strata=[pb.Piece().stratum])
     assert await refusal(stub.Get(request)) == ("INVALID_ARGUMENT", "InvalidRequestError")
     request.strata[:] = [BASE]  # type: ignore[list-item]
     replies = [reply async for reply in stub.Get(request)]
     assert b"".join(reply.data for reply in replies) == frames[BASE]
-    assert [reply.last for reply in replies] == [False, False, True]
-    assert replies[0].frame_bytes == len(frames[BASE])
+    pieces = [piece for reply in replies for piece in reply.pieces]
+    assert [piece.last for piece in pieces] == [False, False, True]
+    assert pieces[0].frame_bytes == len(frames[BASE])
     assert all(len(reply.data) <= 1 << 20 for reply in replies)
 
 

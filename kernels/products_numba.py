@@ -1,12 +1,14 @@
-"""Products of 64 tokens by 16 columns, in the matrix unit where there is one (AMX), else by FMA.
+"""Products of 64 tokens by 16 columns: in the matrix unit (AMX), by dot products of pairs, by FMA.
 
 Every block is multiplied alone and in one order of additions, so that its numbers do not depend on
-how many blocks are handled together, which BLAS does not promise. Weights lie packed
-in the order in which they are read (``pack``).
+how many blocks are handled together, which BLAS does not promise. Weights lie packed in the order
+in which they are read (``pack``), and their type tells compiled code who multiplies: uint16 is the
+matrix unit, int32 pairs of bf16 (AVX512-BF16), float32 FMA. Tokens are bf16 for the first two.
 
 Roofline: one tile instruction multiplies 16 x 32 by 32 x 16 numbers of bf16 in 16 cycles, so 64 x
-64 by 64 x 64 takes 512 cycles, 0.05 ns per number at 2.5 GHz; by FMA of 16 lanes it takes 8192.
-Seen on a shared machine: 0.21 ns, of which 0.13 are the instructions of the matrix unit alone.
+64 by 64 x 64 takes 512 cycles, 0.05 ns per number at 2.5 GHz; by pairs of 16 lanes it takes 8192,
+by FMA 16384. Seen on a shared machine: 0.21 ns in tiles, of which 0.13 are the instructions of the
+matrix unit alone; 0.7 ns by pairs.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -15,7 +17,7 @@ Seen on a shared machine: 0.21 ns, of which 0.13 are the instructions of the mat
 import ctypes
 import platform
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,11 +29,23 @@ from numba.extending import intrinsic as _intrinsic
 from numba.extending import overload
 
 from kvstrata.kernels.floats_numba import as_numpy
-from kvstrata.kernels.vectors_numba import LANES, load, multiply_add, splat, splat_at, store
+from kvstrata.kernels.vectors_numba import (
+    HAS_PAIRS,
+    LANES,
+    add_pairs,
+    load,
+    load_ints,
+    multiply_add,
+    splat,
+    splat_at,
+    splat_pair_at,
+    store,
+)
 
 intrinsic: Any = _intrinsic  # its stub describes the function before it is decorated
+Multiplier = Literal["tiles", "pairs", "floats"]
 
-DEPTH = 32  # a tile's; depths are padded to it
+_TILE_DEPTH = 32
 _TOKENS = 64
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18
 
@@ -47,24 +61,43 @@ def has_tiles() -> bool:
     return bool(call(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA) == 0)
 
 
-def padded(depth: int) -> int:
-    """Return a depth rounded up to whole tiles."""
-    return -(-depth // DEPTH) * DEPTH
+def multiplier_of(dtype: torch.dtype) -> Multiplier:
+    """Return who multiplies float32 or bf16 numbers fastest here."""
+    if dtype != torch.bfloat16:
+        return "floats"
+    return "tiles" if has_tiles() else "pairs" if HAS_PAIRS else "floats"
 
 
-def pack(matrix: torch.Tensor, *, tiles: bool) -> "np.ndarray[Any, Any]":
+def depth_step(multiplier: Multiplier) -> int:
+    """Return what depths are padded to a multiple of."""
+    return _TILE_DEPTH if multiplier == "tiles" else LANES
+
+
+def padded(depth: int, multiplier: Multiplier) -> int:
+    """Return a depth rounded up."""
+    step = depth_step(multiplier)
+    return -(-depth // step) * step
+
+
+def pack(matrix: torch.Tensor, multiplier: Multiplier) -> "np.ndarray[Any, Any]":
     """Return float32 (H, K, D), K padded, as the products read it, flat.
 
     Per head and 16 columns: bf16 pairs of rows side by side, or float32 row by row.
     """
     heads, depth, dim = matrix.shape
-    rows = torch.zeros(heads, padded(depth), dim)
+    rows = torch.zeros(heads, padded(depth, multiplier), dim)
     rows[:, :depth] = matrix
-    if not tiles:
+    if multiplier == "floats":
         columns = rows.view(heads, -1, dim // LANES, LANES).transpose(1, 2)
         return as_numpy(columns.contiguous()).reshape(-1)
-    pairs = rows.bfloat16().view(heads, -1, LANES, 2, dim // LANES, LANES)
-    return as_numpy(pairs.permute(0, 4, 1, 2, 5, 3).contiguous()).reshape(-1)
+    pairs = rows.bfloat16().view(heads, -1, 2, dim // LANES, LANES)
+    packed = as_numpy(pairs.permute(0, 3, 1, 4, 2).contiguous()).reshape(-1)
+    return packed if multiplier == "tiles" else packed.view(np.int32)
+
+
+def rows_dtype(multiplier: Multiplier) -> type:
+    """Return the numpy type of the tokens that are multiplied."""
+    return np.float32 if multiplier == "floats" else np.uint16
 
 
 def aligned(size: int, dtype: Any) -> "np.ndarray[Any, Any]":
@@ -168,7 +201,7 @@ def _multiply_tiles(a, at, row, packed, start, depth, out, to, step):
     _zero2()
     _zero3()
     down = LANES * row
-    for k in range(0, depth, DEPTH):
+    for k in range(0, depth, _TILE_DEPTH):
         here = at + k
         _load4(packed, start + k * LANES, 64)
         _load5(a, here, 2 * row)
@@ -183,6 +216,18 @@ def _multiply_tiles(a, at, row, packed, start, depth, out, to, step):
     _save1(out, to + LANES * step, 4 * step)
     _save2(out, to + 2 * LANES * step, 4 * step)
     _save3(out, to + 3 * LANES * step, 4 * step)
+
+
+@_inlined
+def _store_eight(out, place, step, s0, s1, s2, s3, s4, s5, s6, s7):
+    store(out, place, s0)
+    store(out, place + step, s1)
+    store(out, place + 2 * step, s2)
+    store(out, place + 3 * step, s3)
+    store(out, place + 4 * step, s4)
+    store(out, place + 5 * step, s5)
+    store(out, place + 6 * step, s6)
+    store(out, place + 7 * step, s7)
 
 
 @_inlined
@@ -203,14 +248,60 @@ def _multiply_floats(a, at, row, packed, start, depth, out, to, step):
             s6 = multiply_add(splat_at(a, here + 6 * row), weights, s6)
             s7 = multiply_add(splat_at(a, here + 7 * row), weights, s7)
         place = to + t * step
-        store(out, place, s0)
-        store(out, place + step, s1)
-        store(out, place + 2 * step, s2)
-        store(out, place + 3 * step, s3)
-        store(out, place + 4 * step, s4)
-        store(out, place + 5 * step, s5)
-        store(out, place + 6 * step, s6)
-        store(out, place + 7 * step, s7)
+        _store_eight(out, place, step, s0, s1, s2, s3, s4, s5, s6, s7)
+
+
+@_inlined
+def _multiply_pairs(a, at, row, packed, start, depth, out, to, step):
+    """Write the tokens' 16 columns, eight tokens at a time, two numbers of each at once."""
+    for t in range(0, _TOKENS, 8):
+        s0, s1 = splat(np.float32(0)), splat(np.float32(0))
+        s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0
+        first = at + t * row
+        for k in range(0, depth, 2):
+            weights, here = load_ints(packed, (start + k * LANES) // 2), first + k
+            s0 = add_pairs(s0, splat_pair_at(a, here), weights)
+            s1 = add_pairs(s1, splat_pair_at(a, here + row), weights)
+            s2 = add_pairs(s2, splat_pair_at(a, here + 2 * row), weights)
+            s3 = add_pairs(s3, splat_pair_at(a, here + 3 * row), weights)
+            s4 = add_pairs(s4, splat_pair_at(a, here + 4 * row), weights)
+            s5 = add_pairs(s5, splat_pair_at(a, here + 5 * row), weights)
+            s6 = add_pairs(s6, splat_pair_at(a, here + 6 * row), weights)
+            s7 = add_pairs(s7, splat_pair_at(a, here + 7 * row), weights)
+        place = to + t * step
+        _store_eight(out, place, step, s0, s1, s2, s3, s4, s5, s6, s7)
+
+
+@_inlined
+def _multiply_wide_pairs(a, at, row, packed, start, next_start, depth, out, to, step):
+    """Write the tokens' 32 columns: a pair is spread over lanes once for both halves."""
+    for t in range(0, _TOKENS, 8):
+        s0, s1 = splat(np.float32(0)), splat(np.float32(0))
+        s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0
+        r0, r1, r2, r3, r4, r5, r6, r7 = s0, s0, s0, s0, s0, s0, s0, s0
+        first = at + t * row
+        for k in range(0, depth, 2):
+            left = load_ints(packed, (start + k * LANES) // 2)
+            right, here = load_ints(packed, (next_start + k * LANES) // 2), first + k
+            pair = splat_pair_at(a, here)
+            s0, r0 = add_pairs(s0, pair, left), add_pairs(r0, pair, right)
+            pair = splat_pair_at(a, here + row)
+            s1, r1 = add_pairs(s1, pair, left), add_pairs(r1, pair, right)
+            pair = splat_pair_at(a, here + 2 * row)
+            s2, r2 = add_pairs(s2, pair, left), add_pairs(r2, pair, right)
+            pair = splat_pair_at(a, here + 3 * row)
+            s3, r3 = add_pairs(s3, pair, left), add_pairs(r3, pair, right)
+            pair = splat_pair_at(a, here + 4 * row)
+            s4, r4 = add_pairs(s4, pair, left), add_pairs(r4, pair, right)
+            pair = splat_pair_at(a, here + 5 * row)
+            s5, r5 = add_pairs(s5, pair, left), add_pairs(r5, pair, right)
+            pair = splat_pair_at(a, here + 6 * row)
+            s6, r6 = add_pairs(s6, pair, left), add_pairs(r6, pair, right)
+            pair = splat_pair_at(a, here + 7 * row)
+            s7, r7 = add_pairs(s7, pair, left), add_pairs(r7, pair, right)
+        place = to + t * step
+        _store_eight(out, place, step, s0, s1, s2, s3, s4, s5, s6, s7)
+        _store_eight(out, place + LANES, step, r0, r1, r2, r3, r4, r5, r6, r7)
 
 
 def begin_products(packed, config):
@@ -220,9 +311,9 @@ def begin_products(packed, config):
 
 @overload(begin_products, inline="always")
 def _begin_products(packed, config):
-    if packed.dtype == types.float32:
-        return lambda packed, config: None
-    return lambda packed, config: _begin_tiles(config)
+    if packed.dtype == types.uint16:
+        return lambda packed, config: _begin_tiles(config)
+    return lambda packed, config: None
 
 
 def end_products(packed, config):
@@ -232,9 +323,20 @@ def end_products(packed, config):
 
 @overload(end_products, inline="always")
 def _end_products(packed, config):
-    if packed.dtype == types.float32:
-        return lambda packed, config: None
-    return lambda packed, config: _end_tiles(config)
+    if packed.dtype == types.uint16:
+        return lambda packed, config: _end_tiles(config)
+    return lambda packed, config: None
+
+
+def padded_depth(packed, depth):
+    """Return ``padded``."""
+    raise NotImplementedError("for compiled code only")
+
+
+@overload(padded_depth, inline="always")
+def _padded_depth(packed, depth):
+    step = _TILE_DEPTH if packed.dtype == types.uint16 else LANES
+    return lambda packed, depth: (depth + step - 1) // step * step
 
 
 def multiply_columns(a, at, row, packed, start, depth, out, to, step):
@@ -244,9 +346,43 @@ def multiply_columns(a, at, row, packed, start, depth, out, to, step):
 
 @overload(multiply_columns, inline="always")
 def _multiply_columns(a, at, row, packed, start, depth, out, to, step):
-    chosen = _multiply_floats if packed.dtype == types.float32 else _multiply_tiles
+    chosen = {types.uint16: _multiply_tiles, types.int32: _multiply_pairs}.get(
+        packed.dtype, _multiply_floats
+    )
 
     def run(a, at, row, packed, start, depth, out, to, step):
         chosen(a, at, row, packed, start, depth, out, to, step)
 
     return run
+
+
+def multiply_rows(a, at, row, packed, start, whole, depth, out, to, dim):
+    """Write 64 rows of ``a``, ``row`` apart, times all ``dim`` columns of a matrix of ``packed``.
+
+    ``whole`` is the padded depth of the matrix at ``start``, ``depth`` how much of it counts.
+    """
+    raise NotImplementedError("for compiled code only")
+
+
+@overload(multiply_rows, inline="always")
+def _multiply_rows(a, at, row, packed, start, whole, depth, out, to, dim):
+    if packed.dtype == types.int32:
+
+        def run(a, at, row, packed, start, whole, depth, out, to, dim):
+            c = 0
+            while c + 2 * LANES <= dim:
+                place = start + c * whole
+                _multiply_wide_pairs(
+                    a, at, row, packed, place, place + LANES * whole, depth, out, to + c, dim
+                )
+                c += 2 * LANES
+            if c < dim:
+                _multiply_pairs(a, at, row, packed, start + c * whole, depth, out, to + c, dim)
+
+        return run
+
+    def run_columns(a, at, row, packed, start, whole, depth, out, to, dim):
+        for c in range(0, dim, LANES):
+            multiply_columns(a, at, row, packed, start + c * whole, depth, out, to + c, dim)
+
+    return run_columns

@@ -1,0 +1,158 @@
+"""Blocks of one codec that the running sequences of a node hold, as attention reads them.
+
+Each block is a row of a ``BlockPages`` per stored layer; its bytes lie in one extent of the arena
+and may be moved. Several sequences may hold one block, counted by ``share`` and ``release``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvstrata.engine.kv_arena import Extent, KVArena
+from kvstrata.kernels.block_pages import ABSENT, NUM_FIELDS, BlockPages, Turns
+from kvstrata.kernels.expand_pages import expand_pages
+from kvstrata.methods.calibrated_pages import PageLayout
+from kvstrata.protos.errors import CorruptFrameError
+from kvstrata.protos.frame import Frame
+from kvstrata.protos.frame_pb2 import Stratum
+from kvstrata.protos.identity import BLOCK_TOKENS
+
+_FIRST_ROWS = 64
+
+
+@dataclass
+class _Held:
+    extent: Extent
+    num_holders: int
+
+
+class CompressedBlocks:
+    """The blocks of one codec. Not thread-safe: one thread runs the model.
+
+    Attributes:
+        layout: Of the codec.
+        layers: Per stored layer, the pages of all blocks; rows of released ones mean nothing.
+    """
+
+    def __init__(self, layout: PageLayout, arena: KVArena) -> None:
+        self.layout = layout
+        self._arena = arena
+        self._held: dict[int, _Held] = {}
+        self._free: list[int] = []
+        self.layers: list[BlockPages] = [
+            BlockPages.empty(arena.memory, 0, *tables) for tables in layout.tables
+        ]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks held."""
+        return len(self._held)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the held blocks in the arena."""
+        return sum(held.extent.num_bytes for held in self._held.values())
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the tables that say where the blocks' parts lie."""
+        return sum(
+            pages.offsets.nbytes + pages.starts.nbytes + pages.num_tokens.nbytes
+            for pages in self.layers
+        )
+
+    def put(self, blocks: Sequence[Mapping[Stratum, Frame]]) -> list[int]:
+        """Take blocks in and return their rows, each held once; all of them, or none.
+
+        Raises:
+            ArenaFullError: There is no room.
+            CorruptFrameError: A block is damaged.
+        """
+        placed = [self.layout.place(frames) for frames in blocks]
+        extents: list[Extent] = []
+        rows = [self._next_row() for _ in placed]
+        try:
+            for row, block in zip(rows, placed, strict=True):
+                extents.append(self._arena.allocate(block.num_bytes, self._mover(row)))
+                block.copy_to(self._arena.view(extents[-1]).numpy())
+            offsets = torch.stack([block.offsets for block in placed])
+            # Making room for one block may have moved another.
+            starts = torch.tensor([extent.offset for extent in extents])
+            offsets = torch.where(offsets == ABSENT, ABSENT, offsets + starts[:, None, None])
+            self._write(torch.tensor(rows), offsets)
+        except BaseException:
+            for extent in extents:
+                self._arena.release(extent)
+            self._free += rows
+            raise
+        self._held |= {r: _Held(e, 1) for r, e in zip(rows, extents, strict=True)}
+        return rows
+
+    def share(self, rows: Sequence[int]) -> None:
+        """Count one more holder of each block."""
+        for row in rows:
+            self._held[row].num_holders += 1
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Give up holding blocks; the last holder frees their bytes."""
+        for row in rows:
+            held = self._held[row]
+            held.num_holders -= 1
+            if not held.num_holders:
+                self._arena.release(held.extent)
+                del self._held[row]
+                self._free.append(row)
+
+    def expand(
+        self, layer: int, rows: Sequence[int], turns: Turns, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of blocks, one after the other, (H, 64 * len(rows), D).
+
+        Args:
+            layer: Counted from the first stored one.
+            rows: The blocks.
+            turns: Rotation to the first token of each.
+            dtype: Of the result.
+        """
+        return expand_pages(
+            self.layers[layer], torch.tensor(rows), self.layout.bases[layer], turns, dtype
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every row is held once or free."""
+        count = len(self.layers[0].num_tokens)
+        assert sorted([*self._held, *self._free]) == list(range(count)), "a row is lost or doubled"
+        assert all(held.num_holders > 0 for held in self._held.values()), "a block without holder"
+
+    def _next_row(self) -> int:
+        if not self._free:
+            count = len(self.layers[0].num_tokens)
+            more = max(_FIRST_ROWS, count)
+            self.layers = [_grown(pages, more) for pages in self.layers]
+            self._free = list(range(count + more - 1, count - 1, -1))
+        return self._free.pop()
+
+    def _mover(self, row: int) -> Callable[[int], None]:
+        def move(distance: int) -> None:
+            if row in self._held:  # else its row is not written yet
+                for pages in self.layers:
+                    offsets = pages.offsets[row]
+                    offsets += torch.where(offsets == ABSENT, 0, distance)
+
+        return move
+
+    def _write(self, rows: torch.Tensor, offsets: torch.Tensor) -> None:
+        num_tokens = torch.full((len(rows),), BLOCK_TOKENS)
+        try:
+            for layer, pages in enumerate(self.layers):
+                pages.put(rows, offsets[:, layer].contiguous(), num_tokens)
+        except ValueError as error:
+            raise CorruptFrameError(str(error)) from error
+
+
+def _grown(pages: BlockPages, more: int) -> BlockPages:
+    """Return pages with more rows, which are empty."""
+    offsets = torch.cat([pages.offsets, torch.full((more, NUM_FIELDS), ABSENT)])
+    num_tokens = torch.cat([pages.num_tokens, torch.zeros(more, dtype=torch.int64)])
+    return BlockPages(pages.arena, offsets, num_tokens, pages.keys, pages.values)
