@@ -215,7 +215,7 @@ class AdminService(AdminServicer):
         """Check every checksum, and tell how far it is."""
         self._check_tier(request.tier)
         keys = parse_keys(request.keys, self._limits.max_hashes)
-        checking = verify(self._store, self._listing, request.tier, keys, repair=request.repair)
+        checking = verify(self._store, request.tier, keys, repair=request.repair)
         async with contextlib.aclosing(checking):
             async for reply in checking:
                 yield reply

@@ -59,6 +59,13 @@ def main(
     tenants: Annotated[
         str, typer.Option(help="File of tenants, TOML; SIGHUP reads it again. See the README.")
     ] = "",
+    key_file: Annotated[
+        str,
+        typer.Option(
+            help="Master keys, TOML: blocks outside this process's memory are encrypted. SIGHUP "
+            "reads it again. Or KVSTRATA_KEYS, as name:hex."
+        ),
+    ] = "",
     admin_listen: Annotated[
         str, typer.Option(help="host:port of Admin alone; default: beside all else.")
     ] = "",
@@ -84,6 +91,7 @@ def main(
             drain_s=drain_s,
             tls=server_tls(tls_cert, tls_key, tls_client_ca),
             tenants=tenants,
+            key_file=key_file,
             admin_listen=admin_listen,
             metrics_listen=metrics_listen,
         )
@@ -100,8 +108,7 @@ async def serve_until_stopped(config: StoreConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     running = await start_store(config)
-    if config.tenants:
-        loop.add_signal_handler(signal.SIGHUP, running.tenants.reload)
+    loop.add_signal_handler(signal.SIGHUP, running.reload)
     ready = {"event": "ready", "address": running.address}
     if config.admin_listen:
         ready["admin_address"] = running.admin_address

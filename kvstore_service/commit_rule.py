@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from kvstrata.kvstore_service.segment_assembly import StoredSegment
+from kvstrata.kvstore_service.tier import SEALED_MAGIC
 from kvstrata.protos.errors import CorruptFrameError, KVStrataError
 from kvstrata.protos.frame import Frame, open_head, stratum_name
 from kvstrata.protos.frame_pb2 import FrameHeader, Stratum
@@ -11,6 +12,7 @@ from kvstrata.protos.identity import BLOCK_TOKENS, HASH_BYTES, BlockKey, block_h
 BASE, MID = int(Stratum.STRATUM_BASE), int(Stratum.STRATUM_MID)
 FINE, EXACT = int(Stratum.STRATUM_FINE), int(Stratum.STRATUM_EXACT)
 ALL_STRATA = (BASE, MID, FINE, EXACT)
+UNDECRYPTABLE = "undecryptable"  # a miss, not damage: another process may have the key
 VALID_SUBSETS = ({BASE}, {BASE, MID}, {BASE, MID, FINE}, {EXACT})
 
 
@@ -95,6 +97,8 @@ def open_verified(key: BlockKey, stratum: int, frame: bytes) -> FrameHeader:
     Raises:
         BlockRejectedError: A checksum does not hold, or it is another block's or stratum's frame.
     """
+    if frame[: len(SEALED_MAGIC)] == SEALED_MAGIC:
+        raise BlockRejectedError(UNDECRYPTABLE, "it is encrypted, and the key is not here")
     try:
         opened = Frame.open(frame)
         opened.verify()

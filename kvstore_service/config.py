@@ -60,6 +60,8 @@ class StoreConfig:
         limits: What one request may ask for.
         tls: Of every port; plaintext without it.
         tenants: File of tenants; without it everybody is one tenant and needs no token.
+        key_file: Master keys for encryption at rest, see ``key_ring``; without it
+            ``KVSTRATA_KEYS`` of the environment, or those of tenants, or no encryption.
         admin_listen: ``host:port`` of Admin; the same port as all else without it.
         metrics_listen: ``host:port`` for Prometheus; none without it.
     """
@@ -82,6 +84,7 @@ class StoreConfig:
     limits: StoreLimits = StoreLimits()
     tls: ServerTls | None = None
     tenants: str = ""
+    key_file: str = ""
     admin_listen: str = ""
     metrics_listen: str = ""
 

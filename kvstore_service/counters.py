@@ -28,6 +28,7 @@ OPENED = "opened_blocks_total"  # tenant, state
 ATTACHED = "attached_blocks_total"  # tenant, outcome
 LOOKUPS = "lookups_total"  # tenant
 LOOKUP_BLOCKS = "lookup_blocks_total"  # tenant, result
+SEALS = "sealed_strata_total"  # tier, outcome
 SHARED_READS = "shared_reads_total"
 RETRIEVALS = "retrievals_total"
 RETRIEVED_BLOCKS = "retrieved_blocks_total"  # result

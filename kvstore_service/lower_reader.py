@@ -12,6 +12,7 @@ from kvstrata.kvstore_service.commit_rule import (
     EXACT,
     FINE,
     MID,
+    UNDECRYPTABLE,
     BlockRejectedError,
     open_verified,
 )
@@ -193,7 +194,10 @@ class LowerReader:
                 try:
                     open_verified(key, stratum, frame)
                     read[stratum] = Piece(frame, tier.name)
-                except BlockRejectedError:
+                except BlockRejectedError as error:
+                    if error.kind == UNDECRYPTABLE:
+                        read[stratum] = UNDECRYPTABLE
+                        continue
                     read[stratum] = "corrupt"
                     self._counters.add(names.CORRUPT, tier=tier.name)
                     self._departures.note([key], tier.name, "corrupt")

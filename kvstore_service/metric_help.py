@@ -10,6 +10,8 @@ HELP = {
     "evictions_total": "Blocks given up, by tier and reason: capacity, quota, admin.",
     "quota_evictions_total": "Blocks that a tenant gave up to keep its quota of bytes.",
     "shed_bytes_total": "Bytes of refinements shed under pressure, by tier.",
+    "sealed_strata_total": "Strata encrypted (sealed) or decrypted (opened) at rest, or refused: "
+    "undecryptable (no key), plaintext, foreign (another tenant's key), damaged.",
     "corrupt_total": "Damaged strata found, and deleted, by tier.",
     "tier_errors_total": "Operations that a tier did not answer.",
     "received_bytes_total": "Bytes of blocks received, by caller's tenant.",

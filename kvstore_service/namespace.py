@@ -6,12 +6,37 @@ stored with the stored scope in their header, so every tier verifies them as eve
 back the header that was put.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from kvstrata.protos.call_context import DEFAULT_TENANT
 from kvstrata.protos.errors import CorruptFrameError
 from kvstrata.protos.frame import under_scope
 from kvstrata.protos.identity import BlockKey, ScopeDigest, digest
+
+_MAX_SCOPES = 65_536
+
+
+class ScopeOwners:
+    """Which tenant stores under which scope, as seen in the requests of this process.
+
+    Encryption at rest needs it: tiers know keys of blocks, not tenants.
+    """
+
+    def __init__(self) -> None:
+        self._owners: OrderedDict[ScopeDigest, str] = OrderedDict()
+
+    def note(self, scope: ScopeDigest, tenant: str) -> None:
+        """Remember whose a stored scope is; the longest unseen of 65,536 is forgotten."""
+        self._owners[scope] = tenant
+        self._owners.move_to_end(scope)
+        if len(self._owners) > _MAX_SCOPES:
+            self._owners.popitem(last=False)
+
+    def of(self, scope: ScopeDigest) -> str | None:
+        """Return the tenant; None if no request named the scope."""
+        return self._owners.get(scope)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,20 +45,29 @@ class Namespace:
 
     Attributes:
         owner: Whose; without one blocks are stored as they come.
+        owners: Told of every stored scope.
     """
 
     owner: str = ""
+    owners: ScopeOwners | None = field(default=None, repr=False, compare=False)
 
     def scope(self, scope: ScopeDigest) -> ScopeDigest:
         """Return the stored scope of a requested one."""
-        if not self.owner:
-            return scope
-        return ScopeDigest(digest("tenant", (self.owner.encode(), scope)))
+        stored = scope
+        if self.owner:
+            stored = ScopeDigest(digest("tenant", (self.owner.encode(), scope)))
+        if self.owners is not None:
+            self.owners.note(stored, self.owner or DEFAULT_TENANT)
+        return stored
 
     def keys(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
         """Return the stored key of each requested one."""
         if not self.owner:
-            return list(keys)
+            plain = list(keys)
+            if self.owners is not None:
+                for scope in {key.scope for key in plain}:
+                    self.owners.note(scope, DEFAULT_TENANT)
+            return plain
         scopes: dict[ScopeDigest, ScopeDigest] = {}
         stored = []
         for key in keys:

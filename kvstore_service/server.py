@@ -11,6 +11,7 @@ from kvstrata.kvstore_service.admin_service import AdminService
 from kvstrata.kvstore_service.config import StoreConfig
 from kvstrata.kvstore_service.counters import Counters
 from kvstrata.kvstore_service.dram_tier import DramTier
+from kvstrata.kvstore_service.encryption import Encryption
 from kvstrata.kvstore_service.measured_tier import MeasuredTier
 from kvstrata.kvstore_service.metrics import MetricsPort
 from kvstrata.kvstore_service.pin_table import Clock
@@ -24,7 +25,7 @@ from kvstrata.kvstore_service.store import BlockStore
 from kvstrata.kvstore_service.store_health import StoreHealth
 from kvstrata.kvstore_service.store_stats import StoreStats
 from kvstrata.kvstore_service.tenants import Tenants
-from kvstrata.kvstore_service.tier import Tier
+from kvstrata.kvstore_service.tier import SEAL_BYTES, Tier
 from kvstrata.kvstore_service.workload import Workload
 from kvstrata.protos.errors import ConfigurationError
 
@@ -48,6 +49,7 @@ class RunningStore:
     tenants: Tenants
     quotas: Quotas
     stats: StoreStats
+    _encryption: Encryption
     _ports: Ports
     _metrics: MetricsPort | None
     _watch: asyncio.Task[None]
@@ -71,6 +73,10 @@ class RunningStore:
     def port(self) -> int:
         """The port of ``address``."""
         return int(self.address.rpartition(":")[2])
+
+    def reload(self) -> bool:
+        """Read tenants and keys again; bad files change nothing. Return whether all were good."""
+        return self.tenants.reload() and self._encryption.reload(self.tenants)
 
     async def stop(self, grace_s: float = 10.0) -> None:
         """Refuse new calls, give running ones ``grace_s``, then close everything. Idempotent."""
@@ -97,10 +103,13 @@ async def start_store(config: StoreConfig, clock: Clock = time.monotonic) -> Run
     config.validate()
     tenants = Tenants(config.tenants)
     counters = Counters()
-    lower = [MeasuredTier(tier, counters) for tier in await _lower_tiers(config)]
+    encryption = Encryption(tenants, config.key_file, counters)
+    measured = [MeasuredTier(tier, counters) for tier in await _lower_tiers(config)]
+    lower = [encryption.around(tier) for tier in measured]
     store = BlockStore(DramTier(config.dram_bytes, clock), lower, clock, counters=counters)
     try:
-        return await _serve(config, store, tenants, Quotas(store.counters, clock))
+        quotas = Quotas(store.counters, clock)
+        return await _serve(config, store, tenants, quotas, encryption)
     except BaseException:
         await store.close()
         raise
@@ -138,7 +147,7 @@ async def _redis_tier(config: StoreConfig, url: str) -> RedisTier:
         connection,
         capacity_bytes=config.redis_bytes,
         ttl_s=config.ttl_s,
-        max_stratum_bytes=config.limits.max_block_bytes,
+        max_stratum_bytes=config.limits.max_block_bytes + SEAL_BYTES,
     )
 
 
@@ -146,7 +155,7 @@ async def _ssd_tier(config: StoreConfig, path: str) -> SsdTier:
     tier = SsdTier(
         path,
         capacity_bytes=config.ssd_bytes,
-        max_stratum_bytes=config.limits.max_block_bytes,
+        max_stratum_bytes=config.limits.max_block_bytes + SEAL_BYTES,
     )
     return await tier.open()
 
@@ -162,13 +171,17 @@ async def _object_tier(config: StoreConfig, url: str) -> Tier:
     tier = ObjectTier(
         ObjectService(url, timeout_s=config.object_timeout_s),
         capacity_bytes=config.object_bytes,
-        max_stratum_bytes=config.limits.max_block_bytes,
+        max_stratum_bytes=config.limits.max_block_bytes + SEAL_BYTES,
     )
     return await tier.open()
 
 
 async def _serve(
-    config: StoreConfig, store: BlockStore, tenants: Tenants, quotas: Quotas
+    config: StoreConfig,
+    store: BlockStore,
+    tenants: Tenants,
+    quotas: Quotas,
+    encryption: Encryption,
 ) -> RunningStore:
     workload = Workload()
     feels = StoreHealth(store, workload)
@@ -195,4 +208,4 @@ async def _serve(
             raise
     watch = asyncio.create_task(feels.watch(ports.health))
     logger.info("store serves: address=%s dram_bytes=%d", ports.address, config.dram_bytes)
-    return RunningStore(store, workload, tenants, quotas, stats, ports, metrics, watch)
+    return RunningStore(store, workload, tenants, quotas, stats, encryption, ports, metrics, watch)

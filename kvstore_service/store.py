@@ -283,7 +283,7 @@ class BlockStore:
     def _is_readable(self, read: Read) -> bool:
         """Whether waiting is pointless: something was found, or the block is there without it."""
         return any(isinstance(found, Piece) for found in read.values()) or any(
-            reason in ("corrupt", "stale_encoding") for reason in read.values()
+            reason in ("corrupt", "stale_encoding", "undecryptable") for reason in read.values()
         )
 
     async def _are_present(self, keys: Sequence[BlockKey]) -> list[bool]:

@@ -6,6 +6,8 @@ The file is TOML, one table a tenant::
     token_sha256 = "5e88...": sha256 of the token, in hex; the token itself is nowhere
     salt_seed = "9f86...": a secret that the tenant's cache scopes are derived from
     admin = false              # may call Admin
+    key_file = "/etc/alice.keys"    # master keys of its own, see key_ring.py
+    encrypt = true             # false: its blocks lie in plaintext although the store has keys
     quota_bytes = 10_000_000_000    # 0, the default of each limit: none
     requests_per_s = 100
     in_flight_bytes = 200_000_000
@@ -20,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvstrata.kvstore_service.namespace import Namespace
+from kvstrata.kvstore_service.namespace import Namespace, ScopeOwners
 from kvstrata.protos.call_context import DEFAULT_TENANT
 from kvstrata.protos.credentials import TOKEN_KEY, TOKEN_SCHEME
 from kvstrata.protos.errors import (
@@ -37,7 +39,7 @@ ADMIN_PREFIX = "/kvstrata.v1.Admin/"
 MAX_FILE_BYTES = 1 << 20
 MIN_SEED_CHARS = 16
 LIMITS = ("quota_bytes", "requests_per_s", "in_flight_bytes")
-_FIELDS = {"token_sha256", "salt_seed", "admin", *LIMITS}
+_FIELDS = {"token_sha256", "salt_seed", "admin", "key_file", "encrypt", *LIMITS}
 _SALT_DOMAIN = b"kvstrata/scope-salt/1"
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,9 @@ class Tenant:
         quota_bytes: Bytes of its blocks that this process may keep; 0 is no limit, as below.
         requests_per_s: Calls a second, blocks of a Put stream counted one by one.
         in_flight_bytes: Bytes being received for it and sent to it at once.
+        key_file: Of its own master keys for encryption at rest; the store's without it.
+        encrypt: Whether its blocks are encrypted at rest, where there are keys.
+        owners: Told of every stored scope of its requests.
     """
 
     name: str
@@ -64,11 +69,14 @@ class Tenant:
     quota_bytes: int = 0
     requests_per_s: float = 0.0
     in_flight_bytes: int = 0
+    key_file: str = ""
+    encrypt: bool = True
+    owners: ScopeOwners | None = field(default=None, repr=False, compare=False)
 
     @property
     def namespace(self) -> Namespace:
         """How its keys are stored: plainly for the default tenant alone."""
-        return Namespace(self.name if self.token_hash else "")
+        return Namespace(self.name if self.token_hash else "", self.owners)
 
     def scope_salt(self, deployment: bytes) -> bytes:
         """Return the secret part of its cache scopes; the deployment's own without a seed."""
@@ -86,7 +94,19 @@ class Tenants:
 
     def __init__(self, path: str = "") -> None:
         self._path = path
-        self._tenants: tuple[Tenant, ...] = read_tenants(path) if path else (DEFAULT,)
+        self._owners: ScopeOwners | None = None
+        self._tenants = self._read()
+
+    def _read(self) -> tuple[Tenant, ...]:
+        tenants = read_tenants(self._path) if self._path else (DEFAULT,)
+        if self._owners is None:
+            return tenants
+        return tuple(replace(tenant, owners=self._owners) for tenant in tenants)
+
+    def tell_owners(self, owners: ScopeOwners) -> None:
+        """Let ``owners`` know every stored scope of the requests to come."""
+        self._owners = owners
+        self._tenants = tuple(replace(tenant, owners=owners) for tenant in self._tenants)
 
     def identify(self, metadata: Metadata) -> Tenant:
         """Return the tenant whose token is in ``metadata``; nothing else of a call names one.
@@ -165,7 +185,7 @@ class Tenants:
     def reload(self) -> bool:
         """Read the file again; a bad one is logged and changes nothing. Return whether it held."""
         try:
-            self._tenants = read_tenants(self._path) if self._path else (DEFAULT,)
+            self._tenants = self._read()
         except KVStrataError as error:
             logger.error("tenants not read again, the old ones stay: %s", error)
             return False
@@ -228,8 +248,11 @@ def _parse(name: str, table: Any) -> Tenant:
         raise refuse(
             f"salt_seed has fewer than {MIN_SEED_CHARS} characters", "give a random secret"
         )
-    if not isinstance(table.get("admin", False), bool):
-        raise refuse("admin is neither true nor false", "give true or false")
+    for flag in ("admin", "encrypt"):
+        if not isinstance(table.get(flag, False), bool):
+            raise refuse(f"{flag} is neither true nor false", "give true or false")
+    if not isinstance(table.get("key_file", ""), str):
+        raise refuse("key_file is no text", "give the path of a file of keys")
     limits = {limit: table.get(limit, 0) for limit in LIMITS}
     for limit, value in limits.items():
         kinds = (int, float) if limit == "requests_per_s" else (int,)
@@ -241,6 +264,8 @@ def _parse(name: str, table: Any) -> Tenant:
         seed.encode(),
         table.get("admin", False),
         **limits,
+        key_file=table.get("key_file", ""),
+        encrypt=table.get("encrypt", True),
     )
 
 

@@ -12,6 +12,10 @@ from kvstrata.protos.errors import UnavailableError
 from kvstrata.protos.identity import BlockKey
 
 StratumSizes = dict[int, int]
+SEALED_MAGIC = b"KVSEALED"
+"""How a value begins that is encrypted at rest, see ``seal.py``; no frame begins so."""
+SEAL_BYTES = 64
+"""What encryption adds to a value."""
 
 
 class TierUnavailableError(UnavailableError):

@@ -4,9 +4,13 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 
-from kvstrata.kvstore_service.commit_rule import ALL_STRATA, BlockRejectedError, open_verified
+from kvstrata.kvstore_service.commit_rule import (
+    ALL_STRATA,
+    UNDECRYPTABLE,
+    BlockRejectedError,
+    open_verified,
+)
 from kvstrata.kvstore_service.counters import CORRUPT
-from kvstrata.kvstore_service.listing import Listing
 from kvstrata.kvstore_service.store import BlockStore
 from kvstrata.kvstore_service.tier import Tier, TierUnavailableError
 from kvstrata.kvstore_service.wire import key_message, stratum_enum
@@ -14,12 +18,12 @@ from kvstrata.protos import admin_pb2 as pb
 from kvstrata.protos.identity import BlockKey, block_hash
 
 REPORT_S = 0.5
+_MAX_KEYS = 1 << 30
 _MAX_DAMAGED = 1000  # told in one reply
 
 
 async def verify(
     store: BlockStore,
-    listing: Listing,
     tier_name: str = "",
     keys: Sequence[BlockKey] = (),
     *,
@@ -32,7 +36,6 @@ async def verify(
 
     Args:
         store: What to check.
-        listing: Its keys.
         tier_name: The only tier to check; all without it.
         keys: The only blocks to check; all without them.
         repair: Delete damaged strata, so that the next Put heals them.
@@ -43,14 +46,12 @@ async def verify(
     wanted: list[tuple[Tier, list[BlockKey]]] = []
     for tier in tiers:
         try:
-            held = list(keys) or await listing.all_keys(tier.name)
-            sizes = await tier.contains(held)
+            held = list(keys) or await tier.keys(_MAX_KEYS)
         except TierUnavailableError:
             found.unavailable.append(tier.name)
             continue
-        present = [key for key, size in zip(held, sizes, strict=True) if size is not None]
-        wanted.append((tier, present[::-1]))
-        found.total_blocks += len(present)
+        wanted.append((tier, held[::-1]))
+        found.total_blocks += len(held)
     for tier, held in wanted:
         for key in held:
             try:
@@ -79,7 +80,7 @@ async def _verify_block(
             if block_hash(header.parent_hash, header.token_ids) != key.block_hash:
                 raise BlockRejectedError("tokens", "the block hash is not that of the tokens")
         except BlockRejectedError as error:
-            if error.kind == "undecryptable":
+            if error.kind == UNDECRYPTABLE:
                 found.num_undecryptable += 1
                 continue
             found.num_damaged += 1

