@@ -28,9 +28,11 @@ class ProbedCache(SequenceCache):
 
     def __init__(self, like: SequenceCache, positions: torch.Tensor) -> None:
         """Take over the size of ``like``, which is empty; keep the rows ``positions`` as well."""
-        super().__init__(like.spec, like.capacity, like._probe_tokens, device=like.keys.device)
+        super().__init__(like.spec, like.capacity, like.probe_tokens, device=like.keys.device)
         self.positions = positions
-        self.queries = self._allocate(like.spec.num_heads, len(positions))
+        spec, dtype = like.spec, like.keys.dtype
+        shape = (spec.num_layers, spec.num_heads, len(positions), spec.head_dim)
+        self.queries = torch.zeros(shape, dtype=dtype, device=like.keys.device)
 
     def append(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor

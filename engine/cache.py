@@ -6,7 +6,9 @@ Not covered: compressed blocks, and one kernel call for several sequences.
 import torch
 
 from kvstrata.engine.attention import AttendOver, AttentionState, LayerRows
+from kvstrata.engine.probes import Probes
 from kvstrata.engine.spec import KVSpec
+from kvstrata.kernels.saliency import normalised_saliency
 
 
 class SequenceCache:
@@ -50,19 +52,16 @@ class SequenceCache:
             raise ValueError(f"probe_tokens must be at least 1, not {probe_tokens}")
         self.spec = spec
         self.length = 0
-        self._probe_tokens = probe_tokens
         self._device = torch.device(device)
-        self._probe_rows: range | None = None
-        self._probe_queries = self._allocate(spec.num_heads, 0)
-        self._probe_seen = torch.zeros(0, dtype=torch.bool)
-        self.keys = self._allocate(spec.num_kv_heads, capacity)
-        self.values = self._allocate(spec.num_kv_heads, capacity)
+        self._probes = Probes(spec, probe_tokens, device)
+        self.keys = self._allocate(capacity)
+        self.values = self._allocate(capacity)
 
-    def _allocate(self, num_heads: int, num_rows: int) -> torch.Tensor:
+    def _allocate(self, num_rows: int) -> torch.Tensor:
         # A tensor born in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             return torch.zeros(
-                (self.spec.num_layers, num_heads, num_rows, self.spec.head_dim),
+                (self.spec.num_layers, self.spec.num_kv_heads, num_rows, self.spec.head_dim),
                 dtype=self.spec.dtype,
                 device=self._device,
             )
@@ -78,9 +77,14 @@ class SequenceCache:
         return self.keys.nbytes + self.values.nbytes
 
     @property
+    def probe_tokens(self) -> int:
+        """Most rows whose queries are kept."""
+        return self._probes.max_rows
+
+    @property
     def probe_rows(self) -> range | None:
         """Positions whose queries are kept, or None."""
-        return self._probe_rows
+        return self._probes.rows
 
     def grow(self, num_tokens: int) -> None:
         """Make room for ``num_tokens`` in all, by doubling; views from ``read`` then go stale.
@@ -99,8 +103,8 @@ class SequenceCache:
         while capacity < num_tokens:
             capacity *= 2
         capacity = min(capacity, self.spec.max_positions)
-        keys = self._allocate(self.spec.num_kv_heads, capacity)
-        values = self._allocate(self.spec.num_kv_heads, capacity)
+        keys = self._allocate(capacity)
+        values = self._allocate(capacity)
         keys[:, :, : self.length] = self.keys[:, :, : self.length]
         values[:, :, : self.length] = self.values[:, :, : self.length]
         self.keys, self.values = keys, values
@@ -129,19 +133,12 @@ class SequenceCache:
         self.grow(last)
         self.keys[layer, :, first:last] = keys
         self.values[layer, :, first:last] = values
-        rows = self._probes_between(first, last)
-        if rows and self._probe_rows is not None:
-            kept = slice(rows.start - self._probe_rows.start, rows.stop - self._probe_rows.start)
-            passing = slice(rows.start - first, rows.stop - first)
-            self._probe_queries[layer, :, kept] = queries[:, passing]
+        self._probes.keep(layer, first, queries)
         return self.keys[layer, :, :last], self.values[layer, :, :last]
 
     def advance(self, num_tokens: int) -> None:
         """Count ``num_tokens`` appended to every layer as held."""
-        rows = self._probes_between(self.length, self.length + num_tokens)
-        if rows and self._probe_rows is not None:
-            start = self._probe_rows.start
-            self._probe_seen[rows.start - start : rows.stop - start] = True
+        self._probes.count(self.length, self.length + num_tokens)
         self.length += num_tokens
 
     def read(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,43 +198,39 @@ class SequenceCache:
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate {self.length} tokens to {length}")
-        if self._probe_rows is not None:
-            self._probe_seen[max(0, length - self._probe_rows.start) :] = False
+        self._probes.truncate(length)
         self.length = length
 
     def expect_probes(self, first_position: int, last_position: int) -> None:
-        """Keep the queries of positions ``first_position`` to ``last_position`` - 1 as they pass.
+        """Keep the queries of these positions as they pass; see ``Probes.expect``."""
+        self._probes.expect(first_position, last_position)
 
-        Only the last ``probe_tokens`` of the range are kept; queries kept before are forgotten.
-
-        Raises:
-            ValueError: The range is empty or not within the model's positions.
-        """
-        if not 0 <= first_position < last_position <= self.spec.max_positions:
-            raise ValueError(
-                f"probe positions {first_position}..{last_position} are empty or not within "
-                f"the model's {self.spec.max_positions}"
-            )
-        first_position = max(first_position, last_position - self._probe_tokens)
-        self._probe_rows = range(first_position, last_position)
-        self._probe_queries = self._allocate(self.spec.num_heads, len(self._probe_rows))
-        self._probe_seen = torch.zeros(len(self._probe_rows), dtype=torch.bool)
+    def expect_block(self, last_position: int) -> None:
+        """Keep the queries of the tokens up to ``last_position``, if they are not expected yet."""
+        rows = self._probes.rows
+        if not rows or rows.stop != last_position:
+            self._probes.expect(self.length, last_position)
 
     def probes(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the probe queries seen so far and their positions.
+        """Return the probe queries seen so far and their positions; see ``Probes.read``."""
+        return self._probes.read()
+
+    def saliency(self, first: int, last: int, scaling: float) -> torch.Tensor:
+        """Return how much the probes attend to each token from ``first`` to ``last`` - 1.
+
+        Args:
+            first: Position.
+            last: Behind the last position.
+            scaling: Factor on the dot products before the softmax.
 
         Returns:
-            Queries, ``spec.dtype``, (num_layers, num_heads, r, head_dim), post-RoPE, and
-            positions, int64, (r,), ascending. r is 0 if none was expected or has passed.
+            float32 (num_layers, num_kv_heads, last - first), on the CPU; 0 where no probe is behind
+            the token.
         """
-        seen = self._probe_seen.nonzero().flatten()
-        start = 0 if self._probe_rows is None else self._probe_rows.start
-        queries = self._probe_queries
-        if len(seen) < queries.shape[2]:
-            queries = queries[:, :, seen.to(self._device)]
-        return queries, (seen + start).to(self._device)
-
-    def _probes_between(self, first: int, last: int) -> range:
-        if self._probe_rows is None:
-            return range(0)
-        return range(max(first, self._probe_rows.start), min(last, self._probe_rows.stop))
+        queries, positions = self.probes()
+        found = torch.zeros(self.spec.num_layers, self.spec.num_kv_heads, last - first)
+        if len(positions):
+            keys = self.read(0, int(positions[-1]) + 1)[0]
+            seen = normalised_saliency(queries, positions, keys, scaling)[..., first:last].cpu()
+            found[..., : seen.shape[-1]] = seen
+        return found

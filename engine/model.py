@@ -27,7 +27,13 @@ from kvstrata.engine.batch import KVCache, Span, begin_pass
 from kvstrata.engine.cache import SequenceCache
 from kvstrata.engine.compatibility import build_spec
 from kvstrata.engine.layer_rows import select_rows_in
-from kvstrata.engine.loading import find_default_model, load_pretrained
+from kvstrata.engine.loading import (
+    display_name,
+    eos_token_ids,
+    find_default_model,
+    load_pretrained,
+    resolve_dtype,
+)
 from kvstrata.engine.rotary import Rotary
 from kvstrata.engine.spec import KVSpec
 from kvstrata.engine.storage import profile_folder
@@ -71,7 +77,7 @@ class Model:
         self.name = name
         self.device = device
         self.spec: KVSpec = build_spec(
-            hf_model.config, hf_model.dtype, _eos_token_ids(hf_model, tokenizer)
+            hf_model.config, hf_model.dtype, eos_token_ids(hf_model, tokenizer)
         )
         self._rotary: Rotary | None = None
         if self.spec.rope == "pre":
@@ -104,9 +110,9 @@ class Model:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
-        dtype = _resolve_dtype(dtype, device)
+        dtype = resolve_dtype(dtype, device)
         hf_model, tokenizer, fingerprint, model_id = load_pretrained(source, dtype, adapter)
-        name = Path(find_default_model()[1]).stem if source is None else _display_name(source)
+        name = Path(find_default_model()[1]).stem if source is None else display_name(source)
         return cls(hf_model, tokenizer, fingerprint, model_id, name=name, device=device)
 
     @cached_property
@@ -255,6 +261,17 @@ class Model:
         captured = self._capture_first_layer(token_ids, first_position)
         return captured.keys.clone(), captured.values.clone()
 
+    def first_layer_rows(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return layer 0's keys before RoPE, and its values, as for ``first_layer_kv``.
+
+        Raises:
+            ValueError: As for ``forward`` and ``rotate``.
+        """
+        positions = [0] * len(token_ids)
+        captured = self._capture_first_layer(token_ids, 0, positions)
+        keys = self.rotate(captured.keys, torch.tensor(positions), inverse=True)
+        return keys, captured.values.clone()
+
     def rotate(
         self, keys: torch.Tensor, first_position: int | torch.Tensor, *, inverse: bool = False
     ) -> torch.Tensor:
@@ -314,12 +331,16 @@ class Model:
         return logits.to(torch.float32, copy=True)
 
     def _capture_first_layer(
-        self, token_ids: Sequence[int], first_position: int
+        self,
+        token_ids: Sequence[int],
+        first_position: int,
+        positions: Sequence[int] | None = None,
     ) -> CaptureFirstLayer:
         self._check_tokens(token_ids, first_position)
         state = CaptureFirstLayer()
-        try:
+        if positions is None:
             positions = range(first_position, first_position + len(token_ids))
+        try:
             self._run(token_ids, positions, state, 1)
         except FirstLayerCapturedError:
             return state
@@ -370,27 +391,3 @@ def _alone(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Extend nothing: a sequence without a past."""
     return keys, values
-
-
-def _resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if resolved not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not {dtype}")
-    return resolved
-
-
-def _display_name(source: str) -> str:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path.resolve().name
-    return path.stem if path.suffix == ".gguf" else source
-
-
-def _eos_token_ids(hf_model: Any, tokenizer: Any) -> frozenset[int]:
-    ids: set[int] = set()
-    for holder in (hf_model.generation_config, hf_model.config, tokenizer):
-        value = getattr(holder, "eos_token_id", None)
-        ids.update([value] if isinstance(value, int) else value or ())
-    return frozenset(ids)

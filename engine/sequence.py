@@ -17,8 +17,9 @@ from itertools import groupby
 import torch
 
 from kvstrata.engine.cache import SequenceCache
+from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.model import Model
-from kvstrata.kernels.saliency import normalised_saliency
+from kvstrata.engine.paged_cache import PagedCache
 from kvstrata.methods.codec import BlockShape, KVBlocks
 from kvstrata.methods.framing import BlockIdentity, SealedBlock, UnusableBlockError, seal, usable
 from kvstrata.methods.presets import Method
@@ -57,8 +58,19 @@ class RunningSequence:
     """
 
     def __init__(
-        self, model: Model, method: Method, token_ids: Sequence[int], *, salt: bytes = b""
+        self,
+        model: Model,
+        method: Method,
+        token_ids: Sequence[int],
+        *,
+        salt: bytes = b"",
+        pool: KVPool | None = None,
     ) -> None:
+        """Start with an empty cache: in ``pool``, or in memory of its own without one.
+
+        Raises:
+            ArenaFullError: The pool has no place for another sequence.
+        """
         self.model = model
         self.method = method
         self.token_ids = list(token_ids)
@@ -66,9 +78,13 @@ class RunningSequence:
             model=model.fingerprint, kv_dtype=dtype_name(model.spec.dtype), salt=salt
         ).digest()
         self.hashes: list[BlockHash] = block_hashes(self.scope, token_ids)
-        capacity = min(model.spec.max_positions, len(token_ids) + 4 * BLOCK_TOKENS)
         probes = max(BLOCK_TOKENS, min(int(len(token_ids) * PROBE_FRACTION), MAX_PROBE_ROWS))
-        self.cache = SequenceCache(model.spec, capacity, probes, device=model.device)
+        self.cache: SequenceCache | PagedCache
+        if pool is not None:
+            self.cache = PagedCache(pool, method.codec, self.token_ids, probes)
+        else:
+            capacity = min(model.spec.max_positions, len(token_ids) + 4 * BLOCK_TOKENS)
+            self.cache = SequenceCache(model.spec, capacity, probes, device=model.device)
         self.committable = method.reads_all
         self.num_unencodable = 0
 
@@ -140,8 +156,7 @@ class RunningSequence:
         while self.cache.length < len(self.token_ids):
             first = self.cache.length
             boundary = (first // BLOCK_TOKENS + 1) * BLOCK_TOKENS
-            if not self.cache.probe_rows or self.cache.probe_rows.stop != boundary:
-                self.cache.expect_probes(first, min(boundary, self.model.spec.max_positions))
+            self.cache.expect_block(min(boundary, self.model.spec.max_positions))
             logits = self.model.forward(self.cache, self.token_ids[first:boundary])
             if self.cache.length == boundary:
                 index = self.num_blocks_held - 1
@@ -166,10 +181,11 @@ class RunningSequence:
         keys, values = keys[codec.first_layer :], values[codec.first_layer :]
         if (turns := self._turns(begin, end)) is not None:
             keys = self.model.rotate(keys, turns, inverse=True)
+        saliency = self.cache.saliency(begin, end, self.model.attention_scaling)
         blocks = KVBlocks(
             keys=keys.cpu().unflatten(2, (-1, BLOCK_TOKENS)),
             values=values.cpu().unflatten(2, (-1, BLOCK_TOKENS)),
-            saliency=self._saliency(begin, end).unflatten(2, (-1, BLOCK_TOKENS)),
+            saliency=saliency[codec.first_layer :].unflatten(2, (-1, BLOCK_TOKENS)),
             first_position=begin,
         )
         try:
@@ -263,6 +279,9 @@ class RunningSequence:
         return Loaded(len(chosen), None)
 
     def _write(self, first: int, blocks: Sequence[FrameSet]) -> None:
+        if isinstance(self.cache, PagedCache) and self.cache.takes_block(first):
+            self.cache.hold(blocks)
+            return
         codec, spec = self.method.codec, self.model.spec
         begin, end = first * BLOCK_TOKENS, (first + len(blocks)) * BLOCK_TOKENS
         shape = BlockShape(spec.num_kv_heads, spec.head_dim, spec.dtype)
@@ -275,18 +294,6 @@ class RunningSequence:
             k0, v0 = self.model.first_layer_kv(self.token_ids[begin:end], begin)
             self.cache.write(begin, k0[None], v0[None], layers=slice(0, 1))
         self.cache.write(begin, keys, values, layers=slice(codec.first_layer, None))
-
-    def _saliency(self, begin: int, end: int) -> torch.Tensor:
-        """Return float32 (L, H, n); 0 where no probe query has passed."""
-        queries, positions = self.cache.probes()
-        found = torch.zeros(self._num_stored_layers, self.model.spec.num_kv_heads, end - begin)
-        if not len(positions):
-            return found
-        keys = self.cache.read(0, int(positions[-1]) + 1)[0]
-        scores = normalised_saliency(queries, positions, keys, self.model.attention_scaling)
-        seen = scores[self.method.codec.first_layer :, :, begin:end].cpu()
-        found[..., : seen.shape[-1]] = seen
-        return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:

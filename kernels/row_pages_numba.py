@@ -119,7 +119,7 @@ def _exponential(x):
 
 
 @_part
-def _score_four(q, a, b, c, d, memory, at, dim, scores, to, step):
+def score_four(q, a, b, c, d, memory, at, dim, scores, to, step):
     """Write the scores of a page's tokens for four rows of queries, which may be the same."""
     w, x, y, z = splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO)
     for i in range(dim):
@@ -220,7 +220,7 @@ def _attend_items(
             for t in range(0, count, PAGE_TOKENS):
                 page = np.int64(tables[table + (begin + t) // PAGE_TOKENS])
                 at = page * 2 * PAGE_TOKENS * dim
-                _score_four(q, a, b, c, d, memory, at, dim, scores, t, step)
+                score_four(q, a, b, c, d, memory, at, dim, scores, t, step)
             for i in range(4):
                 largest, total_weight = _weigh(scores, step * i, count)
                 if i < rows:

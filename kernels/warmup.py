@@ -47,6 +47,7 @@ from kvstrata.kernels.paper_quantizers import (
 from kvstrata.kernels.planes import unpack_planar
 from kvstrata.kernels.rope import rotate
 from kvstrata.kernels.row_pages import PAGE_TOKENS, RowPages, RowStep, step_rows
+from kvstrata.kernels.row_saliency import add_row_saliency
 from kvstrata.kernels.token_masks import TOKENS, token_classes
 from kvstrata.kernels.value_bias import encode_value_bias
 
@@ -204,7 +205,10 @@ def _rows(dim: int, dtype: torch.dtype) -> None:
     tables = torch.arange(2, dtype=torch.int32).view(1, 1, 2, 1)
     pages = RowPages(memory, tables, torch.zeros(1, 1, 2, dtype=torch.int32))
     row = torch.ones(1, 2, dim, dtype=dtype)
-    step_rows(row, row, row, RowStep(pages, torch.zeros(1, dtype=torch.int64)), 0, 1.0)
+    step = RowStep(pages, torch.zeros(1, dtype=torch.int64))
+    _, lse = step_rows(row, row, row, step, 0, 1.0)
+    firsts, sums = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, 2, PAGE_TOKENS)
+    add_row_saliency(row, lse, step, 0, 1.0, firsts, sums)
 
 
 def _exact(dim: int, dtype: torch.dtype) -> None:

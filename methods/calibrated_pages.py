@@ -51,11 +51,13 @@ class PlacedBlock:
         num_bytes: Of all layers.
         offsets: int64 (L, NUM_FIELDS), from the block's first byte.
         parts: What to copy to which byte, ascending.
+        is_whole: Whether no head leaves out a token.
     """
 
     num_bytes: int
     offsets: torch.Tensor
     parts: list[tuple[int, Bytes]]
+    is_whole: bool
 
     def copy_to(self, memory: Bytes) -> None:
         """Write the block to the first ``num_bytes`` of ``memory``."""
@@ -177,7 +179,8 @@ class PageLayout:
                 parts.append((at, np.frombuffer(mid[layer], np.uint8)))
                 keys[layer, MID], values[layer, MID] = at, at + int(mids[layer, 0])
                 at += len(mid[layer])
-        return PlacedBlock(at, torch.from_numpy(offsets), parts)
+        is_whole = not (all_masks[:, :, 0] & all_masks[:, :, 1]).any()
+        return PlacedBlock(at, torch.from_numpy(offsets), parts, is_whole)
 
 
 def is_readable_in_place(codec: CalibratedCodec) -> bool:

@@ -1,0 +1,128 @@
+"""Everything that the running sequences of a node hold of KV, within a fixed number of bytes."""
+
+from functools import cached_property
+
+import torch
+
+from kvstrata.engine.compressed_blocks import CompressedBlocks
+from kvstrata.engine.first_layer import FirstLayer
+from kvstrata.engine.kv_arena import ArenaFullError, KVArena
+from kvstrata.engine.model import Model
+from kvstrata.kernels.block_pages import Turns
+from kvstrata.kernels.row_pages import PAGE_TOKENS, RowPages
+from kvstrata.methods.calibrated import CalibratedCodec
+from kvstrata.methods.calibrated_pages import PageLayout, is_readable_in_place
+from kvstrata.methods.codec import BlockCodec
+from kvstrata.protos.identity import BLOCK_TOKENS
+
+MAX_SEQUENCES = 64
+
+
+class KVPool:
+    """One arena, the tables that lead into it, and what sequences share.
+
+    Attributes:
+        model: Whose KV this is.
+        arena: The memory; its capacity is the bound.
+        rows: Uncompressed rows in pages, by slot of a sequence.
+        saliency: float32 (slots, layers, kv_heads, 64): sums of the block that fills.
+    """
+
+    def __init__(
+        self, model: Model, capacity_bytes: int, *, max_sequences: int = MAX_SEQUENCES
+    ) -> None:
+        """Reserve ``capacity_bytes`` for the KV of at most ``max_sequences`` at once.
+
+        Raises:
+            ValueError: The bytes do not even hold one page of every head.
+        """
+        spec = model.spec
+        page_bytes = 2 * PAGE_TOKENS * spec.head_dim * spec.dtype.itemsize
+        least = page_bytes * spec.num_layers * spec.num_kv_heads
+        if capacity_bytes < least:
+            raise ValueError(
+                f"a pool of {capacity_bytes} bytes holds no {PAGE_TOKENS} tokens of {model.name}, "
+                f"which take {least}"
+            )
+        self.model = model
+        self.arena = KVArena(capacity_bytes, page_bytes, model.device)
+        heads = (max_sequences, spec.num_layers, spec.num_kv_heads)
+        with torch.inference_mode(False):
+            self.rows = RowPages(
+                self.arena.memory.view(spec.dtype).view(-1, 2, PAGE_TOKENS * spec.head_dim),
+                torch.zeros((*heads, -(-spec.max_positions // PAGE_TOKENS)), dtype=torch.int32),
+                torch.zeros(heads, dtype=torch.int32),
+            )
+            self.saliency = torch.zeros((*heads, BLOCK_TOKENS))
+        self._free_slots = list(range(max_sequences - 1, -1, -1))
+        self._blocks: dict[tuple[str, str], CompressedBlocks] = {}
+
+    @cached_property
+    def first_layer(self) -> FirstLayer:
+        """Layer 0 by token id; made for a model whose keys can be turned back."""
+        return FirstLayer(self.model)
+
+    @cached_property
+    def turns(self) -> Turns:
+        """Rotation to the first token of block i, for every i."""
+        cos, sin = self.model.cos_sin(0, self.model.spec.max_positions)
+        return Turns(cos[::BLOCK_TOKENS].contiguous(), sin[::BLOCK_TOKENS].contiguous())
+
+    def turns_of(self, num_blocks: int) -> Turns:
+        """Return the first rows of ``turns``."""
+        return Turns(self.turns.cos[:num_blocks], self.turns.sin[:num_blocks])
+
+    @property
+    def num_free_slots(self) -> int:
+        """Sequences that may still be opened."""
+        return len(self._free_slots)
+
+    @property
+    def pages_per_step(self) -> int:
+        """Pages that a sequence needs for its next ``PAGE_TOKENS`` rows."""
+        return self.model.spec.num_layers * self.model.spec.num_kv_heads
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in use: KV, the tables that lead to it, and layer 0's shared rows."""
+        spec = self.model.spec
+        pages = self.pages_per_step * spec.max_positions // PAGE_TOKENS
+        slots = len(self.saliency) - self.num_free_slots
+        tables = sum(blocks.table_bytes for blocks in self._blocks.values())
+        shared = self.first_layer.num_bytes if "first_layer" in self.__dict__ else 0
+        return self.arena.used_bytes + tables + shared + slots * 4 * pages
+
+    def take_slot(self) -> int:
+        """Return the place of a new sequence in the tables.
+
+        Raises:
+            ArenaFullError: All are taken.
+        """
+        if not self._free_slots:
+            raise ArenaFullError(f"all {len(self.saliency)} places for sequences are taken")
+        return self._free_slots.pop()
+
+    def free_slot(self, slot: int) -> None:
+        """Take a sequence's place back."""
+        assert slot not in self._free_slots
+        self.rows.lengths[slot] = 0
+        self.saliency[slot] = 0.0
+        self._free_slots.append(slot)
+
+    def blocks_of(self, codec: BlockCodec) -> CompressedBlocks | None:
+        """Return where a codec's blocks are held as they are stored; None if they cannot be."""
+        if not isinstance(codec, CalibratedCodec) or self.model.spec.rope != "pre":
+            return None
+        if not is_readable_in_place(codec) or codec.first_layer > 1:
+            return None
+        key = (codec.profile.profile_id, codec.settings())
+        if key not in self._blocks:
+            self._blocks[key] = CompressedBlocks(PageLayout(codec), self.arena)
+        return self._blocks[key]
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every byte, slot and row is held once or free."""
+        self.arena.check_integrity()
+        assert len(set(self._free_slots)) == len(self._free_slots), "a slot is free twice"
+        for blocks in self._blocks.values():
+            blocks.check_integrity()

@@ -1,0 +1,363 @@
+"""The cache of one running sequence in the pool: compressed blocks, then uncompressed rows.
+
+Tokens 0 to ``base`` lie in blocks as they came from the store, which attention reads in place; the
+newest lie uncompressed behind them, in one of two forms. While a prompt is computed they are one
+piece (``RowBuffer``), which dense attention reads; when tokens are generated one by one they are
+pages, which cost no more than what they hold. A codec whose blocks cannot be read in place has no
+blocks here: what it decodes is written to the rows, and ``base`` stays 0.
+
+Example: a prompt of 200 tokens under ``balanced``: 192 of them become 3 blocks, 8 stay rows. After
+56 more the fourth block is full; once sealed, ``hold`` takes it in and its rows are freed.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import torch
+
+from kvstrata.engine.attention import AttentionState, LayerRows
+from kvstrata.engine.kv_pool import KVPool
+from kvstrata.engine.paged_states import ChunkState, StepState
+from kvstrata.engine.probes import Probes
+from kvstrata.engine.row_buffer import RowBuffer
+from kvstrata.kernels.row_pages import PAGE_TOKENS, read_rows, write_rows
+from kvstrata.kernels.saliency import normalised_saliency
+from kvstrata.methods.codec import BlockCodec
+from kvstrata.protos.frame import Frame
+from kvstrata.protos.frame_pb2 import Stratum
+from kvstrata.protos.identity import BLOCK_TOKENS
+
+
+class PagedCache:
+    """Keys and values of one sequence. A ``SteppingCache``; not thread-safe.
+
+    Attributes:
+        pool: Where everything lies.
+        token_ids: The sequence's tokens, shared with whoever runs it; the first ``length`` of them
+            are those of the cache.
+        length: Tokens held; the position of the next one.
+        blocks: Where blocks of the codec are held; None if it has none here.
+        block_rows: The held blocks, in order.
+        slot: This sequence's place in the pool's tables.
+        probes: Queries that saliency is computed from, while a prompt is computed.
+    """
+
+    def __init__(
+        self, pool: KVPool, codec: BlockCodec, token_ids: list[int], probe_tokens: int = 64
+    ) -> None:
+        """Start empty.
+
+        Raises:
+            ArenaFullError: The pool has no place for another sequence.
+        """
+        self.pool = pool
+        self.token_ids = token_ids
+        self.length = 0
+        self.blocks = pool.blocks_of(codec)
+        self.block_rows: list[int] = []
+        self.probes = Probes(pool.model.spec, probe_tokens, pool.model.device)
+        self.slot = pool.take_slot()
+        self._first_layer = codec.first_layer
+        self._counts_saliency = not codec.lossless
+        self._block_end = 0
+        self._first_seen = 0
+        self._buffer: RowBuffer | None = None
+        self._num_columns = 0
+        self._rows: LayerRows = ()
+        self._is_closed = False
+
+    @property
+    def base(self) -> int:
+        """Tokens in compressed blocks."""
+        return len(self.block_rows) * BLOCK_TOKENS
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens in uncompressed rows."""
+        return self.length - self.base
+
+    @property
+    def first_stored_layer(self) -> int:
+        """Layers before it are in no block; their K and V come from the tokens."""
+        return self._first_layer
+
+    @property
+    def buffer(self) -> RowBuffer:
+        """The rows in one piece; there while a prompt's chunk is computed."""
+        assert self._buffer is not None
+        return self._buffer
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of this sequence's KV in the arena; shared blocks count in full."""
+        pages = self._num_columns * self.pool.pages_per_step * self.pool.arena.page_bytes
+        blocks = self.blocks.bytes_of(self.block_rows) if self.blocks else 0
+        return pages + blocks + (self._buffer.num_bytes if self._buffer else 0)
+
+    @property
+    def first_counted_row(self) -> int:
+        """The row at which the filling block begins, if its saliency is counted; else -1."""
+        is_counted = self._counts_saliency and self.probes.rows is None
+        return self.length // BLOCK_TOKENS * BLOCK_TOKENS - self.base if is_counted else -1
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for the next tokens, so that a pass over them cannot fail for want of it.
+
+        Raises:
+            ArenaFullError: There is none; what was held is as before.
+        """
+        if num_tokens > 1:
+            self._to_buffer(num_tokens)
+        else:
+            self.settle_rows()
+            self._add_columns(self.num_rows + 1)
+
+    def settle_rows(self) -> None:
+        """Bring rows into pages, the form for generating token by token.
+
+        Raises:
+            ArenaFullError: There is no room for both forms at once; nothing has changed.
+        """
+        buffer = self._buffer
+        if buffer is None:
+            return
+        count = self.num_rows
+        self._add_columns(count + 1)
+        write_rows(
+            self.pool.rows.memory,
+            self._table.flatten(0, 1),
+            0,
+            buffer.keys[:, :, :count].flatten(0, 1),
+            buffer.values[:, :, :count].flatten(0, 1),
+        )
+        self.pool.rows.lengths[self.slot] = count
+        buffer.release()
+        self._buffer = None
+
+    def begin(self, num_tokens: int, rows: LayerRows = ()) -> AttentionState:
+        """Make room for the next tokens and return what attends for them; see ``KVCache``."""
+        self._check(num_tokens)
+        self._to_buffer(num_tokens)
+        self._rows = rows
+        return ChunkState(self, num_tokens, rows)
+
+    @classmethod
+    def begin_step(cls, caches: Sequence[Self], rows: Sequence[LayerRows]) -> AttentionState:
+        """Begin the next token of each; see ``SteppingCache``."""
+        for cache, own in zip(caches, rows, strict=True):
+            cache._check(1)
+            cache.reserve(1)
+            cache._rows = own
+        return StepState(caches, rows)
+
+    def advance(self, num_tokens: int) -> None:
+        """Count the tokens of a pass as held."""
+        self.probes.count(self.length, self.length + num_tokens)
+        if self._buffer is None:
+            lengths = self.pool.rows.lengths[self.slot]
+            if not self._rows:
+                lengths += 1
+            for layer, ran in enumerate(self._rows):
+                lengths[layer] += 1 if ran is None else len(ran)
+        self.length += num_tokens
+
+    def takes_block(self, index: int) -> bool:
+        """Tell whether block ``index`` is the next one that ``hold`` takes."""
+        return self.blocks is not None and index == len(self.block_rows)
+
+    def hold(self, blocks: Sequence[Mapping[Stratum, Frame]]) -> None:
+        """Take in the next blocks as they are stored; rows of the same tokens are freed.
+
+        Raises:
+            ArenaFullError: There is no room; nothing has changed.
+            CorruptFrameError: A block is damaged; nothing has changed.
+        """
+        assert self.blocks is not None
+        num_tokens = len(blocks) * BLOCK_TOKENS
+        assert self.num_rows >= num_tokens or not self.num_rows, "blocks overlap rows in part"
+        self.pool.first_layer.learn(self.token_ids[self.base : self.base + num_tokens])
+        rows = self.blocks.put(blocks)
+        if self.num_rows:
+            self._drop_rows(num_tokens)
+        else:
+            self.length += num_tokens
+        self.block_rows += rows
+
+    def write(
+        self,
+        first: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layers: slice = slice(None),
+    ) -> None:
+        """Write rows of some layers at position ``first``; see ``SequenceCache.write``.
+
+        Raises:
+            ArenaFullError: There is no room.
+        """
+        assert self.base <= first <= self.length, "rows behind blocks only, without a gap"
+        last = first + keys.shape[2]
+        if self._buffer is None and last <= self.length:
+            table = self._table[layers].flatten(0, 1)
+            rows = (part.flatten(0, 1) for part in (keys, values))
+            write_rows(self.pool.rows.memory, table, first - self.base, *rows)
+            return
+        self._to_buffer(max(0, last - self.length))
+        own = slice(first - self.base, last - self.base)
+        self.buffer.keys[layers, :, own] = keys.to(self.buffer.keys.dtype)
+        self.buffer.values[layers, :, own] = values.to(self.buffer.values.dtype)
+        self.length = max(self.length, last)
+
+    def read(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V of uncompressed rows; see ``SequenceCache.read``.
+
+        Raises:
+            ValueError: The range is not within the rows held.
+        """
+        if not self.base <= first <= last <= self.length:
+            raise ValueError(f"positions {first}..{last} are not within {self.base}..{self.length}")
+        own = slice(first - self.base, last - self.base)
+        if self._buffer is not None:
+            return self._buffer.keys[:, :, own], self._buffer.values[:, :, own]
+        memory, table = self.pool.rows.memory, self._table
+        keys, values = read_rows(memory, table.flatten(0, 1), own.start, own.stop)
+        return keys.unflatten(0, table.shape[:2]), values.unflatten(0, table.shape[:2])
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from position ``length`` on.
+
+        Raises:
+            ValueError: ``length`` is negative, more than is held, or inside a block.
+        """
+        if not 0 <= length <= self.length or (length < self.base and length % BLOCK_TOKENS):
+            raise ValueError(f"cannot truncate {self.length} tokens to {length}")
+        if length < self.base:
+            assert self.blocks is not None
+            self._drop_rows(self.num_rows)
+            kept = length // BLOCK_TOKENS
+            self.blocks.release(self.block_rows[kept:])
+            del self.block_rows[kept:]
+        self.length = length
+        self.probes.truncate(length)
+        if self._buffer is None:
+            self.pool.rows.lengths[self.slot] = self.num_rows
+
+    def expect_probes(self, first_position: int, last_position: int) -> None:
+        """Keep the queries of a prompt's rows as they pass; see ``Probes.expect``."""
+        self.probes.expect(first_position, last_position)
+
+    def expect_block(self, last_position: int) -> None:
+        """Count the saliency of the block that ends at ``last_position``, as its rows pass."""
+        self.probes.forget()
+        if self._block_end != last_position:
+            self._block_end = last_position
+            self._first_seen = self.length
+            self.pool.saliency[self.slot] = 0.0
+
+    def saliency(self, first: int, last: int, scaling: float) -> torch.Tensor:
+        """Return how much later rows attend to tokens; see ``SequenceCache.saliency``."""
+        spec = self.pool.model.spec
+        if self.probes.rows is None:
+            assert self._block_end - BLOCK_TOKENS == first
+            seen = (last - torch.arange(first, last).clamp_min(self._first_seen)).clamp_min(1)
+            return self.pool.saliency[self.slot, :, :, : last - first] / seen
+        found = torch.zeros(spec.num_layers, spec.num_kv_heads, last - first)
+        queries, positions = self.probes.read()
+        for layer in range(spec.num_layers if len(positions) else 0):
+            keys = self.keys_of(layer, int(positions[-1]) + 1)[None]
+            seen = normalised_saliency(queries[layer : layer + 1], positions, keys, scaling)
+            own = seen[0, :, first:last].cpu()
+            found[layer, :, : own.shape[-1]] = own
+        return found
+
+    def keys_of(self, layer: int, last: int) -> torch.Tensor:
+        """Return one layer's keys from position 0 to ``last`` - 1, (num_kv_heads, last, D)."""
+        rows = self.buffer.keys[layer, :, : last - self.base]
+        if not self.base:
+            return rows
+        return torch.cat([self.expanded(layer)[0].to(rows.dtype), rows], 1)
+
+    def expanded(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V of all held blocks, in one layer, (num_kv_heads, base, D) each."""
+        assert self.blocks is not None
+        if layer < self._first_layer:
+            ids = torch.tensor(self.token_ids[: self.base], dtype=torch.int64)
+            return self.pool.first_layer.read(ids, 0)
+        turns = self.pool.turns_of(len(self.block_rows))
+        dtype = self.pool.model.spec.dtype
+        return self.blocks.expand(layer - self._first_layer, self.block_rows, turns, dtype)
+
+    def close(self) -> None:
+        """Give everything back. Idempotent; the cache must not be used afterwards."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self.blocks is not None:
+            self.blocks.release(self.block_rows)
+        if self._buffer is not None:
+            self._buffer.release()
+        self._release_columns(0, self._num_columns)
+        self.pool.free_slot(self.slot)
+
+    @property
+    def _table(self) -> torch.Tensor:
+        """The pages of every layer and head: int32 (L, H, columns)."""
+        return self.pool.rows.tables[self.slot, :, :, : self._num_columns]
+
+    def _check(self, num_tokens: int) -> None:
+        limit = self.pool.model.spec.max_positions
+        if self.length + num_tokens > limit:
+            raise ValueError(
+                f"{self.length + num_tokens} tokens do not fit: the model's limit is {limit} "
+                "positions"
+            )
+
+    def _add_columns(self, num_rows: int) -> None:
+        """Have pages for that many rows in every layer and head."""
+        more = -(-num_rows // PAGE_TOKENS) - self._num_columns
+        if more > 0:
+            pages = self.pool.arena.take_pages(more * self.pool.pages_per_step)
+            table = self.pool.rows.tables[self.slot]
+            columns = slice(self._num_columns, self._num_columns + more)
+            table[:, :, columns] = torch.from_numpy(pages).view(*table.shape[:2], more)
+            self._num_columns += more
+
+    def _release_columns(self, first: int, last: int) -> None:
+        """Free a run of columns; the later ones move up."""
+        if last > first:
+            table = self._table
+            self.pool.arena.release_pages(table[:, :, first:last].flatten().numpy())
+            table[:, :, first : first + self._num_columns - last] = table[:, :, last:].clone()
+            self._num_columns -= last - first
+
+    def _to_buffer(self, num_tokens: int) -> None:
+        """Bring rows into one piece, with room for ``num_tokens`` more."""
+        count = self.num_rows
+        needed = count + num_tokens
+        buffer = self._buffer
+        if buffer is None:
+            spec, arena = self.pool.model.spec, self.pool.arena
+            buffer = RowBuffer(spec, arena, max(needed, min(BLOCK_TOKENS, spec.max_positions)))
+            if count:
+                keys, values = self.read(self.base, self.length)
+                buffer.keys[:, :, :count], buffer.values[:, :, :count] = keys, values
+            self._release_columns(0, self._num_columns)
+            self.pool.rows.lengths[self.slot] = 0
+            self._buffer = buffer
+        elif buffer.capacity < needed:
+            buffer.grow(
+                max(needed, min(2 * buffer.capacity, self.pool.model.spec.max_positions)), count
+            )
+
+    def _drop_rows(self, num_rows: int) -> None:
+        """Free the first rows: all of them, or those of whole blocks; the later ones move up."""
+        left = self.num_rows - num_rows
+        if self._buffer is None:
+            self._release_columns(0, num_rows // PAGE_TOKENS if left else self._num_columns)
+            self.pool.rows.lengths[self.slot] = left
+        elif left:
+            for part in (self._buffer.keys, self._buffer.values):
+                part[:, :, :left] = part[:, :, num_rows : num_rows + left].clone()
+        else:
+            self._buffer.release()
+            self._buffer = None

@@ -1,0 +1,75 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""``row_saliency`` on CPU: scores of a page at once, as in ``row_pages_numba``."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+from kvstrata.kernels.floats_numba import as_numpy
+from kvstrata.kernels.row_pages import PAGE_TOKENS, RowStep
+from kvstrata.kernels.row_pages_numba import score_four
+from kvstrata.kernels.threads import for_ranges
+
+_GRAIN = 64  # heads of sequences that are worth a thread
+
+
+def add_row_saliency_numba(
+    queries: torch.Tensor,
+    lse: torch.Tensor,
+    step: RowStep,
+    layer: int,
+    scaling: float,
+    firsts: torch.Tensor,
+    sums: torch.Tensor,
+) -> None:
+    """Do what ``add_row_saliency_reference`` does, up to rounding."""
+    pages = step.pages
+    count, num_layers, heads = step.lengths.shape
+    group = queries.shape[1] // heads
+    scaled = (queries.float() * scaling).flatten().numpy()
+    own = step.once("row_saliency", lambda: step.lengths.contiguous().view(-1).numpy())
+    sizes = (num_layers, layer, heads, group, pages.head_dim, pages.tables.shape[3], sums.shape[3])
+    memory, tables = as_numpy(pages.memory.view(-1)), pages.tables.view(-1).numpy()
+
+    def work(begin: int, end: int) -> None:
+        _add(
+            begin, end, scaled, lse.contiguous().view(-1).numpy(), memory, tables,
+            step.slots.numpy(), own, firsts.numpy(), sizes, sums.view(-1).numpy(),
+        )  # fmt: skip
+
+    for_ranges(work, count * heads, _GRAIN)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _add(begin, end, q, lse, memory, tables, slots, lengths, firsts, sizes, sums):
+    """Add for heads ``begin`` to ``end`` of all sequences."""
+    num_layers, layer, heads, group, dim, width, room = sizes
+    scores = np.empty(4 * PAGE_TOKENS, np.float32)
+    for pair in range(begin, end):
+        i, head = pair // heads, pair % heads
+        first = np.int64(firsts[i])
+        if first < 0:
+            continue
+        last = np.int64(lengths[(i * num_layers + layer) * heads + head]) + 1
+        place = (slots[i] * num_layers + layer) * heads + head
+        for page in range(first // PAGE_TOKENS, (last + PAGE_TOKENS - 1) // PAGE_TOKENS):
+            at = np.int64(tables[place * width + page]) * 2 * PAGE_TOKENS * dim
+            start: Any = page * PAGE_TOKENS
+            stop: Any = start + PAGE_TOKENS
+            start = first if start < first else start
+            stop = last if last < stop else stop
+            for j in range(0, group, 4):
+                rows = min(4, group - j)
+                a = (pair * group + j) * dim
+                b, c = a + min(1, rows - 1) * dim, a + min(2, rows - 1) * dim
+                score_four(
+                    q, a, b, c, a + (rows - 1) * dim, memory, at, dim, scores, 0, PAGE_TOKENS
+                )
+                for k in range(rows):
+                    total = lse[pair * group + j + k]
+                    for t in range(start, stop):
+                        score = scores[k * PAGE_TOKENS + t - page * PAGE_TOKENS]
+                        weight = np.float32(np.exp(score - total)) / np.float32(group)
+                        sums[place * room + t - first] += weight
