@@ -3,12 +3,11 @@
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 from kvstrata.kvstore_service.config import StoreLimits
 from kvstrata.kvstore_service.request_check import parse_key
 from kvstrata.protos.errors import (
-    RETRY_AFTER,
     InvalidRequestError,
     LimitError,
     MalformedMessageError,
@@ -18,7 +17,6 @@ from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.identity import BlockKey
 from kvstrata.protos.kvstore_pb2 import PutOpen, StratumSize
 
-_RETRY_S = 0.1
 _KNOWN_STRATA = frozenset(Stratum.values()) - {Stratum.STRATUM_UNSPECIFIED}
 
 
@@ -111,22 +109,24 @@ class ByteBudget:
         try:
             yield
         finally:
-            self._free += num_bytes
-            self._wake()
+            self.give_back(num_bytes)
 
-    @contextlib.contextmanager
-    def reserved_now(self, num_bytes: int) -> Iterator[None]:
-        """Hold ``num_bytes``; ``ThrottledError`` if they are not free, or others wait for them."""
+    def take(self, num_bytes: int) -> None:
+        """Hold ``num_bytes`` until they are given back, without waiting.
+
+        Raises:
+            ThrottledError: They are not free, or others wait for them.
+        """
         if self._queue or num_bytes > self._free:
-            error = ThrottledError(f"in_flight: {num_bytes} bytes more in flight", "try again")
-            error.metadata[RETRY_AFTER] = f"{_RETRY_S:.3f}"
-            raise error
+            raise ThrottledError(
+                f"in_flight: no room for {num_bytes} bytes more in flight", "put the block later"
+            )
         self._free -= num_bytes
-        try:
-            yield
-        finally:
-            self._free += num_bytes
-            self._wake()
+
+    def give_back(self, num_bytes: int) -> None:
+        """Hold so many bytes less."""
+        self._free += num_bytes
+        self._wake()
 
     async def _acquire(self, num_bytes: int) -> None:
         if not self._queue and num_bytes <= self._free:

@@ -161,14 +161,18 @@ class Quotas:
     def check_put(self, tenant: Tenant, num_bytes: int) -> None:
         """Raise ``ThrottledError`` if a block of that size may not be received now."""
         self.count_request(tenant)
+        self.check_in_flight(tenant, num_bytes)
+        if tenant.quota_bytes and num_bytes > tenant.quota_bytes:
+            raise self._refusal(
+                tenant, "bytes", f"a block larger than the quota of {tenant.quota_bytes} bytes", 0
+            )
+
+    def check_in_flight(self, tenant: Tenant, num_bytes: int) -> None:
+        """Raise ``ThrottledError`` if so much more may not be received now."""
         limit = tenant.in_flight_bytes
         if limit and self.of(tenant).in_flight_bytes + num_bytes > limit:
             raise self._refusal(
                 tenant, "in_flight", f"more than {limit} bytes in flight", _RETRY_IN_FLIGHT_S
-            )
-        if tenant.quota_bytes and num_bytes > tenant.quota_bytes:
-            raise self._refusal(
-                tenant, "bytes", f"a block larger than the quota of {tenant.quota_bytes} bytes", 0
             )
 
     def may_read_ahead(self, tenant: Tenant) -> bool:

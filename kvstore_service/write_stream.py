@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from kvstrata.kvstore_service.commit_rule import (
 from kvstrata.kvstore_service.config import StoreLimits
 from kvstrata.kvstore_service.live_block import Ending, LiveBlock
 from kvstrata.kvstore_service.put_stream import ByteBudget, declared_sizes
-from kvstrata.kvstore_service.quota import Quotas, Room
+from kvstrata.kvstore_service.quota import Quotas
 from kvstrata.kvstore_service.read_ahead import cancel
 from kvstrata.kvstore_service.request_check import parse_key
 from kvstrata.kvstore_service.segment_assembly import SegmentAssembly
@@ -27,7 +27,6 @@ from kvstrata.protos import kvstore_pb2 as pb
 from kvstrata.protos.errors import (
     CorruptFrameError,
     DeadlineError,
-    KVStrataError,
     LimitError,
     MalformedMessageError,
     ThrottledError,
@@ -51,7 +50,7 @@ class OpenBlock:
         live: What readers follow.
         assemblies: Where the segments of each stratum come together.
         held: Everything that is given back when the block ends.
-        room: Its place in the tenant's quota.
+        held_bytes: Reserved for its segments.
     """
 
     number: int
@@ -61,12 +60,7 @@ class OpenBlock:
     live: LiveBlock
     assemblies: dict[int, SegmentAssembly]
     held: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
-    room: Room = field(default_factory=Room)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that the block may take."""
-        return sum(self.sizes.values())
+    held_bytes: int = 0
 
 
 class WriteStream:
@@ -171,8 +165,11 @@ class WriteStream:
             raise MalformedMessageError(f"block {number} was never opened", "open it first")
         return self._open.get(number)
 
-    async def _open_all(self, opens: Iterable[pb.WriteOpen]) -> None:
+    async def _open_all(self, opens: Sequence[pb.WriteOpen]) -> None:
         """Answer every opening: write it, somebody else does, or it is done."""
+        most = self._limits.max_hashes
+        if len(self._open) + len(opens) > most:
+            raise LimitError(f"more than {most} open blocks", "finish some before opening others")
         checked = [self._check(opening) for opening in opens]
         stored = self._tenant.namespace.keys([key for key, _ in checked])
         found, _ = await self._store.locate(stored)
@@ -227,33 +224,36 @@ class WriteStream:
             {stratum: SegmentAssembly(size) for stratum, size in sizes.items()},
         )
         try:
-            async with contextlib.AsyncExitStack() as held:
-                await self._reserve(block, held)
-                block.held = held.pop_all()
+            if self._workload.is_draining:
+                raise ThrottledError("draining: the store is draining", "use another store")
+            self._quotas.count_request(self._tenant)
         except ThrottledError as error:
             self._count_open("throttled")
             self._tell(number, key, pb.PUT_OUTCOME_REJECTED, f"throttled: {error.message}")
             return
+        block.held.enter_context(self._workload.receiving())
+        block.held.enter_context(self._store.arrivals.following(block.live))
+        block.held.callback(self._give_back, block)
         self._open[number] = block
         self._count_open("open")
         self._statuses.put_nowait(pb.WriteStatus(block=number, state=OPEN))
 
-    async def _reserve(self, block: OpenBlock, held: contextlib.AsyncExitStack) -> None:
-        """Hold everything that the block needs while it is written.
+    def _reserve(self, block: OpenBlock, num_bytes: int) -> None:
+        """Hold what the block's next segment needs, until the block ends.
 
         Raises:
-            ThrottledError: There is too little of something now; a stream that waited while it held
-                other blocks could wait for itself.
+            ThrottledError: There is too little now. Nobody waits for more while holding something:
+                two writers could wait for each other.
         """
-        if self._workload.is_draining:
-            raise ThrottledError("draining: the store is draining", "use another store")
-        self._quotas.check_put(self._tenant, block.num_bytes)
-        held.enter_context(self._budget.reserved_now(block.num_bytes))
-        held.enter_context(self._workload.receiving())
-        held.enter_context(self._quotas.of(self._tenant).in_flight(block.num_bytes))
-        room = self._quotas.room(self._tenant, block.live.key, block.num_bytes, self._store)
-        block.room = await held.enter_async_context(room)
-        held.enter_context(self._store.arrivals.following(block.live))
+        self._quotas.check_in_flight(self._tenant, num_bytes)
+        self._budget.take(num_bytes)
+        self._quotas.of(self._tenant).in_flight_bytes += num_bytes
+        block.held_bytes += num_bytes
+
+    def _give_back(self, block: OpenBlock) -> None:
+        self._budget.give_back(block.held_bytes)
+        self._quotas.of(self._tenant).in_flight_bytes -= block.held_bytes
+        block.held_bytes = 0
 
     async def _take(self, block: OpenBlock, part: pb.LayerSegment) -> None:
         assembly = block.assemblies.get(int(part.stratum))
@@ -262,7 +262,11 @@ class WriteStream:
                 f"block {block.number} was opened without stratum {int(part.stratum)}"
             )
         try:
+            if assembly.is_between_segments:
+                self._reserve(block, min(part.length, block.sizes[int(part.stratum)]))
             segment = assembly.add(part)
+        except ThrottledError as error:
+            await self._reject(block, "throttled", error.message)
         except CorruptFrameError as error:
             await self._reject(block, "corrupt", error.message)
         except LimitError as error:
@@ -300,18 +304,21 @@ class WriteStream:
     async def _commit(
         self, block: OpenBlock, frames: dict[int, bytes], heads: dict[int, pb.StratumHead]
     ) -> None:
+        key, size = block.live.key, sum(map(len, frames.values()))
         reason = "writer_gone"
         try:
-            block.room.kept = True
-            stored = self._tenant.namespace.stored(block.key, frames)
-            result = await self._store.put(block.live.key, stored, block.durability)
-            block.room.kept = result.outcome != pb.PUT_OUTCOME_REJECTED
-            rejected = "corrupt" if result.reason.startswith("corrupt") else "rejected"
-            reason = "" if block.room.kept else rejected
+            async with self._quotas.room(self._tenant, key, size, self._store) as room:
+                room.kept = True
+                stored = self._tenant.namespace.stored(block.key, frames)
+                result = await self._store.put(key, stored, block.durability)
+                room.kept = result.outcome != pb.PUT_OUTCOME_REJECTED
+            reason = "" if room.kept else "rejected"
             self._tell(block.number, block.key, result.outcome, result.reason, result.tiers)
-        except KVStrataError as error:
+        except ThrottledError as error:
             reason = "rejected"
-            self._tell(block.number, block.key, pb.PUT_OUTCOME_REJECTED, f"failed: {error.message}")
+            self._count_rejected("throttled")
+            told = f"throttled: {error.message}"
+            self._tell(block.number, block.key, pb.PUT_OUTCOME_REJECTED, told)
         finally:
             block.live.end(Ending(reason, {} if reason else heads))
             await block.held.aclose()

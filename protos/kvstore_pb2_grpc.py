@@ -126,9 +126,9 @@ class KVStoreServicer:
         PENDING and writes nothing, and Attach serves its segments as they arrive. Each is verified by its
         checksum on arrival, the whole block as by Put when it is finished; then it is committed.
         A segment that fails, an abort, the end or break of the stream, or its silence beyond the server's
-        limit ends a block: nothing of it is kept, and its readers are told at once. Bytes are reserved when
-        a block is opened, or it is REJECTED as "throttled: ..."; the stream goes on. An empty request keeps
-        the stream alive. One DONE a block, in no order.
+        limit ends a block: nothing of it is kept, and its readers are told at once. A block for whose next
+        segment there is no room in flight is REJECTED as "throttled: ..."; the stream goes on. An empty
+        request keeps the stream alive. One DONE a block, in no order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

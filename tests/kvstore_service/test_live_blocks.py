@@ -386,7 +386,7 @@ async def test_a_second_writer_is_told_to_wait_and_may_take_over(
 async def test_no_room_in_flight_refuses_writers_and_leaves_readers_alone(
     scope: ScopeDigest,
 ) -> None:
-    limits = StoreLimits(max_block_bytes=20_000, max_in_flight_bytes=40_000)
+    limits = StoreLimits(max_block_bytes=20_000, max_in_flight_bytes=20_000)
     async with (
         LocalStore(StoreConfig(limits=limits)) as store,
         StoreClient(store.address, timeout_s=60) as client,
@@ -394,14 +394,23 @@ async def test_no_room_in_flight_refuses_writers_and_leaves_readers_alone(
         await client.put(blocks(scope, 1))
         made = blocks(scope, 4, first=10)
         async with client.write(timeout_s=60) as writer:
-            outcomes = await writer.open([draft(b) for b in made], SIZES)
-            assert [o.outcome for o in outcomes] == ["open", "open", "rejected", "rejected"]
-            assert outcomes[2].reason.startswith("throttled: in_flight")
+            await open_all(writer, made)  # reserves nothing
+            following = Reader(client, made)
+            for at in range(3):
+                await writer.send(segment for block in made for segment in layer(block, at))
+            await following.until(24)
             assert await Reader(client, blocks(scope, 1)).reasons() == [""]
-            await writer.finish(dict(made[:2]))
-            assert (await writer.open([draft(made[2])], SIZES))[0].outcome == "open"
+            await writer.send(segment for block in made for segment in layer(block, 3))
+            outcomes = await writer.finish(dict(made))
+            assert [o.outcome for o in outcomes] == [
+                *("committed", "rejected", "committed", "committed")
+            ]
+            assert outcomes[1].reason.startswith("throttled: in_flight")
+            assert await following.reasons() == ["", "rejected", "", ""]
+            await open_all(writer, [made[1]])
+            assert (await writer.finish({made[1][0]: made[1][1]}))[0].outcome == "committed"
         counters = store.running.store.counters
-        assert counters.get("opened_blocks_total", state="throttled") == 2
+        assert counters.get("puts_total", outcome="rejected", reason="throttled") == 1
         await nothing_is_held(store)
 
 
