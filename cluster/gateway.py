@@ -16,6 +16,7 @@ from kvstrata.kvstore_service.counters import Counters
 from kvstrata.kvstore_service.quota import Quotas
 from kvstrata.kvstore_service.tenants import Tenants
 from kvstrata.methods.presets import PRESETS
+from kvstrata.prefill_node.flight import ANNOUNCED
 from kvstrata.prefill_node.task import Task
 from kvstrata.protos import inference_pb2_grpc
 from kvstrata.protos.errors import CapacityError, DeadlineError, DrainingError, UnavailableError
@@ -208,7 +209,8 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         report.CopyFrom(clock.report)
         merge_reports(report, decoded)
         # Blocks come as one run from the first on: those lost are the last of the expected ones.
-        lost = max((r.tokens for r in decoded.recomputes if r.reason != "unencodable"), default=0)
+        # Blocks that others were making are not among the expected ones.
+        lost = max((r.tokens for r in decoded.recomputes if _was_expected(r.reason)), default=0)
         loaded = task.expected_blocks * BLOCK_TOKENS - lost
         report.cached_tokens = min(route.cached_blocks * BLOCK_TOKENS, loaded)
         if not report.cached_tokens:
@@ -216,3 +218,8 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         count_report(self._counters, report)
         clock.report.Clear()  # counted with the rest; a request that ends earlier is counted then
         return report
+
+
+def _was_expected(reason: str) -> bool:
+    """Whether a recompute is of blocks that the route promised."""
+    return reason != "unencodable" and not reason.startswith(ANNOUNCED)

@@ -50,7 +50,10 @@ def count_report(counters: Counters, report: CacheReport) -> None:
     """Count what a request's report tells, once."""
     counters.add(names.PROMPT_TOKENS, report.prompt_tokens)
     counters.add(names.CACHED_TOKENS, report.cached_tokens)
-    counters.add(names.COMPUTED_TOKENS, report.prompt_tokens - report.cached_tokens)
+    theirs = report.coalesced_tokens
+    counters.add(names.COALESCED_TOKENS, theirs)
+    counters.add(names.COALESCED_REQUESTS, int(theirs > 0))
+    counters.add(names.COMPUTED_TOKENS, report.prompt_tokens - report.cached_tokens - theirs)
     counters.add(names.FETCHED_BYTES, report.bytes_fetched)
     counters.add(names.PUBLISHED_BYTES, report.bytes_published)
     counters.add(names.COMMITTED_BLOCKS, report.committed_blocks)

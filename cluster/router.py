@@ -18,6 +18,7 @@ class Route:
 
     Attributes:
         cached_blocks: The longest prefix in the store.
+        pending_blocks: Blocks right after it that are being made for another request.
         num_blocks: Full blocks of the prompt.
         needs_prefill: Whether a prefill node computes the rest; else the decode node does.
         failure: Why the store could not be asked, or not in full; None if it could.
@@ -27,6 +28,7 @@ class Route:
     num_blocks: int
     needs_prefill: bool
     failure: str | None = None
+    pending_blocks: int = 0
 
 
 def cache_scope(task: Task, info: WorkerInfo) -> CacheScope:
@@ -36,6 +38,8 @@ def cache_scope(task: Task, info: WorkerInfo) -> CacheScope:
 
 class Router:
     """Sends long uncached suffixes to a prefill node, short ones straight to a decode node.
+
+    What is being made for another request is not made again: the node that wants it attaches to it.
 
     Args:
         store: Asked once per request for the longest cached prefix.
@@ -66,7 +70,8 @@ class Router:
             if not wanted <= set(block.strata):
                 break
             cached += 1
-        uncached_tokens = (num_blocks - cached) * BLOCK_TOKENS
+        pending = found.pending if cached == len(found.blocks) else 0
+        uncached_tokens = (num_blocks - cached - pending) * BLOCK_TOKENS
         shareable = task.method.reads_all and uncached_tokens > self._direct_tokens
         incomplete = found.degraded and cached < num_blocks
         return Route(
@@ -74,4 +79,5 @@ class Router:
             num_blocks,
             needs_prefill=shareable,
             failure="store_degraded" if incomplete else None,
+            pending_blocks=pending,
         )

@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from typing import Any
 
 import torch
 
@@ -12,7 +13,8 @@ from kvstrata.engine.detokenizer import Detokenizer
 from kvstrata.engine.sampling import sample
 from kvstrata.engine.sequence import RunningSequence
 from kvstrata.methods.framing import SealedBlock, precision_name
-from kvstrata.prefill_node.prefill import compute_blocks, load_cached, num_prompt_blocks
+from kvstrata.prefill_node.flight import Flight
+from kvstrata.prefill_node.prefill import load_cached, num_prompt_blocks, provide_blocks
 from kvstrata.prefill_node.task import Task
 from kvstrata.prefill_node.worker import Worker, WorkerConfig, WorkerInfo
 from kvstrata.protos.identity import BLOCK_TOKENS
@@ -101,9 +103,14 @@ class Generation:
         known = list(sequence.token_ids)
         prompt_blocks = num_prompt_blocks(len(task.prompt_ids))
         await load_cached(worker, sequence, num_prompt_blocks(len(known)), task, clock)
-        sealed = await compute_blocks(worker, sequence, prompt_blocks, task, clock)
+        flight = Flight(worker, sequence, task, clock)
+        async with contextlib.AsyncExitStack() as unless_published:
+            unless_published.push_async_callback(flight.aclose)
+            sealed = await provide_blocks(worker, sequence, prompt_blocks, task, clock, flight)
+            if sealed and sequence.committable:
+                unless_published.pop_all()
+                self._start_publishing(_publish_and_close(flight, sealed))
         if sealed:
-            self._publish(sealed)
             with clock.stage("decompress"):
                 await worker.run(sequence.settle, sealed)
         with clock.stage("tail"):
@@ -116,9 +123,12 @@ class Generation:
 
     def _publish(self, sealed: Sequence[SealedBlock]) -> None:
         if sealed and self._sequence.committable:
-            publishing = asyncio.create_task(self._worker.publish(sealed, self._clock))
-            self._publishing.add(publishing)
-            publishing.add_done_callback(self._published)
+            self._start_publishing(self._worker.publish(sealed, self._clock))
+
+    def _start_publishing(self, publication: Coroutine[Any, Any, None]) -> None:
+        publishing = asyncio.create_task(publication)
+        self._publishing.add(publishing)
+        publishing.add_done_callback(self._published)
 
     def _published(self, publishing: asyncio.Task[None]) -> None:
         self._publishing.discard(publishing)
@@ -153,3 +163,8 @@ class Generation:
         reply.usage.prompt_tokens = report.prompt_tokens
         reply.usage.completion_tokens = len(self._generated)
         return reply
+
+
+async def _publish_and_close(flight: Flight, sealed: Sequence[SealedBlock]) -> None:
+    async with contextlib.aclosing(flight):
+        await flight.publish(sealed)

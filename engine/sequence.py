@@ -21,13 +21,20 @@ from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.model import Model
 from kvstrata.engine.paged_cache import PagedCache
 from kvstrata.methods.codec import BlockShape, KVBlocks
-from kvstrata.methods.framing import BlockIdentity, SealedBlock, UnusableBlockError, seal, usable
+from kvstrata.methods.framing import (
+    BlockIdentity,
+    SealedBlock,
+    UnusableBlockError,
+    draft,
+    seal,
+    usable,
+)
 from kvstrata.methods.presets import Method
 from kvstrata.methods.representatives import attachments as representative_attachments
 from kvstrata.methods.representatives import chosen_layers
 from kvstrata.protos.errors import CorruptFrameError
 from kvstrata.protos.frame import Frame
-from kvstrata.protos.frame_pb2 import RopeForm, Stratum
+from kvstrata.protos.frame_pb2 import FrameHeader, RopeForm, Stratum
 from kvstrata.protos.identity import BLOCK_TOKENS, BlockHash, block_hash, block_hashes
 from kvstrata.protos.representatives import ATTACHMENT
 
@@ -102,6 +109,19 @@ class RunningSequence:
             parent_hash=self.hashes[index - 1] if index else self.scope,
             token_ids=tuple(self.token_ids[first : first + BLOCK_TOKENS]),
             first_position=first,
+        )
+
+    def draft(self, index: int) -> FrameHeader:
+        """Return what the headers of block ``index`` will say once it is sealed."""
+        spec = self.model.spec
+        return draft(
+            self.method.codec,
+            self.identity(index),
+            rope=self._rope,
+            kv_dtype=dtype_name(spec.dtype),
+            num_layers=self._num_stored_layers,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
         )
 
     def load(self, blocks: Sequence[FrameSet]) -> Loaded:

@@ -36,6 +36,7 @@ class AttachStream:
         scope: As the tenant knows it.
         keys: Stored keys of the wanted blocks.
         strata: Wanted.
+        pending_only: Whether blocks that nobody writes end at once.
         silence_s: How long nothing may be heard; with 0 what is not committed is absent.
     """
 
@@ -48,6 +49,7 @@ class AttachStream:
         keys: Sequence[BlockKey],
         strata: Sequence[int],
         silence_s: float,
+        pending_only: bool,
     ) -> None:
         self._store = store
         self._tenant = tenant
@@ -56,6 +58,7 @@ class AttachStream:
         self._keys = keys
         self._strata = strata
         self._silence_s = silence_s
+        self._pending_only = pending_only
         self._events: asyncio.Queue[tuple[Event, int] | None] = asyncio.Queue(_QUEUED)
         self._reading = asyncio.Semaphore(_READS)
         self._unfinished = set(range(len(keys)))
@@ -82,7 +85,6 @@ class AttachStream:
                         break
                     event = self._events.get_nowait()
                 is_over = event is None
-                self._store.counters.add(names.SENT_BYTES, size)
                 if reply.ByteSize():
                     yield reply
             await following
@@ -140,6 +142,9 @@ class AttachStream:
                 if not self._silence_s or _is_served(read):
                     await self._send_read(index, read)
                     return
+            if self._pending_only and not self._store.arrivals.num_pending([key]):
+                await self._miss(index, "writer_gone")
+                return
             news = await self._store.waits.news(key)
             self._heard_at = self._now()
             if news not in ("opened", "committed"):
@@ -206,6 +211,7 @@ class AttachStream:
                 data=segment.data[first : first + CHUNK_BYTES],
             )
             await self._send(part)
+            self._store.counters.add(names.SENT_BYTES, len(part.data))
 
     async def _done(
         self,
@@ -225,6 +231,7 @@ class AttachStream:
             tier=tier,
         )
         await self._send(done)
+        self._store.counters.add(names.SENT_BYTES, _heads_size(done.heads))
         self._store.counters.add(names.HITS, len(done.heads), tier=tier)
         self._finished(index, "committed", lost.values())
 
@@ -249,6 +256,10 @@ class AttachStream:
 def _is_served(read: Read) -> bool:
     """Whether waiting is pointless: something was found, or what is there cannot be used."""
     return any(isinstance(f, Piece) or f not in ("absent", "evicted") for f in read.values())
+
+
+def _heads_size(heads: Iterable[pb.StratumHead]) -> int:
+    return sum(len(head.head) + sum(map(len, head.attachments)) for head in heads)
 
 
 def _head(stratum: int, frame: Frame) -> pb.StratumHead:

@@ -40,7 +40,7 @@ class AttachedBlock:
         missing: Wanted strata that it lacks, and why.
         reason: Why it is not committed: nothing that came of it may be used. Empty if it is.
         tier: Where the store found it; "live" if it was being written.
-        num_bytes: Bytes of its segments.
+        num_bytes: Bytes of frames received.
     """
 
     index: int
@@ -138,7 +138,8 @@ class Attachment:
             frames,
             {int(missing.stratum): missing.miss.reason for missing in done.missing},
             tier=done.tier,
-            num_bytes=sum(len(s.data) for found in coming.segments.values() for s in found),
+            num_bytes=sum(len(s.data) for found in coming.segments.values() for s in found)
+            + sum(len(head.head) + sum(map(len, head.attachments)) for head in done.heads),
         )
 
     def _frame(self, coming: _Coming, stratum: int, head: pb.StratumHead) -> Frame:

@@ -273,6 +273,7 @@ class StoreClient:
         strata: Sequence[int],
         *,
         silence_s: float,
+        pending_only: bool = False,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[AttachedSegment | AttachedBlock, None]:
         """Yield segments of blocks as they are made, or as they are, and each block's end.
@@ -287,6 +288,8 @@ class StoreClient:
             strata: Which strata.
             silence_s: How long the store may hear nothing of any wanted block before those that are
                 not done end as "wait_expired"; with 0 what is not committed is absent.
+            pending_only: End blocks that are neither committed nor being written at once, as
+                "writer_gone", instead of waiting for somebody to write them.
             timeout_s: Deadline of the whole call.
         """
         request = pb.AttachRequest(
@@ -294,6 +297,7 @@ class StoreClient:
             block_hashes=b"".join(hashes),
             strata=map(stratum_enum, strata),
             silence_ms=int(silence_s * 1000),
+            pending_only=pending_only,
         )
         deadline_s = timeout_s or self._timeout_s + silence_s
         call = self._stub.Attach(request, timeout=deadline_s, metadata=self._metadata)

@@ -25,6 +25,7 @@ RECEIVED_BYTES = "received_bytes_total"  # tenant
 SENT_BYTES = "sent_bytes_total"  # tenant
 WAITS = "waits_total"  # tenant, outcome
 OPENED = "opened_blocks_total"  # tenant, state
+UNFINISHED = "unfinished_blocks_total"  # tenant, reason
 ATTACHED = "attached_blocks_total"  # tenant, outcome
 LOOKUPS = "lookups_total"  # tenant
 LOOKUP_BLOCKS = "lookup_blocks_total"  # tenant, result
@@ -41,6 +42,8 @@ TIER_BYTES = "tier_moved_bytes_total"  # tier, direction
 REQUESTS = "requests_total"  # tenant, outcome; at a gateway, as all below
 PROMPT_TOKENS = "prompt_tokens_total"  # tenant
 CACHED_TOKENS = "cached_tokens_total"  # tenant
+COALESCED_TOKENS = "coalesced_tokens_total"  # tenant
+COALESCED_REQUESTS = "coalesced_requests_total"  # tenant
 COMPUTED_TOKENS = "computed_tokens_total"  # tenant
 GENERATED_TOKENS = "generated_tokens_total"  # tenant
 RECOMPUTES = "recomputes_total"  # reason
@@ -59,7 +62,8 @@ STAGE_SECONDS = "stage_seconds"  # node, stage
 PER_TENANT = frozenset(
     {HITS, MISSES, WANTED, ABANDONED, PUTS, RECEIVED_BYTES, SENT_BYTES, WAITS, LOOKUPS}
     | {LOOKUP_BLOCKS, REFUSALS, GIVEN_UP, CALLS, REQUESTS, PROMPT_TOKENS, CACHED_TOKENS}
-    | {COMPUTED_TOKENS, GENERATED_TOKENS, OPENED, ATTACHED}
+    | {COMPUTED_TOKENS, GENERATED_TOKENS, OPENED, UNFINISHED, ATTACHED}
+    | {COALESCED_TOKENS, COALESCED_REQUESTS}
 )
 MAX_TENANTS = 100
 OTHER = "other"

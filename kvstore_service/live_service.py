@@ -90,6 +90,7 @@ class LiveService:
                 tenant.namespace.keys(keys),
                 strata,
                 min(request.silence_ms, self._limits.max_wait_ms) / 1000,
+                request.pending_only,
             )
             async with contextlib.aclosing(stream.replies()) as replies:
                 async for reply in replies:

@@ -34,7 +34,7 @@ from kvstrata.protos.errors import (
 from kvstrata.protos.frame import assemble_frame
 from kvstrata.protos.identity import BlockKey
 
-_TOLD_TO_READERS = ("corrupt", "abandoned", "writer_gone")
+_UNFINISHED = ("abandoned", "writer_gone")
 OPEN, PENDING, DONE = pb.WRITE_STATE_OPEN, pb.WRITE_STATE_PENDING, pb.WRITE_STATE_DONE
 
 
@@ -274,7 +274,6 @@ class WriteStream:
         else:
             if segment is not None:
                 block.live.add(segment)
-                self._store.counters.add(names.RECEIVED_BYTES, len(segment.data))
 
     async def _finish(self, block: OpenBlock, finish: pb.WriteFinish) -> None:
         """Check what came, and commit it without holding up the stream."""
@@ -305,6 +304,7 @@ class WriteStream:
         self, block: OpenBlock, frames: dict[int, bytes], heads: dict[int, pb.StratumHead]
     ) -> None:
         key, size = block.live.key, sum(map(len, frames.values()))
+        self._store.counters.add(names.RECEIVED_BYTES, size)
         reason = "writer_gone"
         try:
             async with self._quotas.room(self._tenant, key, size, self._store) as room:
@@ -325,15 +325,18 @@ class WriteStream:
 
     async def _reject(self, block: OpenBlock, kind: str, what: str) -> None:
         """End a block that will not be committed, and tell writer and readers."""
-        self._count_rejected(kind)
+        if kind not in _UNFINISHED:
+            self._count_rejected(kind)
         self._tell(block.number, block.key, pb.PUT_OUTCOME_REJECTED, f"{kind}: {what}")
-        await self._end(block, kind if kind in _TOLD_TO_READERS else "rejected")
+        await self._end(block, kind if kind in ("corrupt", *_UNFINISHED) else "rejected")
 
     def _count_rejected(self, kind: str) -> None:
         self._store.counters.add(names.PUTS, outcome="rejected", reason=kind)
 
     async def _end(self, block: OpenBlock, reason: str) -> None:
         self._open.pop(block.number, None)
+        if reason in _UNFINISHED:
+            self._store.counters.add(names.UNFINISHED, reason=reason)
         block.live.end(Ending(reason))
         await block.held.aclose()
 

@@ -67,28 +67,49 @@ def seal(
     )
     frames = {}
     for stratum, layers in segments.items():
-        header = FrameHeader(
-            scope=identity.scope,
-            block_hash=identity.block_hash,
-            parent_hash=identity.parent_hash,
-            stratum=stratum,
-            encoding_id=written,
-            codec=codec.name,
-            codec_version=codec.version,
+        header = draft(
+            codec,
+            identity,
             rope=rope,
             kv_dtype=kv_dtype,
             num_layers=len(layers),
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            first_position=identity.first_position,
-            token_ids=identity.token_ids,
         )
+        header.stratum, header.encoding_id = stratum, written
         frames[stratum] = encode_frame(
             header,
             {codec.first_layer + i: data for i, data in layers.items()},
             attachments if stratum == codec.strata[0] else None,
         )
     return SealedBlock(identity, frames)
+
+
+def draft(
+    codec: BlockCodec,
+    identity: BlockIdentity,
+    *,
+    rope: RopeForm,
+    kv_dtype: str,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> FrameHeader:
+    """Return what the headers of a block's frames will say before its bytes exist."""
+    return FrameHeader(
+        scope=identity.scope,
+        block_hash=identity.block_hash,
+        parent_hash=identity.parent_hash,
+        codec=codec.name,
+        codec_version=codec.version,
+        rope=rope,
+        kv_dtype=kv_dtype,
+        num_layers=num_layers,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        first_position=identity.first_position,
+        token_ids=identity.token_ids,
+    )
 
 
 def usable(

@@ -1,9 +1,11 @@
 """The prefill node: computes the KV of a prompt's full blocks and publishes them."""
 
+import contextlib
 import logging
 
 from kvstrata.engine.sequence import RunningSequence
-from kvstrata.prefill_node.prefill import compute_blocks, load_cached, num_prompt_blocks
+from kvstrata.prefill_node.flight import Flight
+from kvstrata.prefill_node.prefill import load_cached, num_prompt_blocks, provide_blocks
 from kvstrata.prefill_node.task import Task
 from kvstrata.prefill_node.worker import Worker, WorkerConfig, WorkerInfo
 from kvstrata.protos.report import ReportClock
@@ -40,8 +42,9 @@ class PrefillNode:
         num_blocks = num_prompt_blocks(len(task.prompt_ids))
         if sequence.committable:
             await load_cached(worker, sequence, min(task.expected_blocks, num_blocks), task, clock)
-            sealed = await compute_blocks(worker, sequence, num_blocks, task, clock)
-            await worker.publish(sealed, clock)
+            async with contextlib.aclosing(Flight(worker, sequence, task, clock)) as flight:
+                sealed = await provide_blocks(worker, sequence, num_blocks, task, clock, flight)
+                await flight.publish(sealed)
         clock.unencodable(sequence.num_unencodable)
         logger.info(
             "prefilled",

@@ -2,10 +2,13 @@
 
 from kvstrata.engine.sequence import RunningSequence
 from kvstrata.methods.framing import SealedBlock
+from kvstrata.prefill_node.flight import Flight
 from kvstrata.prefill_node.task import Task
 from kvstrata.prefill_node.worker import Worker
 from kvstrata.protos.identity import BLOCK_TOKENS
 from kvstrata.protos.report import ReportClock
+
+MAX_WAITS = 4  # for blocks that others make and give up; after that they are made here as well
 
 
 def num_prompt_blocks(num_tokens: int) -> int:
@@ -42,8 +45,37 @@ async def load_cached(
         clock.recompute(reason or "absent", lost * BLOCK_TOKENS)
 
 
+async def provide_blocks(
+    worker: Worker,
+    sequence: RunningSequence,
+    num_blocks: int,
+    task: Task,
+    clock: ReportClock,
+    flight: Flight,
+) -> list[SealedBlock]:
+    """Bring the cache to ``num_blocks``: load what others make now, compute the rest.
+
+    Returns the computed blocks, sealed.
+
+    Raises:
+        DeadlineError: The task's deadline passed.
+    """
+    for _ in range(MAX_WAITS):
+        first = sequence.num_blocks_held
+        theirs = await flight.claim(first, num_blocks) if first < num_blocks else 0
+        if not theirs:
+            break
+        await flight.load(first, theirs)
+    return await compute_blocks(worker, sequence, num_blocks, task, clock, flight)
+
+
 async def compute_blocks(
-    worker: Worker, sequence: RunningSequence, num_blocks: int, task: Task, clock: ReportClock
+    worker: Worker,
+    sequence: RunningSequence,
+    num_blocks: int,
+    task: Task,
+    clock: ReportClock,
+    flight: Flight,
 ) -> list[SealedBlock]:
     """Compute the blocks up to ``num_blocks`` that the cache lacks, and return them sealed.
 
@@ -57,5 +89,6 @@ async def compute_blocks(
         chunks = sequence.compute(num_blocks * BLOCK_TOKENS)
         while await worker.run(next, chunks, 0):
             _ = task.remaining_s
+            await flight.progress()
     with clock.stage("compress"):
         return await worker.run(sequence.seal, first, num_blocks)

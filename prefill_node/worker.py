@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar, cast
@@ -14,7 +14,7 @@ import torch
 from kvstrata.engine.model import Model
 from kvstrata.engine.sequence import dtype_name
 from kvstrata.kernels.warmup import WORKER_OPS, warm_up
-from kvstrata.kvstore_service.client import FetchedStratum, StoreClient
+from kvstrata.kvstore_service.client import FetchedStratum, PutOutcome, StoreClient
 from kvstrata.methods.framing import SealedBlock
 from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
 from kvstrata.protos.errors import DeadlineError, KVStrataError
@@ -173,15 +173,25 @@ class Worker:
             try:
                 results = await self.store.put(
                     ((b.identity.key, dict(b.frames.items())) for b in blocks),
-                    timeout_s=self.config.store_timeout_s
-                    + sum(b.num_bytes for b in blocks) / SLOWEST_LINK_BYTES_PER_S,
+                    timeout_s=self.ship_s(blocks),
                 )
             except KVStrataError as error:
                 reason = store_failure(error)
                 logger.warning("publish failed", extra={"reason": reason, "error": str(error)})
                 clock.recompute(f"unpublished_{reason}", 0)
                 return
-        for block, result in zip(blocks, results, strict=True):
+        self.count_published(zip(blocks, results, strict=True), clock)
+
+    def ship_s(self, blocks: Iterable[SealedBlock]) -> float:
+        """Return how long publishing may take."""
+        num_bytes = sum(block.num_bytes for block in blocks)
+        return self.config.store_timeout_s + num_bytes / SLOWEST_LINK_BYTES_PER_S
+
+    def count_published(
+        self, results: Iterable[tuple[SealedBlock, PutOutcome]], clock: ReportClock
+    ) -> None:
+        """Record what became of published blocks."""
+        for block, result in results:
             if result.outcome != "rejected":
                 clock.report.bytes_published += block.num_bytes
                 clock.report.committed_blocks += 1

@@ -122,7 +122,7 @@ class Recompute(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class CacheReport(_message.Message):
-    __slots__ = ("prompt_tokens", "shareable_tokens", "cached_tokens", "bytes_fetched", "bytes_published", "tier", "precision", "codec", "stages", "recomputes", "committed_blocks", "replays")
+    __slots__ = ("prompt_tokens", "shareable_tokens", "cached_tokens", "bytes_fetched", "bytes_published", "tier", "precision", "codec", "stages", "recomputes", "committed_blocks", "replays", "coalesced_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SHAREABLE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +135,7 @@ class CacheReport(_message.Message):
     RECOMPUTES_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     REPLAYS_FIELD_NUMBER: _ClassVar[int]
+    COALESCED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     shareable_tokens: int
     cached_tokens: int
@@ -147,7 +148,8 @@ class CacheReport(_message.Message):
     recomputes: _containers.RepeatedCompositeFieldContainer[Recompute]
     committed_blocks: int
     replays: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., shareable_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., bytes_fetched: _Optional[int] = ..., bytes_published: _Optional[int] = ..., tier: _Optional[str] = ..., precision: _Optional[str] = ..., codec: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ..., recomputes: _Optional[_Iterable[_Union[Recompute, _Mapping]]] = ..., committed_blocks: _Optional[int] = ..., replays: _Optional[int] = ...) -> None: ...
+    coalesced_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., shareable_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., bytes_fetched: _Optional[int] = ..., bytes_published: _Optional[int] = ..., tier: _Optional[str] = ..., precision: _Optional[str] = ..., codec: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ..., recomputes: _Optional[_Iterable[_Union[Recompute, _Mapping]]] = ..., committed_blocks: _Optional[int] = ..., replays: _Optional[int] = ..., coalesced_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
     __slots__ = ("token_ids", "text", "finish_reason", "usage", "cache")

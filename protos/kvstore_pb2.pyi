@@ -298,16 +298,18 @@ class WriteReply(_message.Message):
     def __init__(self, statuses: _Optional[_Iterable[_Union[WriteStatus, _Mapping]]] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
-    __slots__ = ("scope", "block_hashes", "strata", "silence_ms")
+    __slots__ = ("scope", "block_hashes", "strata", "silence_ms", "pending_only")
     SCOPE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
     STRATA_FIELD_NUMBER: _ClassVar[int]
     SILENCE_MS_FIELD_NUMBER: _ClassVar[int]
+    PENDING_ONLY_FIELD_NUMBER: _ClassVar[int]
     scope: bytes
     block_hashes: bytes
     strata: _containers.RepeatedScalarFieldContainer[_frame_pb2.Stratum]
     silence_ms: int
-    def __init__(self, scope: _Optional[bytes] = ..., block_hashes: _Optional[bytes] = ..., strata: _Optional[_Iterable[_Union[_frame_pb2.Stratum, str]]] = ..., silence_ms: _Optional[int] = ...) -> None: ...
+    pending_only: bool
+    def __init__(self, scope: _Optional[bytes] = ..., block_hashes: _Optional[bytes] = ..., strata: _Optional[_Iterable[_Union[_frame_pb2.Stratum, str]]] = ..., silence_ms: _Optional[int] = ..., pending_only: _Optional[bool] = ...) -> None: ...
 
 class AttachOpened(_message.Message):
     __slots__ = ("block", "header")

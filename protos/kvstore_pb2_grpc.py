@@ -138,7 +138,7 @@ class KVStoreServicer:
         """Streams the wanted strata of the wanted blocks, committed ones and those being written, segment by
         segment as they arrive; within a stratum in ascending layers. Each is verified before it is sent.
         Every block ends, in an AttachDone or in a Miss; what was sent of a block that ends in a Miss must
-        not be used. A block that nobody writes yet is waited for. When nothing was heard of any wanted
+        not be used. A block that nobody writes yet is waited for, unless pending_only. When nothing was heard of any wanted
         block for silence_ms, those that are not done miss as wait_expired.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -54,11 +54,12 @@ def merge_reports(into: CacheReport, other: CacheReport) -> None:
     fetched = into.bytes_fetched + other.bytes_fetched
     published = into.bytes_published + other.bytes_published
     committed = into.committed_blocks + other.committed_blocks
+    coalesced = into.coalesced_tokens + other.coalesced_tokens
     tier = farthest_tier([into.tier, other.tier])
     into.MergeFrom(other)
     into.tier = tier
     into.bytes_fetched, into.bytes_published = fetched, published
-    into.committed_blocks = committed
+    into.committed_blocks, into.coalesced_tokens = committed, coalesced
 
 
 def farthest_tier(tiers: Iterable[str]) -> str:

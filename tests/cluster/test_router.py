@@ -20,8 +20,11 @@ INFO = WorkerInfo("tiny", b"f" * 16, "float32", 4096, 259, 64, 1)
 class Found:
     """A store that says what it is told to say."""
 
-    def __init__(self, *blocks: tuple[int, ...], error: KVStrataError | None = None) -> None:
+    def __init__(
+        self, *blocks: tuple[int, ...], error: KVStrataError | None = None, pending: int = 0
+    ) -> None:
         self.blocks = blocks
+        self.pending = pending
         self.error = error
         self.asked: list[tuple[ScopeDigest, list[BlockHash]]] = []
 
@@ -32,7 +35,8 @@ class Found:
         self.asked.append((scope, hashes))
         if self.error is not None:
             raise self.error
-        return LookupResult(tuple(FoundBlock(b, 1, "dram") for b in self.blocks), False)
+        found = tuple(FoundBlock(b, 1, "dram") for b in self.blocks)
+        return LookupResult(found, False, self.pending)
 
 
 def router(store: Found, **settings: Any) -> Router:
@@ -63,6 +67,22 @@ async def test_only_long_uncached_suffixes_go_to_a_prefill_node(
 ) -> None:
     route = await router(Found(*[(BASE, MID)] * cached)).route(task_of(prompt_of(length)))
     assert route == Route(cached, (length - 1) // 64, needs_prefill)
+
+
+@pytest.mark.parametrize(
+    ("cached", "pending", "needs_prefill"), [(0, 15, False), (5, 6, False), (5, 5, True)]
+)
+async def test_what_is_being_made_for_another_request_is_not_prefilled_again(
+    cached: int, pending: int, needs_prefill: bool
+) -> None:
+    store = Found(*[(BASE, MID)] * cached, pending=pending)
+    route = await router(store).route(task_of(prompt_of(1000)))
+    assert route == Route(cached, 15, needs_prefill, pending_blocks=pending)
+
+
+async def test_what_is_pending_after_a_block_that_lacks_a_stratum_is_no_use() -> None:
+    route = await router(Found((BASE, MID), (BASE,), pending=13)).route(task_of(prompt_of(1000)))
+    assert route == Route(1, 15, needs_prefill=True)
 
 
 async def test_the_limit_of_direct_tokens_can_be_set() -> None:

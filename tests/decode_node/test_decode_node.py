@@ -176,7 +176,7 @@ async def test_blocks_come_from_redis_when_dram_forgot_them(
     assert (answer.tokens, answer.reasons, answer.cache.tier) == (tokens, {}, "redis")
 
 
-async def test_blocks_evicted_after_the_lookup_are_counted_as_absent(
+async def test_blocks_evicted_after_the_lookup_are_counted_as_such(
     config: WorkerConfig,
 ) -> None:
     tokens = await storeless(config, PROMPT)
@@ -185,7 +185,7 @@ async def test_blocks_evicted_after_the_lookup_are_counted_as_absent(
         assert await evict(store.address) == 3
         answer = await decoded(nodes.decode, task_of(PROMPT, expected_blocks=3))
     assert answer.tokens == tokens
-    assert answer.reasons == {"absent": 192}
+    assert answer.reasons == {"evicted": 192}
 
 
 @pytest.mark.parametrize("length", [30, 200])

@@ -63,7 +63,8 @@ async def test_publishing_again_finds_the_blocks_there(
         cached = await prefilled(nodes.prefill, task_of(prompt, method, expected_blocks=3))
         counters = store.running.store.counters
         assert counters.get("puts_total", outcome="committed") == 3
-        assert counters.get("puts_total", outcome="exists") == 3
+        assert counters.get("opened_blocks_total", state="exists") == 3
+    assert again.coalesced_tokens == 192
     assert first.committed_blocks == again.committed_blocks == 3
     assert (cached.committed_blocks, cached.bytes_published) == (0, 0)
     assert cached.bytes_fetched > 0
