@@ -15,7 +15,8 @@ too.
 """
 
 from kvstrata.client.async_client import AsyncChatSession, AsyncClient, AsyncStream
-from kvstrata.client.request import ChatMessage, MethodSettings
+from kvstrata.client.method_settings import MethodSettings
+from kvstrata.client.request import ChatMessage
 from kvstrata.client.results import Completion
 from kvstrata.client.sync_client import ChatSession, Client, Stream
 from kvstrata.protos.errors import KVStrataError

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
+from kvstrata.client.method_settings import MethodSettings, set_method
 from kvstrata.client.validation import check_integer, check_number, check_text
-from kvstrata.protos import frame_pb2, inference_pb2
+from kvstrata.protos import inference_pb2
 from kvstrata.protos.errors import (
     EmptyPromptError,
     InvalidRequestError,
@@ -20,15 +21,8 @@ from kvstrata.protos.errors import (
 from kvstrata.protos.service import MAX_MESSAGE_BYTES
 
 Role = Literal["system", "user", "assistant"]
-StratumName = Literal["base", "mid", "fine", "exact"]
 
 ROLES = ("system", "user", "assistant")
-STRATA: dict[str, frame_pb2.Stratum] = {
-    "base": frame_pb2.STRATUM_BASE,
-    "mid": frame_pb2.STRATUM_MID,
-    "fine": frame_pb2.STRATUM_FINE,
-    "exact": frame_pb2.STRATUM_EXACT,
-}
 MAX_UINT32 = 2**32 - 1
 MAX_UINT64 = 2**64 - 1
 MAX_FLOAT32 = 3.4028234e38
@@ -43,24 +37,6 @@ class ChatMessage:
 
 
 Prompt = str | Sequence[int] | Sequence[ChatMessage | Mapping[str, str]]
-
-
-@dataclass(frozen=True, slots=True)
-class MethodSettings:
-    """Explicit method settings, in place of a preset. None takes the codec's default.
-
-    Attributes:
-        codec: "exact" or "fallback".
-        sink_tokens: Fallback codec: how many first tokens are kept at 8 bits.
-        read_stratum: Finest stratum to read; None reads all that is stored.
-        representatives: Layers whose mean keys are stored beside the blocks, so that a store can be
-            searched with a query: "all", or such as "5,14"; None stores none.
-    """
-
-    codec: str
-    sink_tokens: int | None = None
-    read_stratum: StratumName | None = None
-    representatives: str | None = None
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -110,7 +86,7 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.Gen
         )
     request = inference_pb2.GenerateRequest()
     _set_prompt(request, prompt)
-    _set_method(request, options.get("preset"), options.get("settings"))
+    set_method(request, options.get("preset"), options.get("settings"))
     _set_sampling(request.sampling, options)
     request.session_id = check_text("session_id", options.get("session_id") or "")
     request.model = check_text("model", options.get("model") or "")
@@ -165,34 +141,6 @@ def _message(index: int, item: object) -> inference_pb2.ChatMessage:
         )
     content = check_text(f"the content of message {index}", content)
     return inference_pb2.ChatMessage(role=role, content=content)
-
-
-def _set_method(
-    request: inference_pb2.GenerateRequest, preset: str | None, settings: MethodSettings | None
-) -> None:
-    if preset is not None and settings is not None:
-        raise InvalidRequestError("both preset and settings are given", "give one of the two")
-    if preset is not None:
-        request.preset = check_text("preset", preset)
-        if not preset:
-            raise InvalidRequestError("the preset is empty", "name one or leave it out")
-    if settings is not None:
-        request.settings.codec = check_text("codec", settings.codec)
-        if not settings.codec:
-            raise InvalidRequestError("the codec is empty", 'name one, such as "exact"')
-        if settings.sink_tokens is not None:
-            sinks = check_integer("sink_tokens", settings.sink_tokens, 0, MAX_UINT32)
-            request.settings.sink_tokens = sinks
-        if settings.read_stratum is not None:
-            if settings.read_stratum not in STRATA:
-                raise InvalidRequestError(
-                    f"unknown read_stratum {settings.read_stratum!r}",
-                    f"use one of {', '.join(STRATA)}",
-                )
-            request.settings.read_stratum = STRATA[settings.read_stratum]
-        if settings.representatives is not None:
-            chosen = check_text("representatives", settings.representatives)
-            request.settings.representatives = chosen
 
 
 def _set_sampling(sampling: inference_pb2.Sampling, options: GenerateOptions) -> None:

@@ -61,6 +61,9 @@ class CacheReport:
         recomputes: Work done over, with reasons.
         committed_blocks: New blocks that later requests can hit.
         replays: Times the request moved to another worker.
+        kept_fraction: Of all tokens and KV heads, what the running cache held at the end.
+        layer_bits: Stored bits per element of K and V, layer by layer; 0 where K and V are
+            recomputed from token ids.
     """
 
     prompt_tokens: int = 0
@@ -75,6 +78,8 @@ class CacheReport:
     recomputes: tuple[Recompute, ...] = ()
     committed_blocks: int = 0
     replays: int = 0
+    kept_fraction: float = 1.0
+    layer_bits: tuple[float, ...] = ()
 
     @property
     def cached_fraction(self) -> float:
@@ -103,6 +108,8 @@ class CacheReport:
             recomputes=tuple(Recompute(r.reason, r.tokens) for r in message.recomputes),
             committed_blocks=message.committed_blocks,
             replays=message.replays,
+            kept_fraction=message.kept_fraction,
+            layer_bits=tuple(message.layer_bits),
         )
 
 

@@ -33,7 +33,12 @@ class Route:
 
 def cache_scope(task: Task, info: WorkerInfo) -> CacheScope:
     """Return the conditions under which the task's blocks mean anything."""
-    return task.method.scope(model=info.fingerprint, kv_dtype=info.kv_dtype, salt=task.salt)
+    return task.method.scope(
+        model=info.fingerprint,
+        kv_dtype=info.kv_dtype,
+        salt=task.salt,
+        prompt_ids=task.prompt_ids,
+    )
 
 
 class Router:

@@ -11,7 +11,7 @@ import torch
 
 from kvstrata.engine.detokenizer import Detokenizer
 from kvstrata.engine.sampling import sample
-from kvstrata.engine.sequence import RunningSequence
+from kvstrata.engine.selecting_sequence import new_sequence
 from kvstrata.methods.framing import SealedBlock, precision_name
 from kvstrata.prefill_node.flight import Flight
 from kvstrata.prefill_node.prefill import load_cached, num_prompt_blocks, provide_blocks
@@ -62,8 +62,12 @@ class Generation:
         self._worker = worker
         self._task = task
         self._clock = ReportClock("decode")
-        self._sequence = RunningSequence(
-            worker.model, task.method, task.prompt_ids + task.generated_ids, salt=task.salt
+        self._sequence = new_sequence(
+            worker.model,
+            task.method,
+            task.prompt_ids + task.generated_ids,
+            salt=task.salt,
+            num_prompt=len(task.prompt_ids),
         )
         self._generated = list(task.generated_ids)
         self._publishing: set[asyncio.Task[None]] = set()
@@ -159,6 +163,8 @@ class Generation:
         report.shareable_tokens = num_prompt_blocks(report.prompt_tokens) * BLOCK_TOKENS
         report.precision = precision_name(method.wanted)
         report.codec = f"{method.codec.name}/{method.codec.version}"
+        report.kept_fraction = self._sequence.kept_fraction
+        report.layer_bits[:] = self._sequence.layer_bits
         reply = GenerateReply(finish_reason=finish, cache=report)
         reply.usage.prompt_tokens = report.prompt_tokens
         reply.usage.completion_tokens = len(self._generated)

@@ -125,10 +125,11 @@ class FirstLayerCapturedError(Exception):
 
 
 class CaptureFirstLayer:
-    """The state of a pass that ends at layer 0's attention, keeping its k and v."""
+    """The state of a pass that ends at layer 0's attention, keeping its q, k and v."""
 
     def __init__(self) -> None:
         """Start with nothing captured."""
+        self.queries = torch.empty(0)
         self.keys = torch.empty(0)
         self.values = torch.empty(0)
         self.scaling = 1.0
@@ -144,8 +145,8 @@ class CaptureFirstLayer:
         values: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """Keep k, v and the scaling, then raise ``FirstLayerCapturedError``."""
-        self.keys, self.values, self.scaling = keys, values, scaling
+        """Keep q, k, v and the scaling, then raise ``FirstLayerCapturedError``."""
+        self.queries, self.keys, self.values, self.scaling = queries, keys, values, scaling
         raise FirstLayerCapturedError
 
 

@@ -272,6 +272,10 @@ class Model:
         keys = self.rotate(captured.keys, torch.tensor(positions), inverse=True)
         return keys, captured.values.clone()
 
+    def first_layer_queries(self, token_ids: Sequence[int], first_position: int) -> torch.Tensor:
+        """Return layer 0's queries, post-RoPE, (num_heads, n, head_dim); as ``first_layer_kv``."""
+        return self._capture_first_layer(token_ids, first_position).queries.clone()
+
     def rotate(
         self, keys: torch.Tensor, first_position: int | torch.Tensor, *, inverse: bool = False
     ) -> torch.Tensor:

@@ -35,7 +35,13 @@ from kvstrata.methods.representatives import chosen_layers
 from kvstrata.protos.errors import CorruptFrameError
 from kvstrata.protos.frame import Frame
 from kvstrata.protos.frame_pb2 import FrameHeader, RopeForm, Stratum
-from kvstrata.protos.identity import BLOCK_TOKENS, BlockHash, block_hash, block_hashes
+from kvstrata.protos.identity import (
+    BLOCK_TOKENS,
+    BlockHash,
+    CacheScope,
+    block_hash,
+    block_hashes,
+)
 from kvstrata.protos.representatives import ATTACHMENT
 
 PREFILL_CHUNK = 1024
@@ -62,6 +68,8 @@ class RunningSequence:
         committable: False once nothing computed here may be stored any more: a block was read below
             its stored precision, or a block before could not be encoded.
         num_unencodable: Blocks whose values the codec cannot represent; attended uncompressed.
+        layer_bytes: Of all blocks sealed or loaded, layer by layer.
+        num_stored_tokens: Tokens in them.
     """
 
     def __init__(
@@ -81,9 +89,7 @@ class RunningSequence:
         self.model = model
         self.method = method
         self.token_ids = list(token_ids)
-        self.scope = method.scope(
-            model=model.fingerprint, kv_dtype=dtype_name(model.spec.dtype), salt=salt
-        ).digest()
+        self.scope = self._scope(salt).digest()
         self.hashes: list[BlockHash] = block_hashes(self.scope, token_ids)
         probes = max(BLOCK_TOKENS, min(int(len(token_ids) * PROBE_FRACTION), MAX_PROBE_ROWS))
         self.cache: SequenceCache | PagedCache
@@ -94,6 +100,29 @@ class RunningSequence:
             self.cache = SequenceCache(model.spec, capacity, probes, device=model.device)
         self.committable = method.reads_all
         self.num_unencodable = 0
+        self.layer_bytes = [0] * model.spec.num_layers
+        self.num_stored_tokens = 0
+
+    def _scope(self, salt: bytes) -> CacheScope:
+        """Return the scope of this sequence's blocks."""
+        return self.method.scope(
+            model=self.model.fingerprint, kv_dtype=dtype_name(self.model.spec.dtype), salt=salt
+        )
+
+    @property
+    def layer_bits(self) -> list[float]:
+        """Stored bits per element of K and V, layer by layer, of all blocks sealed or loaded.
+
+        A layer that is recomputed from token ids has 0.
+        """
+        spec = self.model.spec
+        elements = 2 * spec.num_kv_heads * spec.head_dim * max(1, self.num_stored_tokens)
+        return [8 * num_bytes / elements for num_bytes in self.layer_bytes]
+
+    @property
+    def kept_fraction(self) -> float:
+        """What the running cache holds, as a share of all tokens of all heads."""
+        return 1.0
 
     @property
     def num_blocks_held(self) -> int:
@@ -140,13 +169,22 @@ class RunningSequence:
             except UnusableBlockError as error:
                 reason = error.reason
                 break
+        loaded = Loaded(len(chosen), reason)
         if chosen:
             try:
                 self._write(first, chosen)
             except CorruptFrameError:
                 # One bad segment in a batch: go block by block up to it.
-                return self._load_singly(first, chosen)
-        return Loaded(len(chosen), reason)
+                loaded = self._load_singly(first, chosen)
+        for frames in chosen[: loaded.num_blocks]:
+            for frame in frames.values():
+                self._count({entry.layer: entry.length for entry in frame.header.segments})
+        self.num_stored_tokens += loaded.num_blocks * BLOCK_TOKENS
+        return loaded
+
+    def _count(self, sizes: Mapping[int, int]) -> None:
+        for layer, num_bytes in sizes.items():
+            self.layer_bytes[layer] += num_bytes
 
     def compute(self, until: int) -> Iterator[int]:
         """Run the model over the tokens up to ``until``, chunk by chunk.
@@ -209,11 +247,15 @@ class RunningSequence:
             first_position=begin,
         )
         try:
-            encoded = codec.encode(blocks)
+            encoded = codec.encode(self._chosen(blocks))
         except ValueError:
             self.committable = False
             self.num_unencodable += last - first
             return []
+        for segments in encoded:
+            for layers in segments.values():
+                self._count({codec.first_layer + i: len(data) for i, data in layers.items()})
+        self.num_stored_tokens += len(encoded) * BLOCK_TOKENS
         return [
             seal(
                 codec,
@@ -227,6 +269,13 @@ class RunningSequence:
             )
             for index, segments in enumerate(encoded, start=first)
         ]
+
+    def _chosen(self, blocks: KVBlocks) -> KVBlocks:
+        """Return blocks with what the method's stages say of their tokens; here nothing."""
+        return blocks
+
+    def _note(self, first: int, blocks: Sequence[FrameSet]) -> None:
+        """Take note of what blocks, now in the cache from ``first`` on, tell of their tokens."""
 
     def _attachments(self, keys: torch.Tensor, begin: int) -> list[dict[str, bytes]]:
         """Return what is stored beside each block of cached ``keys`` (L, H, n, D); [] for none."""
@@ -314,6 +363,7 @@ class RunningSequence:
             k0, v0 = self.model.first_layer_kv(self.token_ids[begin:end], begin)
             self.cache.write(begin, k0[None], v0[None], layers=slice(0, 1))
         self.cache.write(begin, keys, values, layers=slice(codec.first_layer, None))
+        self._note(first, blocks)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

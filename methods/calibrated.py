@@ -39,7 +39,7 @@ from kvstrata.methods.bit_allocation import VALUE_WEIGHT, allocate
 from kvstrata.methods.calibrated_segments import SegmentLayout, StoredSide
 from kvstrata.methods.codec import BlockShape, KVBlocks, Segments
 from kvstrata.methods.profile import PROFILES, Profile, SideTables
-from kvstrata.methods.saliency_tag import encode_tags
+from kvstrata.methods.saliency_tag import encode_tags, read_tags
 from kvstrata.protos.errors import CorruptFrameError
 from kvstrata.protos.frame import Buffer, Frame
 from kvstrata.protos.frame_pb2 import RopeForm, Stratum
@@ -153,6 +153,11 @@ class CalibratedCodec:
         except ValueError as error:
             raise CorruptFrameError(str(error)) from error
         return keys, values
+
+    def tags(self, frames: Sequence[Mapping[Stratum, Frame]]) -> torch.Tensor:
+        """Return the saliency tags. See ``BlockCodec.tags``."""
+        segments = [self.segments_of(strata[BASE]) for strata in frames]
+        return read_tags(segments, self._layout.tag_places(segments))
 
     def kept(
         self, frames: Sequence[Mapping[Stratum, Frame]], shape: BlockShape

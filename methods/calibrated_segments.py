@@ -17,7 +17,7 @@ from kvstrata.kernels.block_planes import MidRows, PlaneLayout
 from kvstrata.kernels.escape_rows import EscapeRows
 from kvstrata.kernels.token_masks import count_tokens
 from kvstrata.kernels.value_bias import ValueBias
-from kvstrata.methods.left_out import compact_segment, spread_segment
+from kvstrata.methods.left_out import compact_segment, saved_bytes, spread_segment
 from kvstrata.protos.frame import Buffer
 from kvstrata.protos.identity import BLOCK_TOKENS
 
@@ -166,6 +166,17 @@ class SegmentLayout:
         masks = torch.from_numpy(rows).view(torch.int64)
         masks = masks.view(self.num_layers, len(base), 2, 2, self.heads)
         return masks.permute(2, 3, 0, 4, 1).reshape(2, 2, -1, len(base)).contiguous()
+
+    def tag_places(self, base: Sequence[Sequence[Buffer]]) -> list[list[int]]:
+        """Return where the tags begin in each segment, [block][layer]."""
+        sizes = [sum(self.fixed_sizes(layer)[:3]) for layer in range(self.num_layers)]
+        return [
+            [
+                size - saved_bytes(segment, self.words_per_head(layer))
+                for layer, (segment, size) in enumerate(zip(segments, sizes, strict=True))
+            ]
+            for segments in base
+        ]
 
     def words_per_head(self, layer: int) -> list[np.ndarray]:
         """Return the words of each head's planes of K and of V, int (H,)."""

@@ -55,8 +55,12 @@ class BlockCodec(Protocol):
 
     name: str
     version: int
-    lossless: bool  # whether decoding returns the very bytes that were encoded
     strata: tuple[Stratum, ...]  # what a complete writing holds, coarsest first
+
+    @property
+    def lossless(self) -> bool:
+        """Whether decoding returns the very bytes that were encoded."""
+        ...
 
     @property
     def rope(self) -> RopeForm:
@@ -86,6 +90,14 @@ class BlockCodec(Protocol):
         """Return keys and values (L, H, N, T, D), ``shape.dtype``, of N blocks of equal strata.
 
         Tokens that were not stored are zeros.
+
+        Raises:
+            CorruptFrameError: A segment's checksum or size is off.
+        """
+        ...
+
+    def tags(self, frames: Sequence[Mapping[Stratum, Frame]]) -> torch.Tensor:
+        """Return the saliency tags of N blocks, uint8 (L, N, T); ``saliency_tag`` decodes them.
 
         Raises:
             CorruptFrameError: A segment's checksum or size is off.

@@ -14,7 +14,7 @@ import zstandard
 
 from kvstrata.kernels.byte_planes import merge_bytes, split_bytes
 from kvstrata.methods.codec import BlockShape, KVBlocks, Segments
-from kvstrata.methods.saliency_tag import encode_tags
+from kvstrata.methods.saliency_tag import encode_tags, read_tags
 from kvstrata.protos.errors import CorruptFrameError
 from kvstrata.protos.frame import Buffer, Frame
 from kvstrata.protos.frame_pb2 import RopeForm, Stratum
@@ -78,6 +78,11 @@ class ExactCodec:
                 flat = merge_bytes(planes, shape.dtype)
                 both[:, layer, :, n] = flat.view(2, heads, BLOCK_TOKENS, dim)
         return both[0], both[1]
+
+    def tags(self, frames: Sequence[Mapping[Stratum, Frame]]) -> torch.Tensor:
+        """Return the saliency tags. See ``BlockCodec.tags``."""
+        held = [list(f[Stratum.STRATUM_EXACT].segments().values()) for f in frames]
+        return read_tags(held, [[0] * len(layers) for layers in held])
 
 
 def _pack_plane(plane: bytes, compressor: zstandard.ZstdCompressor) -> bytes:

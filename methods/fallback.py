@@ -28,7 +28,7 @@ from kvstrata.kernels.nested_block import decode_blocks, encode_blocks
 from kvstrata.kernels.nested_layout import NestedLayout, Rows
 from kvstrata.kernels.quantize import quantize_int8
 from kvstrata.methods.codec import BlockShape, KVBlocks, Segments
-from kvstrata.methods.saliency_tag import encode_tags
+from kvstrata.methods.saliency_tag import encode_tags, read_tags
 from kvstrata.protos.errors import CorruptFrameError
 from kvstrata.protos.frame import Frame
 from kvstrata.protos.frame_pb2 import RopeForm, Stratum
@@ -120,6 +120,15 @@ class FallbackCodec:
             if masks.any() or any(len(segments[layer]) > size for layer in layers):
                 _write_escapes(segments, masks, size, keys[:, :, n], values[:, :, n])
         return keys, values
+
+    def tags(self, frames: Sequence[Mapping[Stratum, Frame]]) -> torch.Tensor:
+        """Return the saliency tags. See ``BlockCodec.tags``."""
+        held = [list(f[BASE].segments().values()) for f in frames]
+        begins = [
+            [_lead_bytes(f[BASE].header.num_kv_heads) - BLOCK_TOKENS] * len(layers)
+            for f, layers in zip(frames, held, strict=True)
+        ]
+        return read_tags(held, begins)
 
 
 def _lead_bytes(heads: int) -> int:

@@ -92,6 +92,10 @@ class H2O(Stage):
         """Return a budget that no sequence reaches."""
         return cls(heavy=_UNLIMITED, recent=0)
 
+    def probes(self, num_tokens: int) -> torch.Tensor:
+        """Return the rows of a prompt whose attention is added up: all, int64 (n,)."""
+        return torch.arange(num_tokens)
+
     def seats(self, num_prompt: int) -> Seats:
         """Return the seats of a prompt's heads, fixed from then on; at least one in all."""
         heavy = max(num_of(self.heavy, num_prompt), self.sinks)

@@ -58,6 +58,14 @@ def spread_segment(segment: Buffer, words_per_head: Sequence[np.ndarray]) -> Buf
     return b"".join([*parts, bytes(segment[at:])])
 
 
+def saved_bytes(segment: Buffer, words_per_head: Sequence[np.ndarray]) -> int:
+    """Return by how many bytes the planes of a compact segment are shorter than dense ones."""
+    kept, _ = _kept(segment, words_per_head)
+    if kept is None:
+        return 0
+    return sum(WORD_BYTES * len(flags) - (int(flags.sum()) + 7) // 8 for flags in kept)
+
+
 def _kept(
     segment: Buffer, words_per_head: Sequence[np.ndarray]
 ) -> tuple[list[np.ndarray] | None, int]:

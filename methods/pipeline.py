@@ -77,7 +77,7 @@ class Pipeline:
 
     def probes(self, num_tokens: int) -> torch.Tensor | None:
         """Return the rows of a prompt to score by, int64 (r,), ascending; None for the default."""
-        for stage in (self.quantise, self.attention):
+        for stage in (self.quantise, self.attention, self.evict):
             if stage is not None:
                 return stage.probes(num_tokens)
         return None
@@ -108,7 +108,7 @@ RULES = (
         "left_out_of_dense_blocks",
         lambda pipeline, codec: pipeline.leaves_out and not isinstance(codec, SelectiveCodec),
         "this codec's blocks hold all of their tokens, and a stage leaves some out",
-        "use codec 'calibrated', 'exact' or 'zipcache'",
+        "use codec 'calibrated' or 'zipcache'",
     ),
 )
 

@@ -1,19 +1,27 @@
 """Presets and explicit settings, resolved to one value that says all about a request's KV."""
 
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvstrata.methods.calibrated import CalibratedCodec, calibrated_codec
 from kvstrata.methods.codec import BlockCodec
 from kvstrata.methods.exact import ExactCodec
 from kvstrata.methods.fallback import FallbackCodec
+from kvstrata.methods.h2o import H2O
+from kvstrata.methods.pipeline import Pipeline, check
 from kvstrata.methods.profile import Profile
 from kvstrata.methods.representatives import parse_choice
+from kvstrata.methods.stage_settings import pipeline_of, zipcache_codec
+from kvstrata.methods.zipcache import ZipCache
+from kvstrata.methods.zipcache_codec import ZipCacheCodec
 from kvstrata.protos.errors import LimitError, UnknownPresetError
 from kvstrata.protos.frame_pb2 import Stratum
-from kvstrata.protos.identity import CacheScope
+from kvstrata.protos.identity import CacheScope, digest
 from kvstrata.protos.inference_pb2 import MethodSettings
 
 DEFAULT_PRESET = "balanced"
+NO_STAGES = Pipeline()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +33,19 @@ class Method:
         finest: The finest stratum to read; None reads all that is stored.
         represented: Layers whose mean keys are stored beside the blocks, for ``Retrieve``: "",
             "all" or "5,14". Part of the identity: a hit has them.
+        pipeline: The papers' stages that act on it.
+
+    Raises:
+        MethodConflictError: Codec and stages exclude each other.
     """
 
     codec: BlockCodec
     finest: Stratum | None = None
     represented: str = ""
+    pipeline: Pipeline = NO_STAGES
+
+    def __post_init__(self) -> None:
+        check(self.pipeline, self.codec)
 
     @property
     def wanted(self) -> tuple[Stratum, ...]:
@@ -42,30 +58,54 @@ class Method:
         return self.wanted == self.codec.strata
 
     def scope(
-        self, *, model: bytes, kv_dtype: str, salt: bytes = b"", adapter: str = ""
+        self,
+        *,
+        model: bytes,
+        kv_dtype: str,
+        salt: bytes = b"",
+        adapter: str = "",
+        prompt_ids: Sequence[int] = (),
     ) -> CacheScope:
-        """Return the cache scope of this method under a model and a tenant."""
+        """Return the cache scope of this method under a model and a tenant.
+
+        Args:
+            model: Fingerprint.
+            kv_dtype: Name of the cache's dtype.
+            salt: The tenant's.
+            adapter: In use.
+            prompt_ids: Of the request. They count if a stage lets blocks depend on what follows
+                them in the prompt: what was chosen for one question serves no other.
+        """
+        settings = [self.codec.settings()]
+        if self.represented:
+            settings.append(f"represented={self.represented}")
+        if self.pipeline.settings():
+            settings.append(self.pipeline.settings())
+        if self.pipeline.needs_whole_prompt:
+            ids = struct.pack(f"<{len(prompt_ids)}I", *prompt_ids)
+            settings.append(f"prompt={digest('prompt', [ids]).hex()}")
         return CacheScope(
             model=model,
             kv_dtype=kv_dtype,
             codec=f"{self.codec.name}/{self.codec.version}",
-            method=self._settings,
+            method=";".join(settings),
             adapter=adapter,
             salt=salt,
         )
 
-    @property
-    def _settings(self) -> str:
-        """All settings that change stored bytes, as text."""
-        settings = self.codec.settings()
-        return f"{settings};represented={self.represented}" if self.represented else settings
 
-
-PRESETS = ("balanced", "exact", "near-lossless", "small")
+# The papers by name, with their own values. H2O's blocks are those of the default preset.
+PUBLISHED = ZipCache(quantiser="published")
+PAPERS = {
+    "zipcache": Pipeline(quantise=ZipCache()),
+    "zipcache-published": Pipeline(quantise=PUBLISHED),
+    "h2o": Pipeline(evict=H2O()),
+}
 # Stored bits per element that the calibrated presets aim at, everything counted.
 PRESET_BITS = {"near-lossless": 2.83, "balanced": 2.22, "small": 1.64}
+PRESETS = tuple(sorted((ExactCodec.name, *PRESET_BITS, *PAPERS)))
 MIN_BITS, MAX_BITS = 0.5, 8.0
-CODECS = (CalibratedCodec.name, ExactCodec.name, FallbackCodec.name)
+CODECS = (CalibratedCodec.name, ExactCodec.name, FallbackCodec.name, ZipCacheCodec.name)
 
 
 def from_preset(name: str, profile: Profile | None = None) -> Method:
@@ -73,10 +113,10 @@ def from_preset(name: str, profile: Profile | None = None) -> Method:
 
     Args:
         name: One of ``PRESETS``.
-        profile: Of the served model. Without one every preset but ``exact`` is the fallback codec.
+        profile: Of the served model. Without one lossy presets are the fallback codec.
 
     Raises:
-        UnknownPresetError: No preset has this name.
+        UnknownPresetError: No preset has this name, or the model has no profile for it.
     """
     name = name or DEFAULT_PRESET
     if name not in PRESETS:
@@ -85,6 +125,8 @@ def from_preset(name: str, profile: Profile | None = None) -> Method:
         )
     if name == ExactCodec.name:
         return Method(ExactCodec())
+    if name in PAPERS:
+        return Method(_codec(MethodSettings(), PAPERS[name], profile), pipeline=PAPERS[name])
     if profile is None:
         return Method(FallbackCodec())
     return Method(calibrated_codec(profile, profile.threshold_for_bits(PRESET_BITS[name])))
@@ -97,35 +139,47 @@ def from_settings(settings: MethodSettings, profile: Profile | None = None) -> M
         UnknownPresetError: No codec has this name, or the model has no profile for it.
         LimitError: A value outside its range, or a stratum that the codec does not have.
     """
-    codec: BlockCodec
-    if settings.codec not in CODECS:
-        raise UnknownPresetError(
-            f"unknown codec {settings.codec[:64]!r}",
-            f"use {', '.join(map(repr, CODECS))}, or give a preset",
-        )
-    _refuse_foreign(settings)
-    if settings.codec == ExactCodec.name:
-        codec = ExactCodec()
-    elif settings.codec == FallbackCodec.name:
-        try:
-            codec = (
-                FallbackCodec(settings.sink_tokens)
-                if settings.HasField("sink_tokens")
-                else FallbackCodec()
-            )
-        except ValueError as error:
-            raise LimitError(str(error), "use a value in that range") from error
-    else:
-        codec = _calibrated(settings, profile)
+    pipeline = pipeline_of(settings)
+    codec = _codec(settings, pipeline, profile)
     finest = settings.read_stratum or None
     if finest is not None and finest not in codec.strata:
         raise LimitError(
             f"codec {codec.name!r} has no stratum {finest}", "leave read_stratum out to read all"
         )
-    return Method(codec, finest, parse_choice(settings.representatives))
+    return Method(codec, finest, parse_choice(settings.representatives), pipeline)
 
 
-def _refuse_foreign(settings: MethodSettings) -> None:
+def _codec(settings: MethodSettings, pipeline: Pipeline, profile: Profile | None) -> BlockCodec:
+    """Return the codec of settings whose stages are ``pipeline``."""
+    name = settings.codec
+    if name not in CODECS and not (name == "" and pipeline.stages):
+        raise UnknownPresetError(
+            f"unknown codec {name[:64]!r}",
+            f"use {', '.join(map(repr, CODECS))}, or give a preset",
+        )
+    if pipeline.quantise is not None:
+        _refuse_foreign(settings, CalibratedCodec.name)
+        bits = _bits(settings) if settings.HasField("bits") else None
+        return zipcache_codec(pipeline.quantise, name, bits, profile)
+    if not name:
+        without = ZipCacheCodec.name if pipeline.leaves_out else FallbackCodec.name
+        name = without if profile is None else CalibratedCodec.name
+    _refuse_foreign(settings, name)
+    if name == ExactCodec.name:
+        return ExactCodec()
+    if name == CalibratedCodec.name:
+        return _calibrated(settings, profile)
+    if name == ZipCacheCodec.name:
+        return ZipCacheCodec(PUBLISHED)
+    try:
+        if settings.HasField("sink_tokens"):
+            return FallbackCodec(settings.sink_tokens)
+        return FallbackCodec()
+    except ValueError as error:
+        raise LimitError(str(error), "use a value in that range") from error
+
+
+def _refuse_foreign(settings: MethodSettings, codec: str) -> None:
     """Raise if a field is set that the codec does not have."""
     takers = {
         "sink_tokens": FallbackCodec.name,
@@ -135,10 +189,8 @@ def _refuse_foreign(settings: MethodSettings) -> None:
     }
     for field, taker in takers.items():
         is_set = bool(settings.key_form) if field == "key_form" else settings.HasField(field)
-        if is_set and settings.codec != taker:
-            raise LimitError(
-                f"codec {settings.codec!r} has no {field}", f"leave it out or use {taker!r}"
-            )
+        if is_set and codec != taker:
+            raise LimitError(f"codec {codec!r} has no {field}", f"leave it out or use {taker!r}")
 
 
 def _calibrated(settings: MethodSettings, profile: Profile | None) -> CalibratedCodec:
@@ -150,19 +202,24 @@ def _calibrated(settings: MethodSettings, profile: Profile | None) -> Calibrated
     has_bits, has_kl = settings.HasField("bits"), settings.HasField("max_kl")
     if has_bits and has_kl:
         raise LimitError("bits and max_kl are both given", "give one target")
-    if has_bits and not MIN_BITS <= settings.bits <= MAX_BITS:
-        raise LimitError(
-            f"bits must be {MIN_BITS} to {MAX_BITS}, not {settings.bits}",
-            "use a value in that range",
-        )
     if has_kl and not 0 < settings.max_kl < 100:
         raise LimitError(f"max_kl must be above 0, not {settings.max_kl}", "use one such as 0.01")
     if has_kl:
         threshold = profile.threshold_for_kl(settings.max_kl)
     else:
-        bits = settings.bits if has_bits else PRESET_BITS[DEFAULT_PRESET]
+        bits = _bits(settings) if has_bits else PRESET_BITS[DEFAULT_PRESET]
         threshold = profile.threshold_for_bits(bits)
     try:
         return calibrated_codec(profile, threshold, settings.key_form or "pre")
     except ValueError as error:
         raise LimitError(str(error)[:200], "leave key_form out for the default") from error
+
+
+def _bits(settings: MethodSettings) -> float:
+    """Return the bits per element that are aimed at."""
+    if not MIN_BITS <= settings.bits <= MAX_BITS:
+        raise LimitError(
+            f"bits must be {MIN_BITS} to {MAX_BITS}, not {settings.bits}",
+            "use a value in that range",
+        )
+    return settings.bits

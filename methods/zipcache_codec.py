@@ -32,7 +32,7 @@ import torch
 from kvstrata.kernels.planes import pack_planar, unpack_planar
 from kvstrata.kernels.token_masks import to_flags, to_mask
 from kvstrata.methods.codec import BlockShape, KVBlocks, Segments
-from kvstrata.methods.saliency_tag import encode_tags
+from kvstrata.methods.saliency_tag import encode_tags, read_tags
 from kvstrata.methods.token_scores import largest
 from kvstrata.methods.zipcache import UNQUANTISED, ZipCache
 from kvstrata.protos.errors import CorruptFrameError
@@ -41,6 +41,7 @@ from kvstrata.protos.frame_pb2 import RopeForm, Stratum
 from kvstrata.protos.identity import BLOCK_TOKENS
 
 BASE = Stratum.STRATUM_BASE
+STRATA: tuple[Stratum, ...] = (BASE,)
 _TINY = 2.0**-24  # the least fp16: no step and no scale is zero
 
 
@@ -60,7 +61,7 @@ class ZipCacheCodec:
     name = "zipcache"
     version = 1
     first_layer = 0
-    strata: tuple[Stratum, ...] = (BASE,)
+    strata = STRATA
 
     @property
     def lossless(self) -> bool:
@@ -167,6 +168,15 @@ class ZipCacheCodec:
         (masks,) = _fixed_parts(_equal_layers(frames), [8 * shape.num_kv_heads])
         flags = to_flags(masks.view(torch.int64)).movedim(0, 2)
         return None if flags.all() else flags.contiguous()
+
+    def tags(self, frames: Sequence[Mapping[Stratum, Frame]]) -> torch.Tensor:
+        """Return the saliency tags. See ``BlockCodec.tags``."""
+        held = [list(f[BASE].segments().values()) for f in frames]
+        begins = [
+            [16 * f[BASE].header.num_kv_heads] * len(layers)
+            for f, layers in zip(frames, held, strict=True)
+        ]
+        return read_tags(held, begins)
 
     def _salient(self, saliency: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """Return the salient ones of the kept tokens; all three bool or float (L, H, N, T)."""

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 
-from kvstrata.engine.sequence import RunningSequence
+from kvstrata.engine.selecting_sequence import new_sequence
 from kvstrata.prefill_node.flight import Flight
 from kvstrata.prefill_node.prefill import load_cached, num_prompt_blocks, provide_blocks
 from kvstrata.prefill_node.task import Task
@@ -38,7 +38,7 @@ class PrefillNode:
         """
         clock = ReportClock("prefill")
         worker = self._worker
-        sequence = RunningSequence(worker.model, task.method, task.prompt_ids, salt=task.salt)
+        sequence = new_sequence(worker.model, task.method, task.prompt_ids, salt=task.salt)
         num_blocks = num_prompt_blocks(len(task.prompt_ids))
         if sequence.committable:
             await load_cached(worker, sequence, min(task.expected_blocks, num_blocks), task, clock)

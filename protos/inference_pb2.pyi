@@ -37,8 +37,88 @@ class TokenIds(_message.Message):
     ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class AttentionGateSettings(_message.Message):
+    __slots__ = ("gates", "tau", "keep_first", "keep_last")
+    GATES_FIELD_NUMBER: _ClassVar[int]
+    TAU_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIRST_FIELD_NUMBER: _ClassVar[int]
+    KEEP_LAST_FIELD_NUMBER: _ClassVar[int]
+    gates: str
+    tau: float
+    keep_first: int
+    keep_last: int
+    def __init__(self, gates: _Optional[str] = ..., tau: _Optional[float] = ..., keep_first: _Optional[int] = ..., keep_last: _Optional[int] = ...) -> None: ...
+
+class ZipVLSettings(_message.Message):
+    __slots__ = ("tau", "recent_probes", "recent_probes_tokens", "random_probes", "random_probes_tokens", "seed", "rest", "min_tokens", "forced")
+    TAU_FIELD_NUMBER: _ClassVar[int]
+    RECENT_PROBES_FIELD_NUMBER: _ClassVar[int]
+    RECENT_PROBES_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RANDOM_PROBES_FIELD_NUMBER: _ClassVar[int]
+    RANDOM_PROBES_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    REST_FIELD_NUMBER: _ClassVar[int]
+    MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FORCED_FIELD_NUMBER: _ClassVar[int]
+    tau: float
+    recent_probes: float
+    recent_probes_tokens: int
+    random_probes: float
+    random_probes_tokens: int
+    seed: int
+    rest: str
+    min_tokens: int
+    forced: int
+    def __init__(self, tau: _Optional[float] = ..., recent_probes: _Optional[float] = ..., recent_probes_tokens: _Optional[int] = ..., random_probes: _Optional[float] = ..., random_probes_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., rest: _Optional[str] = ..., min_tokens: _Optional[int] = ..., forced: _Optional[int] = ...) -> None: ...
+
+class H2OSettings(_message.Message):
+    __slots__ = ("heavy", "heavy_tokens", "recent", "recent_tokens", "decay", "grace", "sinks", "positions")
+    HEAVY_FIELD_NUMBER: _ClassVar[int]
+    HEAVY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RECENT_FIELD_NUMBER: _ClassVar[int]
+    RECENT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DECAY_FIELD_NUMBER: _ClassVar[int]
+    GRACE_FIELD_NUMBER: _ClassVar[int]
+    SINKS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    heavy: float
+    heavy_tokens: int
+    recent: float
+    recent_tokens: int
+    decay: float
+    grace: int
+    sinks: int
+    positions: str
+    def __init__(self, heavy: _Optional[float] = ..., heavy_tokens: _Optional[int] = ..., recent: _Optional[float] = ..., recent_tokens: _Optional[int] = ..., decay: _Optional[float] = ..., grace: _Optional[int] = ..., sinks: _Optional[int] = ..., positions: _Optional[str] = ...) -> None: ...
+
+class ZipCacheSettings(_message.Message):
+    __slots__ = ("salient", "high_bits", "low_bits", "recent_probes", "recent_probes_tokens", "random_probes", "random_probes_tokens", "seed", "normaliser", "share_heads", "quantiser")
+    SALIENT_FIELD_NUMBER: _ClassVar[int]
+    HIGH_BITS_FIELD_NUMBER: _ClassVar[int]
+    LOW_BITS_FIELD_NUMBER: _ClassVar[int]
+    RECENT_PROBES_FIELD_NUMBER: _ClassVar[int]
+    RECENT_PROBES_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RANDOM_PROBES_FIELD_NUMBER: _ClassVar[int]
+    RANDOM_PROBES_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    NORMALISER_FIELD_NUMBER: _ClassVar[int]
+    SHARE_HEADS_FIELD_NUMBER: _ClassVar[int]
+    QUANTISER_FIELD_NUMBER: _ClassVar[int]
+    salient: float
+    high_bits: int
+    low_bits: int
+    recent_probes: float
+    recent_probes_tokens: int
+    random_probes: float
+    random_probes_tokens: int
+    seed: int
+    normaliser: str
+    share_heads: bool
+    quantiser: str
+    def __init__(self, salient: _Optional[float] = ..., high_bits: _Optional[int] = ..., low_bits: _Optional[int] = ..., recent_probes: _Optional[float] = ..., recent_probes_tokens: _Optional[int] = ..., random_probes: _Optional[float] = ..., random_probes_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., normaliser: _Optional[str] = ..., share_heads: _Optional[bool] = ..., quantiser: _Optional[str] = ...) -> None: ...
+
 class MethodSettings(_message.Message):
-    __slots__ = ("codec", "sink_tokens", "read_stratum", "bits", "max_kl", "key_form", "representatives")
+    __slots__ = ("codec", "sink_tokens", "read_stratum", "bits", "max_kl", "key_form", "representatives", "attention_gate", "zipvl", "h2o", "zipcache")
     CODEC_FIELD_NUMBER: _ClassVar[int]
     SINK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     READ_STRATUM_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +126,10 @@ class MethodSettings(_message.Message):
     MAX_KL_FIELD_NUMBER: _ClassVar[int]
     KEY_FORM_FIELD_NUMBER: _ClassVar[int]
     REPRESENTATIVES_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_GATE_FIELD_NUMBER: _ClassVar[int]
+    ZIPVL_FIELD_NUMBER: _ClassVar[int]
+    H2O_FIELD_NUMBER: _ClassVar[int]
+    ZIPCACHE_FIELD_NUMBER: _ClassVar[int]
     codec: str
     sink_tokens: int
     read_stratum: _frame_pb2.Stratum
@@ -53,7 +137,11 @@ class MethodSettings(_message.Message):
     max_kl: float
     key_form: str
     representatives: str
-    def __init__(self, codec: _Optional[str] = ..., sink_tokens: _Optional[int] = ..., read_stratum: _Optional[_Union[_frame_pb2.Stratum, str]] = ..., bits: _Optional[float] = ..., max_kl: _Optional[float] = ..., key_form: _Optional[str] = ..., representatives: _Optional[str] = ...) -> None: ...
+    attention_gate: AttentionGateSettings
+    zipvl: ZipVLSettings
+    h2o: H2OSettings
+    zipcache: ZipCacheSettings
+    def __init__(self, codec: _Optional[str] = ..., sink_tokens: _Optional[int] = ..., read_stratum: _Optional[_Union[_frame_pb2.Stratum, str]] = ..., bits: _Optional[float] = ..., max_kl: _Optional[float] = ..., key_form: _Optional[str] = ..., representatives: _Optional[str] = ..., attention_gate: _Optional[_Union[AttentionGateSettings, _Mapping]] = ..., zipvl: _Optional[_Union[ZipVLSettings, _Mapping]] = ..., h2o: _Optional[_Union[H2OSettings, _Mapping]] = ..., zipcache: _Optional[_Union[ZipCacheSettings, _Mapping]] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
@@ -122,7 +210,7 @@ class Recompute(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class CacheReport(_message.Message):
-    __slots__ = ("prompt_tokens", "shareable_tokens", "cached_tokens", "bytes_fetched", "bytes_published", "tier", "precision", "codec", "stages", "recomputes", "committed_blocks", "replays", "coalesced_tokens")
+    __slots__ = ("prompt_tokens", "shareable_tokens", "cached_tokens", "bytes_fetched", "bytes_published", "tier", "precision", "codec", "stages", "recomputes", "committed_blocks", "replays", "coalesced_tokens", "kept_fraction", "layer_bits")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SHAREABLE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +224,8 @@ class CacheReport(_message.Message):
     COMMITTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     REPLAYS_FIELD_NUMBER: _ClassVar[int]
     COALESCED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FRACTION_FIELD_NUMBER: _ClassVar[int]
+    LAYER_BITS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     shareable_tokens: int
     cached_tokens: int
@@ -149,7 +239,9 @@ class CacheReport(_message.Message):
     committed_blocks: int
     replays: int
     coalesced_tokens: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., shareable_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., bytes_fetched: _Optional[int] = ..., bytes_published: _Optional[int] = ..., tier: _Optional[str] = ..., precision: _Optional[str] = ..., codec: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ..., recomputes: _Optional[_Iterable[_Union[Recompute, _Mapping]]] = ..., committed_blocks: _Optional[int] = ..., replays: _Optional[int] = ..., coalesced_tokens: _Optional[int] = ...) -> None: ...
+    kept_fraction: float
+    layer_bits: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, prompt_tokens: _Optional[int] = ..., shareable_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., bytes_fetched: _Optional[int] = ..., bytes_published: _Optional[int] = ..., tier: _Optional[str] = ..., precision: _Optional[str] = ..., codec: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ..., recomputes: _Optional[_Iterable[_Union[Recompute, _Mapping]]] = ..., committed_blocks: _Optional[int] = ..., replays: _Optional[int] = ..., coalesced_tokens: _Optional[int] = ..., kept_fraction: _Optional[float] = ..., layer_bits: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
     __slots__ = ("token_ids", "text", "finish_reason", "usage", "cache")

@@ -56,6 +56,15 @@ def test_a_bad_prompt_is_refused_with_a_remedy(prompt, kind, words):
         ({"preset": ""}, InvalidRequestError),
         ({"preset": 5}, InvalidRequestError),
         ({"settings": MethodSettings("")}, InvalidRequestError),
+        ({"settings": MethodSettings(h2o=5)}, InvalidRequestError),
+        ({"settings": MethodSettings(h2o={"budget": 0.2})}, InvalidRequestError),
+        ({"settings": MethodSettings(h2o={"heavy": "much"})}, LimitError),
+        ({"settings": MethodSettings(h2o={"heavy": math.nan})}, LimitError),
+        ({"settings": MethodSettings(h2o={"sinks": -1})}, LimitError),
+        ({"settings": MethodSettings(h2o={"sinks": 0.5})}, InvalidRequestError),
+        ({"settings": MethodSettings(zipcache={"share_heads": 1})}, InvalidRequestError),
+        ({"settings": MethodSettings(zipcache={"normaliser": 7})}, InvalidRequestError),
+        ({"settings": MethodSettings("calibrated", bits="2")}, LimitError),
         ({"settings": MethodSettings("fallback", sink_tokens=-1)}, LimitError),
         ({"settings": MethodSettings("fallback", read_stratum="top")}, InvalidRequestError),
         ({"settings": MethodSettings("fallback", representatives=5)}, InvalidRequestError),
@@ -117,3 +126,26 @@ def test_anything_that_holds_integers_is_token_ids():
 
 def test_one_stop_string_is_not_split_into_characters():
     assert list(build_request("hi", {"stop": "END"}).sampling.stop) == ["END"]
+
+
+def test_stages_are_sent_as_they_are_given_and_an_empty_one_is_there():
+    settings = MethodSettings(
+        h2o={"heavy": 0.2, "recent_tokens": 64, "positions": "rolling"},
+        zipcache={"seed": 2**64 - 1, "share_heads": False},
+        zipvl={},
+    )
+    sent = build_request("x", {"settings": settings}).settings
+    assert sent.codec == ""
+    assert (sent.h2o.heavy, sent.h2o.recent_tokens, sent.h2o.positions) == (0.2, 64, "rolling")
+    assert not sent.h2o.HasField("decay")
+    assert sent.zipcache.seed == 2**64 - 1
+    assert sent.zipcache.HasField("share_heads")
+    assert sent.HasField("zipvl")
+    assert not sent.HasField("attention_gate")
+
+
+def test_the_client_knows_the_stages_that_the_server_knows():
+    from kvstrata.client.method_settings import STAGES as OURS
+    from kvstrata.methods.pipeline import STAGES
+
+    assert set(OURS) == set(STAGES)

@@ -63,7 +63,10 @@ def test_scores_come_from_one_set_of_rows():
     alone = Pipeline.of(ZipVL(seed=1)).probes(1000)
     assert alone is not None
     assert torch.equal(alone, ZipVL(seed=1).probes(1000))
-    assert Pipeline.of(H2O()).probes(1000) is None
+    every = Pipeline.of(H2O()).probes(1000)
+    assert every is not None
+    assert torch.equal(every, torch.arange(1000))
+    assert Pipeline().probes(1000) is None
 
 
 CONFLICTS = {

@@ -1,0 +1,216 @@
+"""Ways to keep less of a prompt's KV: the papers' stages, alone and with a codec, and their peers.
+
+A scheme gets a prompt that was run once, uncompressed, with the queries of all its rows, and gives
+back the cache that its continuation is run on. Sizes: bf16 for what is kept as it is, stored frames
+for what is coded, and one bit per token and head where a scheme keeps some tokens and not others.
+
+Legend: L layers, H KV heads, n tokens of the prompt.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from codec_schemes import Prefilled, ProbedCache, Stored
+
+from kvstrata.engine.kept_cache import KeptCache
+from kvstrata.engine.model import Model
+from kvstrata.engine.sequence import RunningSequence
+from kvstrata.methods.exact import ExactCodec
+from kvstrata.methods.h2o import H2O
+from kvstrata.methods.presets import Method
+from kvstrata.methods.token_scores import TokenScores, largest
+from kvstrata.protos.frame import Frame
+from kvstrata.protos.identity import BLOCK_TOKENS
+
+BF16_BITS = 16
+SINKS = 4
+# kvpress's share of a budget that is kept is rounded down, as ours are.
+
+
+@dataclass(frozen=True, slots=True)
+class Observed(Prefilled):
+    """A prompt whose every row was asked.
+
+    Attributes:
+        scores: Of all rows.
+        peer_scores: By name, float (L, H, n), larger is kept: what other projects make of it.
+    """
+
+    scores: TokenScores
+    peer_scores: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def observe(cls, model: Model, ids: list[int]) -> "Observed":
+        """Run the model over ``ids`` and score all tokens by all rows."""
+        sequence = RunningSequence(model, Method(ExactCodec()), ids)
+        cache = ProbedCache(sequence.cache, torch.arange(len(ids)))
+        sequence.cache = cache
+        for _ in sequence.compute(len(ids)):
+            pass
+        keys = cache.read(0, len(ids))[0]
+        scores = TokenScores.of(cache.queries, cache.positions, keys, model.attention_scaling)
+        return cls(model, ids, cache, scores)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return (L, H, n)."""
+        layers, heads, num_tokens = self.scores.saliency.shape
+        return layers, heads, num_tokens
+
+
+class MethodScheme(Protocol):
+    """A way to keep less of a prompt's KV."""
+
+    name: str
+    peer: bool
+    budget: float
+
+    def store(self, prompt: Observed) -> Stored:
+        """Return the cache that is left, and its size."""
+        ...
+
+
+Choose = Callable[[Observed], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """Some tokens as they are, and nothing of the others.
+
+    Attributes:
+        name: For the tables.
+        budget: Share of tokens kept.
+        choose: A prompt to the tokens kept, bool (L, H, n).
+        peer: Whether it is not ours.
+    """
+
+    name: str
+    budget: float
+    choose: Choose
+    peer: bool = True
+
+    def store(self, prompt: Observed) -> Stored:
+        """Keep; see ``MethodScheme.store``."""
+        start = time.perf_counter()
+        kept = self.choose(prompt)
+        cache = KeptCache(prompt.cache, kept)
+        seconds = time.perf_counter() - start
+        marks = kept.numel() if not kept.all() else 0
+        width = 2 * prompt.model.spec.head_dim * BF16_BITS
+        return Stored(cache, int(kept.sum()) * width + marks, seconds, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """Some tokens in the frames of a codec, and nothing of the others.
+
+    Attributes:
+        name: For the tables.
+        budget: Share of tokens kept.
+        method: The codec.
+        choose: As in ``Evicted``; None keeps all.
+        probes: The rows by which the codec weighs tokens; None for those of ``RunningSequence``.
+    """
+
+    name: str
+    budget: float
+    method: Method
+    choose: Choose | None = None
+    probes: Callable[[int], torch.Tensor] | None = None
+    peer: bool = False
+
+    def store(self, prompt: Observed) -> Stored:
+        """Seal what is kept and read it back; see ``MethodScheme.store``.
+
+        Raises:
+            RuntimeError: The codec refused the values, or a block could not be read back.
+        """
+        num_blocks = len(prompt.ids) // BLOCK_TOKENS
+        start = time.perf_counter()
+        kept = None if self.choose is None else self.choose(prompt)
+        writer = RunningSequence(prompt.model, self.method, prompt.ids)
+        writer.cache = self._probed(prompt)
+        writer.kept = kept
+        blocks = writer.seal(0, num_blocks)
+        encode_s = time.perf_counter() - start
+        reader = RunningSequence(prompt.model, self.method, prompt.ids)
+        start = time.perf_counter()
+        loaded = reader.load(
+            [{s: Frame.open(b.frames[s]) for s in self.method.wanted} for b in blocks]
+        )
+        decode_s = time.perf_counter() - start
+        if len(blocks) < num_blocks or loaded.num_blocks < num_blocks:
+            raise RuntimeError(f"{self.name}: {len(blocks)} encoded, {loaded} read back")
+        num_bits = 8 * sum(block.num_bytes for block in blocks)
+        cache = reader.cache if reader.kept is None else KeptCache(reader.cache, reader.kept)
+        return Stored(cache, num_bits, encode_s, decode_s)
+
+    def _probed(self, prompt: Observed) -> ProbedCache:
+        """Return the prompt's cache with the probes that are wanted, and no copy of K or V."""
+        if self.probes is None:
+            return prompt.cache
+        rows = self.probes(len(prompt.ids))
+        return _Reprobed(prompt.cache, rows)
+
+
+class _Reprobed(ProbedCache):
+    """A prompt's cache whose probes are other rows."""
+
+    def __init__(self, held: ProbedCache, rows: torch.Tensor) -> None:
+        self.spec, self.length = held.spec, held.length
+        self.keys, self.values = held.keys, held.values
+        self._rows, self._held = rows, held
+
+    def probes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the queries of the rows, and the rows."""
+        return self._held.queries[:, :, self._rows], self._rows
+
+
+def h2o(stage: H2O) -> Choose:
+    """Return what H2O keeps of a prompt by the scores of all of its rows."""
+
+    def choose(prompt: Observed) -> torch.Tensor:
+        num_tokens = len(prompt.ids)
+        return stage.keep(
+            prompt.scores.accumulated(), torch.arange(num_tokens), stage.seats(num_tokens)
+        )
+
+    return choose
+
+
+def by_peer(name: str, budget: float) -> Choose:
+    """Return the highest scores of a peer, as many per head as the budget gives."""
+
+    def choose(prompt: Observed) -> torch.Tensor:
+        return largest(prompt.peer_scores[name], int(len(prompt.ids) * budget + 1e-9))
+
+    return choose
+
+
+def by_chance(budget: float, seed: int) -> Choose:
+    """Return tokens at random, the sinks always."""
+
+    def choose(prompt: Observed) -> torch.Tensor:
+        draw = torch.rand(prompt.shape, generator=torch.Generator().manual_seed(seed))
+        draw[..., :SINKS] = 2.0
+        return largest(draw, int(len(prompt.ids) * budget + 1e-9))
+
+    return choose
+
+
+def evenly(budget: float) -> Choose:
+    """Return tokens at equal distances, and the sinks."""
+
+    def choose(prompt: Observed) -> torch.Tensor:
+        num_tokens = len(prompt.ids)
+        count = int(num_tokens * budget + 1e-9) - SINKS
+        places = torch.linspace(SINKS, num_tokens - 1, max(count, 1)).round().long()
+        kept = torch.zeros(num_tokens, dtype=torch.bool)
+        kept[:SINKS] = True
+        kept[places] = True
+        return kept.expand(prompt.shape).clone()
+
+    return choose

@@ -1,0 +1,81 @@
+"""From the wire's settings of the papers' stages to a pipeline, and to the codec that it needs."""
+
+from dataclasses import fields
+from typing import Any
+
+from kvstrata.methods.calibrated import calibrated_codec
+from kvstrata.methods.codec import BlockCodec
+from kvstrata.methods.pipeline import STAGES, Pipeline
+from kvstrata.methods.profile import Profile
+from kvstrata.methods.stage import Stage
+from kvstrata.methods.zipcache import ZipCache
+from kvstrata.methods.zipcache_codec import ZipCacheCodec
+from kvstrata.protos.errors import LimitError, MethodConflictError, UnknownPresetError
+from kvstrata.protos.inference_pb2 import MethodSettings
+
+COUNT = "_tokens"  # "heavy" is a share of the prompt, "heavy_tokens" a count of tokens
+
+
+def pipeline_of(settings: MethodSettings) -> Pipeline:
+    """Return the stages that ``settings`` name; a stage's unset fields take the paper's values.
+
+    Raises:
+        LimitError: A value outside its range, or a share and a count for the same thing.
+    """
+    stages = [
+        _stage(kind, getattr(settings, name))
+        for name, kind in STAGES.items()
+        if settings.HasField(name)
+    ]
+    if settings.codec == ZipCacheCodec.name and not settings.HasField("zipcache"):
+        stages.append(ZipCache(quantiser="published"))
+    return Pipeline.of(*stages)
+
+
+def _stage(kind: type[Stage], message: Any) -> Stage:
+    given = {field.name: value for field, value in message.ListFields()}
+    given |= {f.name: getattr(message, f.name) for f in fields(kind) if message.HasField(f.name)}
+    for name in [name for name in given if name.endswith(COUNT)]:
+        amount = name.removesuffix(COUNT)
+        if amount not in {f.name for f in fields(kind)}:
+            continue  # a field of this very name, such as min_tokens
+        if amount in given:
+            raise LimitError(
+                f"{kind.name} has both {amount} and {name}", "give a share or a count, not both"
+            )
+        given[amount] = given.pop(name)
+    return kind(**given)
+
+
+def zipcache_codec(
+    stage: ZipCache, codec: str, bits: float | None, profile: Profile | None
+) -> BlockCodec:
+    """Return the codec that ZipCache quantises by.
+
+    Args:
+        stage: Its settings.
+        codec: The codec that was asked for; empty for none.
+        bits: Stored bits per element to aim at with ``strata``; None for the stage's mean.
+        profile: Of the served model.
+
+    Raises:
+        MethodConflictError: Another codec was asked for.
+        UnknownPresetError: ``strata`` without a profile.
+    """
+    wanted = ZipCacheCodec.name if stage.quantiser == "published" else "calibrated"
+    if codec not in ("", wanted):
+        raise MethodConflictError(
+            f"zipcache with quantiser {stage.quantiser!r} stores by codec {wanted!r}, "
+            f"not {codec[:64]!r}",
+            "leave codec out, or choose the other quantiser",
+            rule="zipcache_quantiser",
+        )
+    if stage.quantiser == "published":
+        return ZipCacheCodec(stage)
+    if profile is None:
+        raise UnknownPresetError(
+            "the served model has no profile, which zipcache's quantiser 'strata' needs",
+            "run `kvstrata calibrate`, or use quantiser 'published'",
+        )
+    target = stage.mean_bits if bits is None else bits
+    return calibrated_codec(profile, profile.threshold_for_bits(target))

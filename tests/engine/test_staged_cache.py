@@ -1,0 +1,134 @@
+"""Stages inside a pass: scores of the rows that were asked, what heads keep, what matters."""
+
+import pytest
+import torch
+
+from kvstrata.engine import Model
+from kvstrata.engine.staged_cache import StagedCache
+from kvstrata.methods.h2o import H2O
+from kvstrata.methods.pipeline import Pipeline
+from kvstrata.methods.token_scores import TokenScores
+from kvstrata.methods.zipcache import ZipCache
+from kvstrata.methods.zipvl import ZipVL
+from tests.engine.calibrating import tokens_of
+
+IDS = tokens_of(150)
+
+
+def run(model: Model, pipeline: Pipeline, chunks: tuple[int, ...] = (150,), kept=None):
+    """Return the logits of all tokens and the staged cache."""
+    cache = model.new_cache(150)
+    staged = StagedCache(cache, pipeline, kept)
+    staged.expect(150)
+    first, logits = 0, []
+    for size in chunks:
+        logits.append(model.forward_all(staged, IDS[first : first + size]))
+        first += size
+    return torch.cat(logits), staged
+
+
+def expected_scores(model: Model, rows: torch.Tensor) -> TokenScores:
+    cache = model.new_cache(150, 150)
+    cache.expect_probes(0, 150)
+    model.forward(cache, IDS)
+    queries, _ = cache.probes()
+    keys = cache.read(0, 150)[0].contiguous()
+    asked = queries[:, :, rows].contiguous()
+    return TokenScores.of(asked, rows, keys, model.attention_scaling)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+@pytest.mark.parametrize("chunks", [(150,), (64, 50, 36)], ids=str)
+@pytest.mark.parametrize("stage", [H2O(), ZipCache()], ids=["all rows", "probes"])
+def test_scores_are_those_of_the_asked_rows_however_the_prompt_is_cut(
+    models, family, chunks, stage
+):
+    model, pipeline = models[family], Pipeline.of(stage)
+    logits, staged = run(model, pipeline, chunks)
+    rows = pipeline.probes(150)
+    assert rows is not None
+    found, expected = staged.scores(), expected_scores(model, rows)
+    assert found is not None
+    assert torch.equal(found.rows, rows)
+    torch.testing.assert_close(found.saliency, expected.saliency, atol=1e-5, rtol=1e-4)
+    dense = model.forward_all(model.new_cache(150), IDS)
+    torch.testing.assert_close(logits, dense, atol=1e-4, rtol=1e-4)
+
+
+def test_a_pass_that_fails_leaves_no_scores_behind(models):
+    model = models["llama"]
+    staged = StagedCache(model.new_cache(150), Pipeline.of(H2O()))
+    staged.expect(150)
+    state = staged.begin(100)
+    q, k = torch.randn(6, 100, 8), torch.randn(2, 100, 8)
+    state.attend(0, q, k, k, 1.0)  # and the pass ends here
+    model.forward(staged, IDS)
+    found = staged.scores()
+    assert found is not None
+    torch.testing.assert_close(
+        found.saliency, expected_scores(model, torch.arange(150)).saliency, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_rows_see_what_their_head_keeps_and_themselves(models):
+    model = models["qwen2"]
+    kept = torch.rand(model.spec.num_layers, model.spec.num_kv_heads, 150) < 0.5
+    together, _ = run(model, Pipeline(), kept=kept)
+    in_parts, _ = run(model, Pipeline(), (1, 70, 79), kept=kept)
+    torch.testing.assert_close(together, in_parts, atol=1e-4, rtol=1e-4)
+    # What nobody keeps changes nothing for others: another token there, the same logits elsewhere.
+    kept[:, :, 10] = False
+    first, _ = run(model, Pipeline(), kept=kept)
+    others = list(IDS)
+    others[10] = (others[10] + 1) % 90
+    cache = StagedCache(model.new_cache(150), Pipeline(), kept)
+    second = model.forward_all(cache, others)
+    different = (first - second).abs().amax(-1) > 1e-4
+    assert different.nonzero().flatten().tolist() == [10]
+
+
+def test_v3_all_tokens_matter_with_tau_one(models):
+    model = models["llama"]
+    logits, staged = run(model, Pipeline.of(ZipVL.neutral()))
+    torch.testing.assert_close(
+        logits, model.forward_all(model.new_cache(150), IDS), atol=1e-4, rtol=1e-4
+    )
+    assert staged.important is not None
+    assert staged.important.all()
+
+
+def test_zipvl_finds_a_ratio_per_layer_and_never_drops_the_last_row(models):
+    model = models["llama"]
+    _, staged = run(model, Pipeline.of(ZipVL(tau=0.6, min_tokens=10)))
+    assert staged.important is not None
+    assert staged.important.shape == (model.spec.num_layers, 150)
+    assert staged.important[:, -1].all()
+    ratios = staged.important.float().mean(1)
+    assert (ratios < 0.95).any()
+    assert ratios.unique().numel() > 1
+
+
+def test_short_prompts_and_what_follows_a_prompt_attend_densely(models):
+    model = models["llama"]
+    dense = model.forward_all(model.new_cache(150), IDS)
+    logits, staged = run(model, Pipeline.of(ZipVL(tau=0.3, min_tokens=151)))
+    torch.testing.assert_close(logits, dense, atol=1e-4, rtol=1e-4)
+    assert staged.important is None
+
+
+def test_stages_of_several_sequences_stay_apart_in_one_batch(models):
+    from kvstrata.engine.batch import Span
+
+    model = models["llama"]
+    alone = [run(model, Pipeline.of(stage)) for stage in (H2O(), ZipVL(tau=0.6, min_tokens=10))]
+    caches = []
+    for stage in (H2O(), ZipVL(tau=0.6, min_tokens=10)):
+        caches.append(StagedCache(model.new_cache(150), Pipeline.of(stage)))
+        caches[-1].expect(150)
+    found = model.forward_batch([Span(cache, IDS) for cache in caches])
+    for row, (logits, staged), cache in zip(found, alone, caches, strict=True):
+        torch.testing.assert_close(row, logits[-1], atol=1e-4, rtol=1e-4)
+        theirs, ours = staged.scores(), cache.scores()
+        assert ours is not None
+        assert theirs is not None
+        torch.testing.assert_close(ours.saliency, theirs.saliency, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,138 @@
+"""Stages by request: what is set arrives, what is not set is the paper's, nonsense has a name."""
+
+import dataclasses
+
+import pytest
+
+from kvstrata.methods.calibrated import CalibratedCodec
+from kvstrata.methods.fallback import FallbackCodec
+from kvstrata.methods.h2o import H2O
+from kvstrata.methods.pipeline import STAGES, Pipeline
+from kvstrata.methods.presets import PAPERS, from_preset, from_settings
+from kvstrata.methods.profile import Profile
+from kvstrata.methods.zipcache import ZipCache
+from kvstrata.methods.zipcache_codec import ZipCacheCodec
+from kvstrata.methods.zipvl import ZipVL
+from kvstrata.protos.errors import LimitError, MethodConflictError, UnknownPresetError
+from kvstrata.protos.inference_pb2 import MethodSettings
+from tests.methods.profiles import make_profile
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return make_profile()
+
+
+def settings_of(codec: str = "", **stages: dict[str, object]) -> MethodSettings:
+    settings = MethodSettings(codec=codec)
+    for name, given in stages.items():
+        message = getattr(settings, name)
+        message.SetInParent()
+        for key, value in given.items():
+            setattr(message, key, value)
+    return settings
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_field_of_every_stage_can_be_sent(name: str):
+    message = getattr(MethodSettings(), name)
+    known = set(message.DESCRIPTOR.fields_by_name)
+    own = {field.name for field in dataclasses.fields(STAGES[name])}
+    assert own <= known
+    assert {field.removesuffix("_tokens") for field in known - own} <= own
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_that_is_only_named_has_the_paper_s_values(name: str, profile: Profile):
+    method = from_settings(settings_of(**{name: {}}), profile)
+    assert method.pipeline == Pipeline.of(STAGES[name]())
+    assert isinstance(method.codec, CalibratedCodec)
+
+
+def test_shares_and_counts_are_told_apart(profile: Profile):
+    given = {"heavy": 0.25, "recent_tokens": 64, "decay": 0.98, "grace": 16, "sinks": 4}
+    method = from_settings(settings_of("exact", h2o=given), profile)
+    assert method.pipeline.evict == H2O(0.25, 64, 0.98, 16, 4)
+    zipvl = {"recent_probes": 0.5, "min_tokens": 7, "tau": 0.5, "rest": "evict"}
+    method = from_settings(settings_of("calibrated", zipvl=zipvl), profile)
+    assert method.pipeline.attention == ZipVL(0.5, 0.5, rest="evict", min_tokens=7)
+    with pytest.raises(LimitError, match="both heavy and heavy_tokens"):
+        from_settings(settings_of(h2o={"heavy": 0.1, "heavy_tokens": 3}), profile)
+
+
+BAD = [
+    {"h2o": {"heavy": 0.0, "recent": 0.0}},
+    {"h2o": {"heavy": 1.5}},
+    {"h2o": {"positions": "sideways"}},
+    {"zipvl": {"tau": 0.0}},
+    {"zipvl": {"tau": 1.5}},
+    {"attention_gate": {"tau": 3.0}},
+    {"zipcache": {"high_bits": 5}},
+    {"zipcache": {"salient": float("nan")}},
+]
+
+
+@pytest.mark.parametrize("stages", BAD, ids=str)
+def test_nonsense_is_refused_by_name(stages, profile: Profile):
+    with pytest.raises(LimitError) as refusal:
+        from_settings(settings_of(**stages), profile)
+    assert refusal.value.remedy
+
+
+def test_zipcache_brings_its_codec(profile: Profile):
+    strata = from_settings(settings_of(zipcache={}), profile).codec
+    assert isinstance(strata, CalibratedCodec)
+    assert strata.threshold == profile.threshold_for_bits(3.2)
+    finer = from_settings(settings_of(zipcache={"salient": 1.0}), profile).codec
+    assert finer.threshold == profile.threshold_for_bits(4.0)
+    named = settings_of("calibrated", zipcache={})
+    named.bits = 2.0
+    assert from_settings(named, profile).codec.threshold == profile.threshold_for_bits(2.0)
+    published = from_settings(settings_of(zipcache={"quantiser": "published"}), None)
+    assert published.codec == ZipCacheCodec(ZipCache(quantiser="published"))
+    assert from_settings(settings_of("zipcache"), None) == published
+
+
+@pytest.mark.parametrize(
+    ("codec", "quantiser"),
+    [("exact", "strata"), ("fallback", "published"), ("zipcache", "strata")],
+)
+def test_zipcache_with_another_codec_is_a_conflict(codec: str, quantiser: str, profile: Profile):
+    with pytest.raises(MethodConflictError, match="zipcache") as refusal:
+        from_settings(settings_of(codec, zipcache={"quantiser": quantiser}), profile)
+    assert refusal.value.metadata == {"rule": "zipcache_quantiser"}
+
+
+def test_without_a_profile_stages_that_leave_tokens_out_store_as_published():
+    gated = from_settings(settings_of(attention_gate={}))
+    assert isinstance(gated.codec, ZipCacheCodec)
+    assert from_settings(settings_of(h2o={})).codec == FallbackCodec()
+    with pytest.raises(UnknownPresetError, match="profile"):
+        from_settings(settings_of(zipcache={}))
+    with pytest.raises(MethodConflictError):
+        from_settings(settings_of("fallback", attention_gate={}))
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_are_presets(name: str, profile: Profile):
+    method = from_preset(name, profile)
+    assert method.pipeline == PAPERS[name]
+    for stage in method.pipeline.stages:
+        assert stage == type(stage)(**({"quantiser": "published"} if "published" in name else {}))
+
+
+def test_scopes_differ_where_blocks_do(profile: Profile):
+    def scope(settings: MethodSettings, ids: tuple[int, ...] = (1, 2, 3)) -> bytes:
+        method = from_settings(settings, profile)
+        return method.scope(model=bytes(16), kv_dtype="float32", prompt_ids=ids).digest()
+
+    plain = scope(settings_of("calibrated"))
+    assert scope(settings_of("calibrated", h2o={})) == plain
+    assert scope(settings_of("calibrated", attention_gate={})) != plain
+    assert scope(settings_of("calibrated", attention_gate={"tau": 0.4})) != scope(
+        settings_of("calibrated", attention_gate={})
+    )
+    zipvl = settings_of("calibrated", zipvl={})
+    assert scope(zipvl) == scope(zipvl)
+    assert scope(zipvl) != scope(zipvl, (1, 2, 4))
+    assert scope(settings_of("calibrated"), (9,)) == plain
