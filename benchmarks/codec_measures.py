@@ -15,6 +15,7 @@ from codec_schemes import Prefilled, Scheme
 from codec_texts import Context
 
 from kvstrata.engine.cache import SequenceCache
+from kvstrata.engine.kept_cache import KeptCache
 from kvstrata.engine.model import Model
 
 ALL = "all"
@@ -111,7 +112,7 @@ def measure(scheme: Scheme, prompt: Prefilled, context: Context, reference: Refe
 
 
 def _predict(
-    model: Model, cache: SequenceCache, context: Context
+    model: Model, cache: SequenceCache | KeptCache, context: Context
 ) -> tuple[torch.Tensor, list[Answer]]:
     """Return the log-probabilities along the continuation and the answers, teacher-forced."""
     encode = model.tokenizer.encode

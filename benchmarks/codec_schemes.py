@@ -13,6 +13,7 @@ import torch
 from codec_peers import Encode, Prompt, probe_positions
 
 from kvstrata.engine.cache import SequenceCache
+from kvstrata.engine.kept_cache import KeptCache
 from kvstrata.engine.model import Model
 from kvstrata.engine.sequence import RunningSequence
 from kvstrata.methods.exact import ExactCodec
@@ -73,7 +74,7 @@ class Prefilled:
 class Stored:
     """What a scheme made of a prompt: a cache with what it reads back, its size and times."""
 
-    cache: SequenceCache
+    cache: SequenceCache | KeptCache
     num_bits: int
     encode_s: float
     decode_s: float

@@ -15,9 +15,11 @@ from typing import Protocol
 import torch
 from codec_schemes import Prefilled, ProbedCache, Stored
 
+from kvstrata.engine.cache import SequenceCache
 from kvstrata.engine.kept_cache import KeptCache
 from kvstrata.engine.model import Model
-from kvstrata.engine.sequence import RunningSequence
+from kvstrata.engine.selecting_sequence import SelectingSequence
+from kvstrata.engine.sequence import PROBE_FRACTION, RunningSequence
 from kvstrata.methods.exact import ExactCodec
 from kvstrata.methods.h2o import H2O
 from kvstrata.methods.presets import Method
@@ -27,7 +29,6 @@ from kvstrata.protos.identity import BLOCK_TOKENS
 
 BF16_BITS = 16
 SINKS = 4
-# kvpress's share of a budget that is kept is rounded down, as ours are.
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,17 @@ class Observed(Prefilled):
         keys = cache.read(0, len(ids))[0]
         scores = TokenScores.of(cache.queries, cache.positions, keys, model.attention_scaling)
         return cls(model, ids, cache, scores)
+
+    def scores_of(self, rows: torch.Tensor | None) -> TokenScores:
+        """Return the scores by some of the rows; by the last 10 % for None, as without stages."""
+        num_tokens = len(self.ids)
+        if rows is None:
+            rows = torch.arange(num_tokens - int(num_tokens * PROBE_FRACTION) - 1, num_tokens)
+        if len(rows) == num_tokens:
+            return self.scores
+        keys = self.cache.read(0, num_tokens)[0]
+        asked = self.cache.queries[:, :, rows]
+        return TokenScores.of(asked, rows, keys, self.model.attention_scaling)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -112,14 +124,12 @@ class Coded:
         budget: Share of tokens kept.
         method: The codec.
         choose: As in ``Evicted``; None keeps all.
-        probes: The rows by which the codec weighs tokens; None for those of ``RunningSequence``.
     """
 
     name: str
     budget: float
     method: Method
     choose: Choose | None = None
-    probes: Callable[[int], torch.Tensor] | None = None
     peer: bool = False
 
     def store(self, prompt: Observed) -> Stored:
@@ -130,13 +140,15 @@ class Coded:
         """
         num_blocks = len(prompt.ids) // BLOCK_TOKENS
         start = time.perf_counter()
-        kept = None if self.choose is None else self.choose(prompt)
-        writer = RunningSequence(prompt.model, self.method, prompt.ids)
-        writer.cache = self._probed(prompt)
-        writer.kept = kept
+        writer = SelectingSequence(prompt.model, self.method, prompt.ids)
+        writer.cache = prompt.cache
+        writer.kept = None if self.choose is None else self.choose(prompt)
+        if self.method.codec.first_layer and writer.kept is not None:
+            writer.kept[: self.method.codec.first_layer] = True  # recomputed from token ids
+        writer.scores = prompt.scores_of(self.method.pipeline.probes(len(prompt.ids)))
         blocks = writer.seal(0, num_blocks)
         encode_s = time.perf_counter() - start
-        reader = RunningSequence(prompt.model, self.method, prompt.ids)
+        reader = SelectingSequence(prompt.model, self.method, [*prompt.ids, 0])
         start = time.perf_counter()
         loaded = reader.load(
             [{s: Frame.open(b.frames[s]) for s in self.method.wanted} for b in blocks]
@@ -145,28 +157,10 @@ class Coded:
         if len(blocks) < num_blocks or loaded.num_blocks < num_blocks:
             raise RuntimeError(f"{self.name}: {len(blocks)} encoded, {loaded} read back")
         num_bits = 8 * sum(block.num_bytes for block in blocks)
-        cache = reader.cache if reader.kept is None else KeptCache(reader.cache, reader.kept)
+        cache: SequenceCache | KeptCache = reader._dense
+        if reader.kept is not None:
+            cache = KeptCache(reader._dense, reader.kept)
         return Stored(cache, num_bits, encode_s, decode_s)
-
-    def _probed(self, prompt: Observed) -> ProbedCache:
-        """Return the prompt's cache with the probes that are wanted, and no copy of K or V."""
-        if self.probes is None:
-            return prompt.cache
-        rows = self.probes(len(prompt.ids))
-        return _Reprobed(prompt.cache, rows)
-
-
-class _Reprobed(ProbedCache):
-    """A prompt's cache whose probes are other rows."""
-
-    def __init__(self, held: ProbedCache, rows: torch.Tensor) -> None:
-        self.spec, self.length = held.spec, held.length
-        self.keys, self.values = held.keys, held.values
-        self._rows, self._held = rows, held
-
-    def probes(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the queries of the rows, and the rows."""
-        return self._held.queries[:, :, self._rows], self._rows
 
 
 def h2o(stage: H2O) -> Choose:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from kvstrata.engine.cache import SequenceCache
 from kvstrata.engine.kept_cache import KeptCache
 from kvstrata.engine.model import Model
 from kvstrata.engine.sequence import (
@@ -85,6 +86,12 @@ class SelectingSequence(RunningSequence):
         )
 
     @property
+    def _dense(self) -> SequenceCache:
+        """The prompt's cache: no pool holds it, because stages act on all of its rows."""
+        assert isinstance(self.cache, SequenceCache)
+        return self.cache
+
+    @property
     def kept_fraction(self) -> float:
         """What the running cache holds, as a share of all tokens of all heads."""
         if self.selected is not None:
@@ -96,7 +103,7 @@ class SelectingSequence(RunningSequence):
         if until <= self.cache.length:
             return
         pipeline = self.method.pipeline
-        staged = StagedCache(self.cache, pipeline, self.kept)
+        staged = StagedCache(self._dense, pipeline, self.kept)
         staged.expect(until - self.cache.length)
         chunk = PREFILL_CHUNK if pipeline.attention is None else until
         while self.cache.length < until:
@@ -148,7 +155,7 @@ class SelectingSequence(RunningSequence):
         sealed: list[SealedBlock] = []
         first, last = self.cache.length, self._num_prompt
         if first < last:
-            tail = StagedCache(self.cache, self.method.pipeline, self.kept)
+            tail = StagedCache(self._dense, self.method.pipeline, self.kept)
             tail.expect_all(last - first)
             self.cache.expect_probes(first, last)
             logits = self.model.forward(tail, self.token_ids[first:last])
@@ -166,7 +173,7 @@ class SelectingSequence(RunningSequence):
             kept[..., : self.kept.shape[2]] = self.kept
         scores = None if evict is None else self._accumulated(first_of_tail, tail)
         self.selected = KeptCache(
-            self.cache, kept, evict=evict, scores=scores, rotate=self.model.rotate
+            self._dense, kept, evict=evict, scores=scores, rotate=self.model.rotate
         )
         self.committable = False
         self.cache = self.model.new_cache(1)
