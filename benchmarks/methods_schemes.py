@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from codec_schemes import Prefilled, ProbedCache, Stored
+from codec_schemes import Prefilled, ProbedCache, Scheme, Stored
 
 from kvstrata.engine.cache import SequenceCache
 from kvstrata.engine.kept_cache import KeptCache
@@ -22,12 +22,17 @@ from kvstrata.engine.selecting_sequence import SelectingSequence
 from kvstrata.engine.sequence import PROBE_FRACTION, RunningSequence
 from kvstrata.methods.exact import ExactCodec
 from kvstrata.methods.h2o import H2O
+from kvstrata.methods.pipeline import Pipeline
+from kvstrata.methods.presets import PUBLISHED as ZIPCACHE
 from kvstrata.methods.presets import Method
 from kvstrata.methods.token_scores import TokenScores, largest
+from kvstrata.methods.zipcache_codec import ZipCacheCodec
+from kvstrata.methods.zipvl import Rest, ZipVL
 from kvstrata.protos.frame import Frame
 from kvstrata.protos.identity import BLOCK_TOKENS
 
 BF16_BITS = 16
+PUBLISHED = ZipCacheCodec(ZIPCACHE)
 SINKS = 4
 
 
@@ -161,6 +166,68 @@ class Coded:
         if reader.kept is not None:
             cache = KeptCache(reader._dense, reader.kept)
         return Stored(cache, num_bits, encode_s, decode_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Unbudgeted:
+    """A scheme of ``bench_codec.py``, which keeps all tokens."""
+
+    scheme: Scheme
+    budget: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The scheme's name."""
+        return self.scheme.name
+
+    @property
+    def peer(self) -> bool:
+        """Whether it is not ours."""
+        return self.scheme.peer
+
+    def store(self, prompt: Observed) -> Stored:
+        """Encode and read back; see ``MethodScheme.store``."""
+        return self.scheme.store(prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """ZipVL: the prompt is run again, attending to what matters; K and V stay as they are.
+
+    Attributes:
+        stage: Its settings.
+        budget: Its tau, in place of a share of tokens, which it finds itself.
+    """
+
+    stage: ZipVL
+    budget: float
+    peer: bool = False
+
+    @property
+    def name(self) -> str:
+        """Which of the two versions it is."""
+        return "zipvl" if self.stage.rest == "low_bit" else "zipvl evict"
+
+    def store(self, prompt: Observed) -> Stored:
+        """Run the prompt and drop what did not matter; see ``MethodScheme.store``."""
+        method = Method(PUBLISHED, pipeline=Pipeline.of(self.stage))
+        sequence = SelectingSequence(prompt.model, method, prompt.ids)
+        start = time.perf_counter()
+        for _ in sequence.compute(len(prompt.ids)):
+            pass
+        seconds = time.perf_counter() - start
+        kept = (
+            torch.ones(prompt.shape, dtype=torch.bool) if sequence.kept is None else sequence.kept
+        )
+        width = 2 * prompt.model.spec.head_dim * BF16_BITS
+        marks = 0 if kept.all() else kept.numel()
+        cache = KeptCache(sequence._dense, kept)
+        return Stored(cache, int(kept.sum()) * width + marks, seconds, 0.0)
+
+
+def sparse(tau: float, rest: Rest) -> Sparse:
+    """Return ZipVL at ``tau``."""
+    return Sparse(ZipVL(tau=tau, rest=rest), tau)
 
 
 def h2o(stage: H2O) -> Choose:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 
 from kvstrata.engine.cache import SequenceCache
 from kvstrata.engine.kept_cache import KeptCache
@@ -72,9 +73,21 @@ class SelectingSequence(RunningSequence):
         self._saliency_of_blocks = torch.zeros(self._num_stored_layers, 0)
 
     def load(self, blocks: Sequence[FrameSet]) -> Loaded:
-        """Decode stored blocks of the prompt into the cache; see ``RunningSequence.load``."""
-        limit = (self._num_prompt - 1) // BLOCK_TOKENS - self.num_blocks_held
-        return super().load(blocks[: max(0, limit)])
+        """Decode stored blocks of the prompt into the cache; see ``RunningSequence.load``.
+
+        Where blocks depend on what follows them, all of them are taken or none: computed on top of
+        some, the rest would be others than those that were stored.
+        """
+        wanted = max(0, (self._num_prompt - 1) // BLOCK_TOKENS - self.num_blocks_held)
+        if not self.method.pipeline.needs_whole_prompt:
+            return super().load(blocks[:wanted])
+        if len(blocks) < wanted:
+            return Loaded(0, "incomplete_prompt")
+        loaded = super().load(blocks[:wanted])
+        if loaded.num_blocks == wanted:
+            return loaded
+        self.cache.truncate(0)
+        return Loaded(0, loaded.reason)
 
     def _scope(self, salt: bytes) -> CacheScope:
         spec = self.model.spec
@@ -103,6 +116,8 @@ class SelectingSequence(RunningSequence):
         if until <= self.cache.length:
             return
         pipeline = self.method.pipeline
+        if self.kept is not None:
+            self.kept = self.kept[..., : self.cache.length]
         staged = StagedCache(self._dense, pipeline, self.kept)
         staged.expect(until - self.cache.length)
         chunk = PREFILL_CHUNK if pipeline.attention is None else until
@@ -120,7 +135,9 @@ class SelectingSequence(RunningSequence):
             return
         matter = self.important[:, None].expand(-1, self.model.spec.num_kv_heads, -1).clone()
         matter[: self.method.codec.first_layer] = True  # recomputed from token ids, all of it
-        self.kept = matter if self.kept is None else self.kept & matter
+        if self.kept is not None:
+            matter &= F.pad(self.kept, (0, matter.shape[2] - self.kept.shape[2]), value=True)
+        self.kept = matter
 
     def settle(self, blocks: Sequence[SealedBlock]) -> None:
         """Replace held blocks by their sealed form; see ``RunningSequence.settle``."""

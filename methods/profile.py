@@ -12,7 +12,6 @@ Source:
 
 import hashlib
 import io
-import logging
 import math
 import os
 import tokenize
@@ -26,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-logger = logging.getLogger(__name__)
+from kvstrata.methods.table_store import TableStore
 
 PROFILE_VERSION = 1
 PROFILE_ID_BYTES = 16
@@ -272,63 +271,28 @@ def _side(arrays: dict[str, np.ndarray], side: str, shape: tuple[int, int, int])
     return SideTables(**tensors)
 
 
-class ProfileStore:
+class ProfileStore(TableStore[Profile]):
     """The profiles that this process can use: shipped ones, and those in further folders."""
 
+    kind = "profile"
+    suffix = SUFFIX
+    error = ProfileError
+
     def __init__(self, folders: Iterable[Path] = ()) -> None:
-        self._folders = [SHIPPED, *folders]
-        self._loaded: dict[str, Profile] = {}
+        """Look into the shipped ones and ``folders``, later ones first."""
+        super().__init__([SHIPPED, *folders])
 
-    def add_folder(self, folder: Path) -> None:
-        """Look into ``folder`` too."""
-        if folder not in self._folders:
-            self._folders.append(folder)
+    def load(self, path: Path) -> Profile:
+        """Return the profile in a file; see ``load_profile``."""
+        return load_profile(path)
 
-    def add(self, profile: Profile) -> None:
-        """Make a profile known that is in no folder; it is preferred from now on."""
-        self._loaded.pop(profile.profile_id, None)
-        self._loaded[profile.profile_id] = profile
+    def id_of(self, tables: Profile) -> str:
+        """Return its hash."""
+        return tables.profile_id
 
-    def of_model(self, model_id: bytes) -> Profile | None:
-        """Return the newest known profile of a model, or None. Files are read once."""
-        for profile in reversed(self._loaded.values()):
-            if profile.model_id == model_id:
-                return profile
-        for folder in reversed(self._folders):
-            path = folder / f"{model_id.hex()}{SUFFIX}"
-            if path.is_file():
-                profile = load_profile(path)
-                if profile.model_id != model_id:
-                    raise ProfileError(f"{path} holds the profile of another model")
-                self.add(profile)
-                return profile
-        return None
-
-    def by_id(self, profile_id: str) -> Profile:
-        """Return the profile of this hash. A damaged file is logged and left out.
-
-        Raises:
-            ProfileError: None of the known folders has it.
-        """
-        if profile_id not in self._loaded:
-            for folder in reversed(self._folders):
-                for path in sorted(folder.glob(f"*{SUFFIX}")):
-                    self._load(path)
-        if profile_id not in self._loaded:
-            raise ProfileError(
-                f"no profile {profile_id} here: copy the calibrated file to this machine's folder"
-            )
-        return self._loaded[profile_id]
-
-    def _load(self, path: Path) -> None:
-        """Make the profile in a file known, but not preferred."""
-        try:
-            profile = load_profile(path)
-        except ProfileError as error:
-            logger.warning("left out: %s", error)  # which names the file
-            return
-        if profile.profile_id not in self._loaded:
-            self._loaded = {profile.profile_id: profile} | self._loaded
+    def model_of(self, tables: Profile) -> bytes:
+        """Return the id of its model."""
+        return tables.model_id
 
 
 PROFILES = ProfileStore()

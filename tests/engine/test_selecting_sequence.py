@@ -7,7 +7,7 @@ import torch
 
 from kvstrata.engine import Model
 from kvstrata.engine.selecting_sequence import SelectingSequence, new_sequence
-from kvstrata.engine.sequence import RunningSequence
+from kvstrata.engine.sequence import Loaded, RunningSequence
 from kvstrata.methods.calibrated import CalibratedCodec
 from kvstrata.methods.codec import BlockCodec
 from kvstrata.methods.exact import ExactCodec
@@ -252,3 +252,21 @@ def test_v9_what_is_generated_is_compressed_without_touching_what_was(models, pr
 
 def test_calibrated_codec_is_the_one_that_a_profile_gives(profile):
     assert isinstance(codec_of("calibrated", profile), CalibratedCodec)
+
+
+def test_blocks_that_depend_on_their_prompt_are_loaded_all_or_none(models, profile):
+    model = models["llama"]
+    method = Method(codec_of("zipcache", profile), pipeline=PIPELINES["zipvl evicts"])
+    first, sealed = cold(model, method)
+    tokens, _ = generate(first)
+    frames = [{s: Frame.open(f) for s, f in b.frames.items()} for b in sealed]
+    partial = new_sequence(model, method, PROMPT)
+    assert partial.load(frames[:1]) == Loaded(0, "incomplete_prompt")
+    broken = new_sequence(model, method, PROMPT)
+    assert broken.load([frames[0], {}]).num_blocks == 0
+    assert broken.cache.length == 0
+    for sequence in (partial, broken):
+        for _ in sequence.compute(128):
+            pass
+        sequence.settle(sequence.seal(0, 2))
+        assert generate(sequence)[0] == tokens

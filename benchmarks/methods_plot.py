@@ -1,0 +1,53 @@
+"""The plots of ``bench_methods.py``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PANELS = (
+    ("perplexity", "perplexity of the continuation"),
+    ("needle", "planted facts and lines still right"),
+    ("accuracy", "passages still repeated"),
+)
+
+
+def draw_quality(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Draw quality against stored bits, a line per scheme over its budgets."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(19, 6.5), layout="constrained")
+    names = sorted({row["method"] for row in rows})
+    colours = {name: f"C{number % 10}" for number, name in enumerate(names)}
+    for panel, (key, title) in zip(panels, PANELS, strict=True):
+        for name in names:
+            points = sorted(
+                (row["bits"], row[key])
+                for row in rows
+                if row["method"] == name and row[key] is not None
+            )
+            if not points:
+                continue
+            peer = next(row["peer"] for row in rows if row["method"] == name)
+            panel.plot(
+                *zip(*points, strict=True),
+                marker="o" if peer else "D",
+                linestyle=":" if peer else "-",
+                linewidth=1.0 if peer else 1.6,
+                markersize=4 if peer else 6,
+                color=colours[name],
+                label=name,
+            )
+        panel.set(xscale="log", xlabel="stored bits per element of K and V", title=title)
+        panel.set_xticks([0.5, 1, 2, 4, 8, 16], [0.5, 1, 2, 4, 8, 16])
+        panel.set_xticks([], minor=True)
+        panel.grid(alpha=0.3)
+    least = min((row["perplexity"] for row in rows), default=1.0)
+    panels[0].set_ylim(0.99 * least, 1.25 * least)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=8)
+    figure.suptitle("solid lines and diamonds: KVStrata; dotted lines and dots: peers")
+    figure.savefig(folder / "methods.png", dpi=110)
+    plt.close(figure)
