@@ -14,7 +14,7 @@ from kvstrata.client.connection import CONNECT_TIMEOUT_S, TIMEOUT_S, Endpoint
 from kvstrata.client.request import GenerateOptions, Prompt, build_request
 from kvstrata.client.results import Chunk, Completion, ModelInfo
 from kvstrata.client.transcript import Transcript
-from kvstrata.protos import inference_pb2, inference_pb2_grpc
+from kvstrata.protos import inference_pb2, inference_pb2_grpc, tracing
 from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
 from kvstrata.protos.errors import InvalidRequestError
 
@@ -32,8 +32,10 @@ class AsyncStream(AsyncIterator[Chunk]):
         endpoint: Endpoint,
         owner: object = None,
         on_completion: Callable[[Completion], None] | None = None,
+        span: tracing.Span = tracing.NOTHING,
     ) -> None:
         self._call = call
+        self._span = span
         self._endpoint = endpoint
         self._owner = owner  # keeps the client's channel open while this stream lives
         self._on_completion = on_completion
@@ -59,8 +61,10 @@ class AsyncStream(AsyncIterator[Chunk]):
             try:
                 reply = await self._call.read()
             except grpc.RpcError as error:
+                failure = self._endpoint.error(error)
+                self._span.end(failure)
                 self._cancel()
-                raise self._endpoint.error(error) from None
+                raise failure from None
             except asyncio.CancelledError:
                 if self._ended and not _task_is_cancelled():
                     break  # closed by another task
@@ -106,10 +110,13 @@ class AsyncStream(AsyncIterator[Chunk]):
     def _cancel(self) -> None:
         self._ended = True
         self._call.cancel()
+        self._span.end()
 
     def _finish(self) -> None:
         self._ended = True
         completion = self._transcript.end()
+        self._span.set(cached_tokens=completion.cache.cached_tokens)
+        self._span.end()
         if self._on_completion is not None:
             self._on_completion(completion)
 
@@ -188,12 +195,12 @@ class AsyncClient:
         on_completion: Callable[[Completion], None] | None = None,
     ) -> AsyncStream:
         request = build_request(prompt, options)
-        call = self._connect().Generate(
-            request,
-            timeout=self._endpoint.time_limit(options.get("timeout_s")),
-            metadata=self._endpoint.metadata,
+        stub, timeout_s = self._connect(), self._endpoint.time_limit(options.get("timeout_s"))
+        span = tracing.start("client.generate", "client")
+        call = stub.Generate(
+            request, timeout=timeout_s, metadata=(*self._endpoint.metadata, *span.headers)
         )
-        return AsyncStream(call, self._endpoint, self, on_completion)
+        return AsyncStream(call, self._endpoint, self, on_completion, span)
 
     def _connect(self) -> Any:
         """Return the stub. The channel is made here because it binds to the running event loop."""

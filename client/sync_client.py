@@ -13,7 +13,7 @@ from kvstrata.client.connection import CONNECT_TIMEOUT_S, TIMEOUT_S, Endpoint
 from kvstrata.client.request import GenerateOptions, Prompt, build_request
 from kvstrata.client.results import Chunk, Completion, ModelInfo
 from kvstrata.client.transcript import Transcript
-from kvstrata.protos import inference_pb2, inference_pb2_grpc
+from kvstrata.protos import inference_pb2, inference_pb2_grpc, tracing
 from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
 from kvstrata.protos.errors import InvalidRequestError
 
@@ -31,8 +31,10 @@ class Stream(Iterator[Chunk]):
         endpoint: Endpoint,
         owner: object = None,
         on_completion: Callable[[Completion], None] | None = None,
+        span: tracing.Span = tracing.NOTHING,
     ) -> None:
         self._call = call
+        self._span = span
         self._endpoint = endpoint
         self._owner = owner  # keeps the client's channel open while this stream lives
         self._on_completion = on_completion
@@ -63,8 +65,10 @@ class Stream(Iterator[Chunk]):
             except grpc.RpcError as error:
                 if self._ended:
                     break  # closed by another thread
+                failure = self._endpoint.error(error)
+                self._span.end(failure)
                 self.close()
-                raise self._endpoint.error(error) from None
+                raise failure from None
             except BaseException:  # KeyboardInterrupt above all: the server must not go on
                 self.close()
                 raise
@@ -83,6 +87,7 @@ class Stream(Iterator[Chunk]):
         """Cancel the call unless it has ended; may be repeated."""
         self._ended = True
         self._call.cancel()
+        self._span.end()
 
     def __enter__(self) -> Self:
         return self
@@ -102,6 +107,8 @@ class Stream(Iterator[Chunk]):
     def _finish(self) -> None:
         self._ended = True
         completion = self._transcript.end()
+        self._span.set(cached_tokens=completion.cache.cached_tokens)
+        self._span.end()
         if self._on_completion is not None:
             self._on_completion(completion)
 
@@ -186,12 +193,12 @@ class Client:
     ) -> Stream:
         self._check_open()
         request = build_request(prompt, options)
+        timeout_s = self._endpoint.time_limit(options.get("timeout_s"))
+        span = tracing.start("client.generate", "client")
         call = self._stub.Generate(
-            request,
-            timeout=self._endpoint.time_limit(options.get("timeout_s")),
-            metadata=self._endpoint.metadata,
+            request, timeout=timeout_s, metadata=(*self._endpoint.metadata, *span.headers)
         )
-        return Stream(call, self._endpoint, self, on_completion)
+        return Stream(call, self._endpoint, self, on_completion, span)
 
     def _check_open(self) -> None:
         if self._closed:

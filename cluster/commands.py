@@ -16,6 +16,7 @@ from kvstrata.protos.credentials import (
     ServerTls,
     server_tls,
 )
+from kvstrata.protos.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, configure_logging
 from kvstrata.protos.sizes import parse_size
 
 TlsCert = Annotated[str, typer.Option(help="The gateway's certificate, PEM: TLS.")]
@@ -28,6 +29,13 @@ TenantsFile = Annotated[
 ]
 MetricsListen = Annotated[
     str, typer.Option(help="host:port of the gateway's Prometheus metrics; default: none.")
+]
+LogLevel = Annotated[
+    str,
+    typer.Option(envvar=LEVEL_VARIABLE, help="DEBUG, INFO, WARNING or ERROR."),
+]
+LogFormat = Annotated[
+    str, typer.Option(envvar=FORMAT_VARIABLE, help="text or json: an object a line.")
 ]
 UpTenants = Annotated[
     str, typer.Option("--tenants", help="File of the gateway's tenants, TOML; see its README.")
@@ -80,8 +88,11 @@ def up(
     store_metrics_listen: Annotated[
         str, typer.Option(help="host:port of the store's Prometheus metrics; default: none.")
     ] = "",
+    log_level: LogLevel = "",
+    log_format: LogFormat = "",
 ) -> None:
     """Start Redis, the store, Ray and the gateway on this machine; Ctrl-C ends them all."""
+    set_logging(log_level, log_format)
     config = StackConfig(
         listen=listen,
         model=model_source(model),
@@ -139,10 +150,13 @@ def gateway(
     store_tls_key: Annotated[
         str, typer.Option(envvar=KEY_VARIABLE, help="Its private key, PEM.")
     ] = "",
+    log_level: LogLevel = "",
+    log_format: LogFormat = "",
 ) -> None:
     """Deploy the workers on a running Ray cluster, unless they are there, and serve a gateway."""
     from kvstrata.cluster.gateway_process import GatewayConfig, run_gateway
 
+    set_logging(log_level, log_format)
     config = GatewayConfig(
         store_address=store,
         ray_address=ray_address,
@@ -163,6 +177,14 @@ def gateway(
         metrics_listen=metrics_listen,
     )
     run_gateway(config)
+
+
+def set_logging(level: str, form: str) -> None:
+    """Let every process that this one starts log so; raises where one is unknown."""
+    configure_logging(level, form)
+    for name, value in ((LEVEL_VARIABLE, level), (FORMAT_VARIABLE, form)):
+        if value:
+            os.environ[name] = value
 
 
 def absolute(path: str) -> str:

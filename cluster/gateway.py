@@ -18,7 +18,7 @@ from kvstrata.kvstore_service.tenants import Tenants
 from kvstrata.methods.presets import PRESETS
 from kvstrata.prefill_node.flight import ANNOUNCED
 from kvstrata.prefill_node.task import Task
-from kvstrata.protos import inference_pb2_grpc
+from kvstrata.protos import call_context, inference_pb2_grpc, tracing
 from kvstrata.protos.errors import CapacityError, DeadlineError, DrainingError, UnavailableError
 from kvstrata.protos.identity import BLOCK_TOKENS
 from kvstrata.protos.inference_pb2 import (
@@ -91,8 +91,13 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
                 task = await asyncio.to_thread(
                     self._admission.admit, request, context.time_remaining()
                 )
-                task = replace(task, salt=tenant.scope_salt(task.salt))
-                logger.info("request %s of session %r", task.request_id, task.session_id)
+                task = replace(
+                    task,
+                    salt=tenant.scope_salt(task.salt),
+                    request_id=call_context.request_id.get() or task.request_id,
+                )
+                call_context.request_id.set(task.request_id)
+                logger.info("request admitted", extra={"session_id": task.session_id})
                 held = self._reserve(task)
                 route = await self._router.route(task)
                 meter.found(route.cached_blocks, route.num_blocks)
@@ -159,13 +164,15 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
     async def _prefill(self, task: Task, route: Route, clock: ReportClock) -> Task:
         """Have a prefill node publish the prompt's blocks; else the decode node computes them."""
         try:
-            report = await self._workers.prefill(task)
+            with tracing.current("gateway.prefill", "client") as span:
+                report = await self._workers.prefill(replace(task, traceparent=span.traceparent))
         except DeadlineError:
             raise
         except Exception as error:
             lost = isinstance(error, WorkerLostError | UnavailableError)
             reason = "prefill_worker_lost" if lost else "prefill_failed"
-            logger.warning("%s: %s", reason, error, exc_info=not lost)
+            extra = {"reason": reason, "error": str(error)}
+            logger.warning("prefill failed", extra=extra, exc_info=not lost)
             clock.recompute(reason, (route.num_blocks - route.cached_blocks) * BLOCK_TOKENS)
             return task
         merge_reports(clock.report, report)
@@ -178,15 +185,16 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         delivered = list(task.generated_ids)
         for attempt in range(MAX_REPLAYS + 1):
             start = time.time()
+            span = tracing.start("gateway.decode", "client", attempt=attempt)
+            rest = replace(task, generated_ids=tuple(delivered), traceparent=span.traceparent)
             try:
-                async with contextlib.aclosing(
-                    self._workers.decode(replace(task, generated_ids=tuple(delivered)))
-                ) as replies:
-                    async for reply in replies:
-                        delivered += reply.token_ids
-                        yield reply
-                        if reply.finish_reason:
-                            return
+                with span:
+                    async with contextlib.aclosing(self._workers.decode(rest)) as replies:
+                        async for reply in replies:
+                            delivered += reply.token_ids
+                            yield reply
+                            if reply.finish_reason:
+                                return
                 raise WorkerLostError("the stream ended without a closing reply")
             except WorkerLostError as error:
                 logger.warning("decode worker lost", extra={"error": str(error)})

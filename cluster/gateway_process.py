@@ -14,6 +14,8 @@ from kvstrata.engine.model import Model
 from kvstrata.prefill_node.worker import WorkerConfig
 from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials, ServerTls
 from kvstrata.protos.errors import ConfigurationError
+from kvstrata.protos.logs import configure_logging
+from kvstrata.protos.tracing import configure_tracing, flush_tracing
 
 STOP_GRACE_S = 30.0
 INFO_TIMEOUT_S = 60.0
@@ -44,6 +46,8 @@ def run_gateway(config: GatewayConfig) -> None:
         ConfigurationError: The Ray cluster cannot be joined, the model cannot be served, or the
             port is taken.
     """
+    configure_logging()
+    configure_tracing("kvstrata-gateway")
     model = load_served_model(config.model, config.dtype)
     # Ray puts the driver's folder on its workers' paths: an empty one shadows nothing.
     with tempfile.TemporaryDirectory(prefix="kvs-") as folder:
@@ -57,6 +61,7 @@ def run_gateway(config: GatewayConfig) -> None:
             ) from error
         workers = RayWorkers() if is_deployed() else _deploy(config)
         asyncio.run(_serve(config, workers, model))
+        flush_tracing()
         os.chdir("/")
 
 

@@ -26,6 +26,8 @@ from kvstrata.cluster.supervisor import adopt_orphans, die_with_parent, end_desc
 from kvstrata.kvstore_service.tenants import read_tenants
 from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
 from kvstrata.protos.errors import ConfigurationError, KVStrataError
+from kvstrata.protos.logs import LEVEL_VARIABLE, configure_logging
+from kvstrata.protos.tracing import configure_tracing, flush_tracing
 
 STOP_GRACE_S = 5.0
 START_TIMEOUT_S = 600.0
@@ -177,9 +179,8 @@ def main(runtime: Path, supervisor: int, config: StackConfig) -> int:
     """Serve until told to stop; return the exit status."""
     adopt_orphans()
     die_with_parent(supervisor)
-    logging.basicConfig(
-        stream=sys.stderr, level="WARNING", format="%(levelname)s %(name)s %(message)s"
-    )
+    configure_logging(os.environ.get(LEVEL_VARIABLE) or "WARNING")
+    configure_tracing("kvstrata-gateway")
     # Ray puts this folder on every worker's path: an empty one shadows nothing.
     (runtime / "cwd").mkdir()
     os.chdir(runtime / "cwd")
@@ -195,6 +196,7 @@ def main(runtime: Path, supervisor: int, config: StackConfig) -> int:
         print(error.describe(), file=sys.stderr)
         status = 2
     finally:
+        flush_tracing()
         silence_stderr()  # Ray's core, in this process, complains of each of its processes' end
         end_descendants()
         if os.getppid() != supervisor:

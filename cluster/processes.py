@@ -64,12 +64,14 @@ class Child:
     async def _watch(self) -> None:
         while self.process is not None:
             status = await self.process.wait()
-            logger.warning("%s ended with status %s; starting it again", self.name, status)
+            extra = {"process": self.name, "status": status}
+            logger.warning("process ended; starting it again", extra=extra)
             await asyncio.sleep(RESTART_PAUSE_S)
             try:
                 self.process = await self._start()
             except Exception:  # whatever it is, the service goes on without it and tries again
-                logger.exception("%s did not come up again; trying once more", self.name)
+                extra = {"process": self.name}
+                logger.exception("process did not come up; trying once more", extra=extra)
 
 
 async def end(process: Process) -> None:

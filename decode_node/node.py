@@ -17,6 +17,7 @@ from kvstrata.prefill_node.flight import Flight
 from kvstrata.prefill_node.prefill import load_cached, num_prompt_blocks, provide_blocks
 from kvstrata.prefill_node.task import Task
 from kvstrata.prefill_node.worker import Worker, WorkerConfig, WorkerInfo
+from kvstrata.protos import call_context, tracing
 from kvstrata.protos.identity import BLOCK_TOKENS
 from kvstrata.protos.inference_pb2 import FinishReason, GenerateReply
 from kvstrata.protos.report import ReportClock
@@ -46,22 +47,26 @@ class DecodeNode:
         Raises:
             DeadlineError: The task's deadline passed.
         """
-        generation = Generation(self._worker, task)
-        try:
-            async with contextlib.aclosing(generation.run()) as replies:
-                async for reply in replies:
-                    yield reply.SerializeToString()
-        finally:
-            generation.cancel()
+        call_context.request_id.set(task.request_id)
+        with tracing.start(
+            "decode", "server", task.traceparent, request_id=task.request_id
+        ) as span:
+            generation = Generation(self._worker, task, span.traceparent)
+            try:
+                async with contextlib.aclosing(generation.run()) as replies:
+                    async for reply in replies:
+                        yield reply.SerializeToString()
+            finally:
+                generation.cancel()
 
 
 class Generation:
     """One request's decode phase on this node."""
 
-    def __init__(self, worker: Worker, task: Task) -> None:
+    def __init__(self, worker: Worker, task: Task, traceparent: str = "") -> None:
         self._worker = worker
         self._task = task
-        self._clock = ReportClock("decode")
+        self._clock = ReportClock("decode", traceparent)
         self._sequence = new_sequence(
             worker.model,
             task.method,

@@ -25,6 +25,7 @@ from kvstrata.kvstore_service.found import FetchedStratum, FoundBlock, GetAssemb
 from kvstrata.kvstore_service.retrieved import Retrieved, retrieve_request, retrieved
 from kvstrata.kvstore_service.wire import key_message, key_of, size_messages, stratum_enum
 from kvstrata.protos import kvstore_pb2 as pb
+from kvstrata.protos import tracing
 from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
 from kvstrata.protos.errors import MalformedMessageError, UnavailableError, from_rpc_error
 from kvstrata.protos.identity import BlockHash, BlockKey, ScopeDigest
@@ -96,6 +97,10 @@ class StoreClient:
             response_deserializer=decode_get_reply,
         )
 
+    def _headers(self) -> tuple[tuple[str, str], ...]:
+        """Return the headers of a call that is made now."""
+        return (*self._metadata, *tracing.headers())
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -161,7 +166,7 @@ class StoreClient:
                 failures.append(error)
                 call.cancel()
 
-        call = self._put(requests(), timeout=timeout_s or self._timeout_s, metadata=self._metadata)
+        call = self._put(requests(), timeout=timeout_s or self._timeout_s, metadata=self._headers())
         outcomes: list[PutOutcome] = []
         async with contextlib.aclosing(self._replies(call, failures)) as replies:
             async for reply in replies:
@@ -213,7 +218,7 @@ class StoreClient:
             wait_ms=wait_ms,
         )
         deadline_s = (timeout_s or self._timeout_s) + wait_ms / 1000
-        call = self._get(request, timeout=deadline_s, metadata=self._metadata)
+        call = self._get(request, timeout=deadline_s, metadata=self._headers())
         assembly = GetAssembly(scope, hashes, self._max_frame_bytes)
         async with contextlib.aclosing(self._replies(call)) as replies:
             async for part in replies:
@@ -258,7 +263,7 @@ class StoreClient:
         Args:
             timeout_s: Deadline of the whole stream.
         """
-        call = self._stub.Write(timeout=timeout_s, metadata=self._metadata)
+        call = self._stub.Write(timeout=timeout_s, metadata=self._headers())
         deadline = asyncio.get_running_loop().time() + timeout_s
         writer = BlockWriter(call, deadline, self.address)
         try:
@@ -300,7 +305,7 @@ class StoreClient:
             pending_only=pending_only,
         )
         deadline_s = timeout_s or self._timeout_s + silence_s
-        call = self._stub.Attach(request, timeout=deadline_s, metadata=self._metadata)
+        call = self._stub.Attach(request, timeout=deadline_s, metadata=self._headers())
         keys = [BlockKey(scope, block_hash) for block_hash in hashes]
         attachment = Attachment(keys, strata, self._max_frame_bytes)
         async with contextlib.aclosing(self._replies(call)) as replies:
@@ -328,7 +333,7 @@ class StoreClient:
     async def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         timeout_s = timeout_s or self._timeout_s
         try:
-            return await method(request, timeout=timeout_s, metadata=self._metadata)
+            return await method(request, timeout=timeout_s, metadata=self._headers())
         except grpc.RpcError as error:
             raise from_rpc_error(error, self.address) from error
 

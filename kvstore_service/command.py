@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 from typing import Annotated
@@ -14,7 +15,21 @@ from kvstrata.kvstore_service.heap import keep_freed_memory
 from kvstrata.kvstore_service.server import start_store
 from kvstrata.protos.credentials import server_tls
 from kvstrata.protos.errors import KVStrataError
+from kvstrata.protos.logs import configure_logging
 from kvstrata.protos.sizes import parse_size
+from kvstrata.protos.tracing import configure_tracing, flush_tracing
+
+CLOSE_S = 30.0  # what closing the tiers may take after draining
+
+logger = logging.getLogger(__name__)
+
+LogLevel = Annotated[
+    str,
+    typer.Option(envvar="KVSTRATA_LOG_LEVEL", help="DEBUG, INFO, WARNING or ERROR; default INFO."),
+]
+LogFormat = Annotated[
+    str, typer.Option(envvar="KVSTRATA_LOG_FORMAT", help="text or json: an object a line.")
+]
 
 
 def main(
@@ -72,12 +87,14 @@ def main(
     metrics_listen: Annotated[
         str, typer.Option(help="host:port of Prometheus metrics; default: none.")
     ] = "",
-    log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
+    log_level: LogLevel = "",
+    log_format: LogFormat = "",
 ) -> None:
     """Run a store until SIGTERM or SIGINT. One JSON line says when it serves; logs go to stderr."""
-    _configure_logging(log_level)
     keep_freed_memory()
     try:
+        configure_logging(log_level, log_format)
+        configure_tracing("kvstrata-store")
         config = StoreConfig(
             listen=listen,
             dram_bytes=parse_size(dram),
@@ -96,6 +113,7 @@ def main(
             metrics_listen=metrics_listen,
         )
         asyncio.run(serve_until_stopped(config))
+        flush_tracing()
     except KVStrataError as error:
         print(error.describe(), file=sys.stderr)
         raise typer.Exit(2) from None
@@ -116,15 +134,10 @@ async def serve_until_stopped(config: StoreConfig) -> None:
         ready["metrics_address"] = running.metrics_address
     print(json.dumps(ready), flush=True)
     await stopping.wait()
-    await running.stop(config.drain_s)
-
-
-def _configure_logging(level: str) -> None:
-    if level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-        print(f"error: unknown log level {level[:20]!r}", file=sys.stderr)
-        raise typer.Exit(2)
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
+    try:
+        async with asyncio.timeout(config.drain_s + CLOSE_S):
+            await running.stop(config.drain_s)
+    except TimeoutError:
+        logger.error("store did not close in time", extra={"after_s": config.drain_s + CLOSE_S})
+        sys.stderr.flush()
+        os._exit(1)  # a thread that hangs in a system call would hold the exit up for ever

@@ -201,7 +201,8 @@ class LowerReader:
                     read[stratum] = "corrupt"
                     self._counters.add(names.CORRUPT, tier=tier.name)
                     self._departures.note([key], tier.name, "corrupt")
-                    await tier.drop(key, stratum)
+                    with contextlib.suppress(CapacityError, TierUnavailableError):
+                        await tier.drop(key, stratum)  # of a read-only bucket: it stays
         except (TierUnavailableError, CapacityError):
             self._counters.add(names.TIER_ERRORS, tier=tier.name)
             return dict.fromkeys(strata, "tier_unavailable") | read

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from kvstrata.kvstore_service.object_index import ObjectIndex
 from kvstrata.kvstore_service.object_name import ROOT, ObjectName, folder_of
-from kvstrata.kvstore_service.object_service import Listed, ObjectService
+from kvstrata.kvstore_service.object_service import Listed, ObjectService, ReadOnlyError
 from kvstrata.kvstore_service.tier import TierUnavailableError
 from kvstrata.protos.identity import BlockKey
 
@@ -79,10 +79,9 @@ class ObjectListing:
             self._index.abandon_listing()
             self.num_listed = None
         await self._evict()
-        logger.info(
-            "object store is listed: url=%s blocks=%d bytes=%d garbage=%s",
-            *(self._service.url, len(self._index), self._index.num_bytes, dict(+self.removed)),
-        )
+        told = {"url": self._service.url, "blocks": len(self._index)}
+        told |= {"bytes": self._index.num_bytes, "garbage": dict(+self.removed)}
+        logger.info("object store is listed", extra=told)
 
     async def find(self, key: BlockKey) -> ObjectName | None:
         """Ask the service for one block, and let the index say what it answered."""
@@ -135,6 +134,7 @@ class ObjectListing:
         return garbage
 
     async def _remove(self, garbage: Sequence[str]) -> None:
-        if garbage:
-            logger.warning("object store garbage goes: objects=%d", len(garbage))
-            await self._service.remove(garbage)
+        if garbage and not self._service.read_only:
+            logger.warning("object store garbage goes", extra={"objects": len(garbage)})
+            with contextlib.suppress(ReadOnlyError):
+                await self._service.remove(garbage)

@@ -9,19 +9,21 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypedDict, cast
 
-from obstore.exceptions import BaseError
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from kvstrata.kvstore_service.object_folder import remove_staged
 from kvstrata.kvstore_service.object_name import ROOT
 from kvstrata.kvstore_service.object_url import allows_http, check_url, folder_of_url
 from kvstrata.kvstore_service.tier import TierUnavailableError
-from kvstrata.protos.errors import ConfigurationError
+from kvstrata.protos.errors import CapacityError, ConfigurationError
 
 logger = logging.getLogger(__name__)
 
 PROBE_PATH = f"{ROOT}.probe"
 _FAILURES = (BaseError, OSError, ValueError)
+_REFUSALS = (PermissionDeniedError, UnauthenticatedError, PermissionError)
+_CALM = 10  # so many times rarer are probes for leave to write
 _BULK = 1000
 _STAGED_AGE_S = 3600.0  # longer than any write takes
 _MIN_BYTES_PER_S = 4 << 20
@@ -50,6 +52,7 @@ class ObjectService:
     Attributes:
         url: Where it is.
         detail: Why the service is taken for down; empty when it is not.
+        read_only: Why nothing is written, while reads go on; empty when all is well.
         is_up: Set while requests are let through.
         went_down: Set at each failure, for whoever clears it.
     """
@@ -64,6 +67,7 @@ class ObjectService:
     ) -> None:
         self.url = check_url(url)
         self.detail = ""
+        self.read_only = ""
         self.is_up = asyncio.Event()
         self.is_up.set()
         self.went_down = asyncio.Event()
@@ -78,11 +82,16 @@ class ObjectService:
             raise self._unusable(error) from None
 
     async def check(self) -> None:
-        """Raise ``ConfigurationError`` unless the service takes and lists objects now."""
+        """Raise ``ConfigurationError`` unless the service lists objects now.
+
+        One that takes none is used all the same, for reading.
+        """
         try:
             await self._probe()
         except _FAILURES as error:
             raise self._unusable(error) from None
+        if self.read_only:
+            self._heal()
 
     def _unusable(self, error: Exception) -> ConfigurationError:
         return ConfigurationError(
@@ -118,18 +127,39 @@ class ObjectService:
         return [parts[place] for place in places]
 
     async def write(self, path: str, content: bytes) -> None:
-        """Store an object; it is there whole or not at all, after a failure perhaps later."""
+        """Store an object; it is there whole or not at all, after a failure perhaps later.
+
+        Raises:
+            CapacityError: The service takes no objects from us.
+            TierUnavailableError: It is down.
+        """
+        self.refuse_if_read_only()
         async with self._request(len(content)):
-            await self._store.put_async(path, content, use_multipart=False)
+            try:
+                await self._store.put_async(path, content, use_multipart=False)
+            except _REFUSALS as error:
+                self._note_read_only(error)
+        self.refuse_if_read_only()
 
     async def remove(self, paths: Sequence[str]) -> None:
-        """Delete objects; absent ones are no error."""
+        """Delete objects; absent ones are no error.
+
+        Raises:
+            ReadOnlyError: The service lets us delete nothing.
+            TierUnavailableError: It is down.
+        """
+        if self.read_only:
+            raise self._read_only_error()
         for first in range(0, len(paths), _BULK):
             chunk = list(paths[first : first + _BULK])
             async with self._request():
-                with contextlib.suppress(FileNotFoundError):
-                    await self._store.delete_async(chunk)
-                    continue
+                try:
+                    with contextlib.suppress(FileNotFoundError):
+                        await self._store.delete_async(chunk)
+                        continue
+                except _REFUSALS as error:
+                    self._note_read_only(error)
+                    raise self._read_only_error() from None
             await asyncio.gather(*map(self._remove_one, chunk))
 
     async def _remove_one(self, path: str) -> None:
@@ -139,7 +169,7 @@ class ObjectService:
 
     async def remove_staged(self) -> int:
         """Remove what crashed writers left half-written; return how many. Folders only."""
-        if self._folder is None:
+        if self._folder is None or self.read_only:
             return 0
         return await asyncio.to_thread(remove_staged, self._folder, _STAGED_AGE_S)
 
@@ -165,6 +195,33 @@ class ObjectService:
             except _FAILURES as error:
                 raise self.mark_down(_reason(error)) from None
 
+    def refuse_if_read_only(self) -> None:
+        """Raise ``CapacityError`` while the service takes no objects from us."""
+        if self.read_only:
+            raise CapacityError(
+                f"object store takes no objects: {self.read_only}",
+                f"allow writing and deleting at {self.url}",
+                tier="object",
+            )
+
+    def _read_only_error(self) -> "ReadOnlyError":
+        return ReadOnlyError(
+            f"object store lets nothing be deleted: {self.read_only}",
+            f"allow writing and deleting at {self.url}",
+            tier="object",
+        )
+
+    def _note_read_only(self, error: Exception) -> None:
+        if not self.read_only:
+            extra = {"url": self.url, "reason": _reason(error)}
+            logger.warning("object store is read-only", extra=extra)
+        self.read_only = _reason(error)
+        self._heal()
+
+    def _heal(self) -> None:
+        if self._healing is None or self._healing.done():
+            self._healing = asyncio.create_task(self._probe_until_up())
+
     def refuse_if_down(self) -> None:
         """Raise ``TierUnavailableError`` while the service is down."""
         if self.detail:
@@ -178,31 +235,46 @@ class ObjectService:
     def mark_down(self, reason: str) -> TierUnavailableError:
         """Refuse everything until a probe succeeds, and return the error to raise."""
         if not self.detail:
-            logger.warning("object store is down: url=%s reason=%s", self.url, reason)
+            extra = {"url": self.url, "reason": reason}
+            logger.warning("object store is down", extra=extra)
         self.detail = reason
         self.is_up.clear()
         self.went_down.set()
-        if self._healing is None or self._healing.done():
-            self._healing = asyncio.create_task(self._probe_until_up())
+        self._heal()
         return self._down_error()
 
     async def _probe_until_up(self) -> None:
-        while True:
-            await asyncio.sleep(self._probe_s)
+        """Probe until the service is up and takes objects; reads go on once it is up."""
+        while self.detail or self.read_only:
+            await asyncio.sleep(self._probe_s if self.detail else self._probe_s * _CALM)
+            was_down, was_read_only = bool(self.detail), bool(self.read_only)
             try:
                 await self._probe()
-                break
             except _FAILURES as error:
-                self.detail = _reason(error)
-        self.detail = ""
+                if was_down:
+                    self.detail = _reason(error)
+                continue
+            self.detail = ""
+            if was_down:
+                self._tell_up()
+            if was_read_only and not self.read_only:
+                logger.warning("object store takes objects again", extra={"url": self.url})
+
+    def _tell_up(self) -> None:
         self.is_up.set()
-        logger.warning("object store is up again: url=%s", self.url)
+        logger.warning("object store is up again", extra={"url": self.url})
 
     async def _probe(self) -> None:
+        """Write and list; that writing is refused is noted and no failure."""
         async with asyncio.timeout(self._timeout_s):
-            await self._store.put_async(PROBE_PATH, b"kvstrata", use_multipart=False)
+            refusal: Exception | None = None
+            try:
+                await self._store.put_async(PROBE_PATH, b"kvstrata", use_multipart=False)
+            except _REFUSALS as error:
+                refusal = error
             async for _ in self._store.list(PROBE_PATH):
                 break
+            self.read_only = _reason(refusal) if refusal else ""
 
     async def close(self) -> None:
         """Refuse everything from now on. Idempotent."""
@@ -210,6 +282,10 @@ class ObjectService:
         if self._healing is not None:
             self._healing.cancel()
             await asyncio.gather(self._healing, return_exceptions=True)
+
+
+class ReadOnlyError(TierUnavailableError):
+    """What was to be deleted is still there: the service lets us only read."""
 
 
 class ReadFailedError(Exception):

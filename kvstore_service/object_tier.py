@@ -155,6 +155,7 @@ class ObjectTier:
         """Replace the block; the service has it when this returns. See ``Tier.put``."""
         assert frames, "a block without strata"
         self._service.refuse_if_down()
+        self._service.refuse_if_read_only()
         if max(map(len, frames.values())) > self._max_stratum_bytes:
             raise self._no_room(key, "the limit of one stratum")
         return await self._changes.to_its_end(self._put(key, dict(frames)))
@@ -203,6 +204,8 @@ class ObjectTier:
 
     async def _evict_surplus(self) -> None:
         """Give up what a listing found beyond the bound."""
+        if self._service.read_only:
+            return
         surplus, _ = self._index.surplus(self._is_exempt)
         for victim in surplus:
             self._index.remove(victim.key)
@@ -309,6 +312,8 @@ class ObjectTier:
     async def usage(self) -> TierUsage:
         """Return what is known to be held; the detail also says that a listing runs."""
         detail = self._service.detail
+        if not detail and self._service.read_only:
+            detail = f"read-only: {self._service.read_only}"
         healthy = not detail
         if healthy and self._listing.num_listed is not None:
             detail = f"listing, {self._listing.num_listed} blocks so far"

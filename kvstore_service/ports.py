@@ -1,5 +1,6 @@
 """The ports of one store: KVStore, and Admin beside it or on a port of its own."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,8 +40,7 @@ class Ports:
 
     async def stop(self, grace_s: float) -> None:
         """Let running calls end within ``grace_s``, then cut them. Idempotent."""
-        for server in self._servers:
-            await server.stop(grace_s)
+        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
 
 
 async def open_ports(

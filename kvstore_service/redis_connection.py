@@ -109,7 +109,8 @@ class RedisConnection:
 
     def _mark_down(self, reason: str) -> None:
         if not self._detail:
-            logger.warning("redis is down: url=%s reason=%s", self.masked_url, reason)
+            extra = {"url": self.masked_url, "reason": reason}
+            logger.warning("redis is down", extra=extra)
         self._detail = reason
         if self._probe is None or self._probe.done():
             self._probe = asyncio.create_task(self._probe_until_up())
@@ -121,7 +122,7 @@ class RedisConnection:
                 await self._redis.ping()
                 break
         self._detail = ""
-        logger.warning("redis is up again: url=%s", self.masked_url)
+        logger.warning("redis is up again", extra={"url": self.masked_url})
 
     async def close(self) -> None:
         """Close every connection and stop probing. Idempotent."""

@@ -79,7 +79,14 @@ class RunningStore:
         return self.tenants.reload() and self._encryption.reload(self.tenants)
 
     async def stop(self, grace_s: float = 10.0) -> None:
-        """Refuse new calls, give running ones ``grace_s``, then close everything. Idempotent."""
+        """Refuse new calls, give running ones ``grace_s``, then close everything. Idempotent.
+
+        What was acknowledged and is still to be written to a tier is written within the same time;
+        closing the tiers then takes as long as the writes that are under way.
+        """
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + grace_s
+        logger.info("store drains", extra={"in_flight": self.workload.in_flight})
         self.workload.is_draining = True
         self.store.arrivals.drain()
         self._watch.cancel()
@@ -88,9 +95,9 @@ class RunningStore:
         await self._ports.stop(grace_s)
         if self._metrics is not None:
             await self._metrics.close()
-        await self.store.flush(grace_s)
+        await self.store.flush(max(0.0, deadline_s - loop.time()))
         await self.store.close()
-        logger.info("store stopped: address=%s", self.address)
+        logger.info("store stopped", extra={"address": self.address})
 
 
 async def start_store(config: StoreConfig, clock: Clock = time.monotonic) -> RunningStore:
@@ -207,5 +214,6 @@ async def _serve(
             await ports.stop(0)
             raise
     watch = asyncio.create_task(feels.watch(ports.health))
-    logger.info("store serves: address=%s dram_bytes=%d", ports.address, config.dram_bytes)
+    extra = {"address": ports.address, "tiers": ",".join(tier.name for tier in store.tiers)}
+    logger.info("store serves", extra=extra)
     return RunningStore(store, workload, tenants, quotas, stats, encryption, ports, metrics, watch)

@@ -129,10 +129,9 @@ class SsdTier:
         self._next_number = max([self._next_number, *(file.number + 1 for file in files)])
         self._evictions += len(excess)
         self.mended += mended
-        logger.info(
-            "ssd folder is loaded: path=%s blocks=%d bytes=%d evicted=%d mended=%s",
-            *(self._folder.path, len(index), index.num_bytes, len(excess), dict(mended)),
-        )
+        told = {"path": str(self._folder.path), "blocks": len(index), "bytes": index.num_bytes}
+        told |= {"evicted": len(excess), "mended": dict(mended)}
+        logger.info("ssd folder is loaded", extra=told)
         try:
             await run(self._folder.probe)
         except DiskFullError:
@@ -194,7 +193,7 @@ class SsdTier:
             if frames is None:
                 await self._worker.read(self._folder.check_held)
                 self._index.remove(file.key)
-                logger.warning("ssd block is gone: block_key=%s", file.key.encode())
+                logger.warning("ssd block is gone", extra={"block_key": file.key.encode()})
             return frames or {}
 
     async def put(self, key: BlockKey, frames: Mapping[int, bytes]) -> list[BlockKey]:

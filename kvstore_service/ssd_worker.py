@@ -93,7 +93,8 @@ class SsdWorker:
         """Refuse from now on what ``trouble`` prevents, and return the error to raise."""
         if self.trouble is None or (self.trouble.is_full and not trouble.is_full):
             self.trouble = trouble
-            logger.warning("ssd tier fails: path=%s reason=%s", self._path, trouble.detail)
+            extra = {"path": str(self._path), "reason": trouble.detail}
+            logger.warning("ssd tier fails", extra=extra)
         if self._healing is None or self._healing.done():
             self._healing = asyncio.create_task(self._probe_until_healthy())
         return trouble.error()
@@ -108,7 +109,7 @@ class SsdWorker:
                 found = Trouble.failed(self._path, error)
             if self.trouble is trouble:
                 self.trouble = found
-        logger.warning("ssd tier works again: path=%s", self._path)
+        logger.warning("ssd tier works again", extra={"path": str(self._path)})
 
     async def stop(self) -> None:
         """Refuse everything and wait for what runs, a disk that hangs excepted. Idempotent."""

@@ -187,9 +187,9 @@ class Tenants:
         try:
             self._tenants = self._read()
         except KVStrataError as error:
-            logger.error("tenants not read again, the old ones stay: %s", error)
+            logger.error("tenants not read again, the old ones stay", extra={"error": str(error)})
             return False
-        logger.info("tenants read again: count=%d", len(self._tenants))
+        logger.info("tenants read again", extra={"count": len(self._tenants)})
         return True
 
 

@@ -88,7 +88,8 @@ class WriteBehind:
             await asyncio.gather(self._worker, return_exceptions=True)
         if self._waiting:
             self._count("dropped", len(self._waiting))
-            logger.warning("blocks never reached %s: count=%d", self._tier.name, len(self._waiting))
+            extra = {"tier": self._tier.name, "blocks": len(self._waiting)}
+            logger.warning("blocks never reached a tier", extra=extra)
         self._waiting.clear()
         self._num_bytes = 0
 

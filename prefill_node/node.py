@@ -8,6 +8,8 @@ from kvstrata.prefill_node.flight import Flight
 from kvstrata.prefill_node.prefill import load_cached, num_prompt_blocks, provide_blocks
 from kvstrata.prefill_node.task import Task
 from kvstrata.prefill_node.worker import Worker, WorkerConfig, WorkerInfo
+from kvstrata.protos import call_context, tracing
+from kvstrata.protos.inference_pb2 import CacheReport
 from kvstrata.protos.report import ReportClock
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,13 @@ class PrefillNode:
         Raises:
             DeadlineError: The task's deadline passed.
         """
+        call_context.request_id.set(task.request_id)
+        with tracing.current("prefill", "server", task.traceparent, request_id=task.request_id):
+            report = await self._prefill(task)
+        logger.info("prefilled", extra={"committed": report.committed_blocks})
+        return report.SerializeToString()
+
+    async def _prefill(self, task: Task) -> CacheReport:
         clock = ReportClock("prefill")
         worker = self._worker
         sequence = new_sequence(worker.model, task.method, task.prompt_ids, salt=task.salt)
@@ -46,8 +55,4 @@ class PrefillNode:
                 sealed = await provide_blocks(worker, sequence, num_blocks, task, clock, flight)
                 await flight.publish(sealed)
         clock.unencodable(sequence.num_unencodable)
-        logger.info(
-            "prefilled",
-            extra={"request_id": task.request_id, "committed": clock.report.committed_blocks},
-        )
-        return clock.report.SerializeToString()
+        return clock.report

@@ -24,6 +24,7 @@ class Task:
         ask_store: False when the gateway found the store unreachable: do not wait for it again.
         generated_ids: Tokens already delivered; they are replayed, not delivered again.
         deadline_unix_s: Wall-clock time after which nobody waits for the answer.
+        traceparent: The span that this is part of; empty where tracing is off.
     """
 
     request_id: str
@@ -36,6 +37,7 @@ class Task:
     expected_blocks: int = 0
     ask_store: bool = True
     generated_ids: tuple[int, ...] = ()
+    traceparent: str = ""
 
     @property
     def remaining_s(self) -> float:

@@ -21,7 +21,9 @@ from kvstrata.protos.errors import DeadlineError, KVStrataError
 from kvstrata.protos.frame import Frame
 from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.identity import BlockHash, ScopeDigest
+from kvstrata.protos.logs import FORMAT_VARIABLE, configure_logging
 from kvstrata.protos.report import ReportClock, farthest_tier
+from kvstrata.protos.tracing import configure_tracing
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -74,6 +76,9 @@ class Worker:
     """A loaded model and a store client. Compute runs in one thread, in the order asked for."""
 
     def __init__(self, config: WorkerConfig) -> None:
+        if os.environ.get(FORMAT_VARIABLE):
+            configure_logging()
+        configure_tracing("kvstrata-node")
         torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
         self.config = config
         self.model = Model.load(config.model, dtype=config.dtype, device=config.device)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from kvstrata.protos import tracing
 from kvstrata.protos.identity import BLOCK_TOKENS
 from kvstrata.protos.inference_pb2 import CacheReport, StageTime
 
@@ -11,14 +12,19 @@ _TIERS = ("", "dram", "redis", "ssd", "object")
 
 
 class ReportClock:
-    """Adds stages and recomputes of one node to a ``CacheReport``.
+    """Adds stages and recomputes of one node to a ``CacheReport``, and stages to the trace.
+
+    Args:
+        node: Its name.
+        parent: ``traceparent`` of the stages' spans; the current span without it.
 
     Attributes:
         report: What has been recorded so far; the owner may set its other fields directly.
     """
 
-    def __init__(self, node: str) -> None:
+    def __init__(self, node: str, parent: str | None = None) -> None:
         self.node = node
+        self._parent = parent
         self.report = CacheReport()
 
     @contextmanager
@@ -26,12 +32,17 @@ class ReportClock:
         """Record how long the body took, also when it raises."""
         start, begin = time.time(), time.perf_counter()
         try:
-            yield
+            with tracing.current(f"{self.node}.{name}", parent=self._parent):
+                yield
         finally:
-            self.add(name, start, time.perf_counter() - begin)
+            self._add(name, start, time.perf_counter() - begin)
 
     def add(self, name: str, start_unix_s: float, seconds: float) -> None:
         """Record a stage that was timed elsewhere."""
+        tracing.record(f"{self.node}.{name}", self._parent, start_unix_s, seconds)
+        self._add(name, start_unix_s, seconds)
+
+    def _add(self, name: str, start_unix_s: float, seconds: float) -> None:
         self.report.stages.append(
             StageTime(stage=name, node=self.node, start_unix_s=start_unix_s, seconds=seconds)
         )

@@ -8,14 +8,16 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Any, NoReturn, Self
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from kvstrata.protos import call_context
+from kvstrata.protos import call_context, tracing
+from kvstrata.protos.call_context import DEFAULT_TENANT
 from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials, ServerTls
 from kvstrata.protos.errors import (
     ConfigurationError,
@@ -91,39 +93,52 @@ class ContractInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or not method.startswith("/kvstrata."):
             return handler
 
-        def check(context: Any) -> None:
-            check_version(context)
-            if self._authorize is not None:
-                call_context.tenant.set(self._authorize(method, metadata_of(context)))
+        def check(metadata: Metadata) -> str:
+            check_version(metadata)
+            return self._authorize(method, metadata) if self._authorize else DEFAULT_TENANT
 
-        return _guard(handler, check, _Watch(method, self._observe))
+        return _guard(handler, check, lambda: _Call(method, self._observe))
 
 
-class _Watch:
-    """Tells an observer how one call ended and how long it took."""
+class _Call:
+    """One call, from its arrival to its end: what counters, logs and spans say of it."""
+
+    __slots__ = ("_begin_s", "_method", "_observe", "_span")
 
     def __init__(self, method: str, observe: Observe | None) -> None:
         self._method = method.removeprefix("/kvstrata.v1.")
         self._observe = observe
+        self._span = tracing.NOTHING
+        self._begin_s = time.perf_counter()
 
-    @contextlib.contextmanager
-    def call(self) -> Iterator[None]:
-        begin = time.perf_counter()
+    def enter(self, metadata: Metadata) -> None:
+        """Note what the caller sent of its request and trace."""
+        self._span = tracing.enter_call(self._method, metadata)
+
+    def admitted(self, tenant: str) -> None:
+        """Note whose call it is."""
+        call_context.tenant.set(tenant)
+        self._span.set(tenant=tenant)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         code = grpc.StatusCode.OK
-        try:
-            yield
-        except KVStrataError as error:
+        if isinstance(error, KVStrataError):
             code = error.code
-            raise
-        except (asyncio.CancelledError, GeneratorExit):
+        elif isinstance(error, asyncio.CancelledError | GeneratorExit):
             code = grpc.StatusCode.CANCELLED
-            raise
-        except Exception:
+        elif error is not None:
             code = grpc.StatusCode.INTERNAL
-            raise
-        finally:
-            if self._observe is not None:
-                self._observe(self._method, code.name, time.perf_counter() - begin)
+        self._span.end(error)
+        if self._observe is not None:
+            self._observe(self._method, code.name, time.perf_counter() - self._begin_s)
 
 
 def metadata_of(context: Any) -> Metadata:
@@ -136,7 +151,7 @@ def metadata_of(context: Any) -> Metadata:
     return metadata
 
 
-def _guard(handler: Any, check: Callable[[Any], None], watch: _Watch) -> Any:
+def _guard(handler: Any, check: Callable[[Metadata], str], make_call: Callable[[], _Call]) -> Any:
     parse = handler.request_deserializer
 
     def read(message: bytes) -> Any:
@@ -156,10 +171,12 @@ def _guard(handler: Any, check: Callable[[Any], None], watch: _Watch) -> Any:
     )
     streams_in = bool(handler.request_streaming)
 
-    async def admit(request: Any, context: Any) -> Any:
+    async def admit(call: _Call, request: Any, context: Any) -> Any:
         """Return what the handler reads, if the caller may call it."""
         try:
-            check(context)
+            metadata = metadata_of(context)
+            call.enter(metadata)
+            call.admitted(check(metadata))
         except KVStrataError:
             if streams_in:
                 await discard(request)
@@ -168,8 +185,8 @@ def _guard(handler: Any, check: Callable[[Any], None], watch: _Watch) -> Any:
 
     async def unary(request: Any, context: Any) -> Any:
         try:
-            with watch.call():
-                return await inner(await admit(request, context), context)
+            with make_call() as call:
+                return await inner(await admit(call, request, context), context)
         except KVStrataError as error:
             await abort(context, error)
         except Exception:
@@ -177,8 +194,8 @@ def _guard(handler: Any, check: Callable[[Any], None], watch: _Watch) -> Any:
 
     async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            with watch.call():
-                replies = inner(await admit(request, context), context)
+            with make_call() as call:
+                replies = inner(await admit(call, request, context), context)
                 async with contextlib.aclosing(replies):
                     async for reply in replies:
                         yield reply
@@ -216,9 +233,9 @@ async def discard(
                     left -= 1024 + size(await anext(requests))
 
 
-def check_version(context: Any) -> None:
+def check_version(metadata: Metadata) -> None:
     """Raise ``ProtocolVersionError`` if the caller names another protocol version than ours."""
-    for key, value in metadata_of(context):
+    for key, value in metadata:
         if key == VERSION_KEY and value != PROTOCOL_VERSION:
             raise ProtocolVersionError(
                 f"the client speaks protocol version {str(value)[:32]!r}, "

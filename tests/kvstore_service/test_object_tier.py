@@ -29,6 +29,7 @@ from kvstrata.kvstore_service.testing import LocalStore, ManualClock, sample_blo
 from kvstrata.kvstore_service.tier import TierUnavailableError
 from kvstrata.protos.errors import CapacityError, ConfigurationError
 from kvstrata.protos.identity import BlockHash, BlockKey, ScopeDigest
+from tests.kvstore_service.s3_guard import Guard
 
 BASE, MID, FINE = 1, 2, 3
 MIB = 1 << 20
@@ -546,6 +547,77 @@ async def test_a_cancelled_put_ends_and_is_accounted(open_tier: Open) -> None:
         while not await tier.keys(1):
             await asyncio.sleep(0.005)
     await tier.check_integrity()
+
+
+@pytest.fixture
+def guarded(shared_s3: S3Server, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guard]:
+    """The S3 service, behind a guard that can refuse writing."""
+    with Guard(shared_s3.environment["AWS_ENDPOINT_URL"]) as guard:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", guard.url)
+        yield guard
+
+
+async def test_a_bucket_that_may_only_be_read_serves_and_refuses_puts(
+    guarded: Guard, s3_url: str, open_tier: Open
+) -> None:
+    writer = await open_tier(ObjectService(s3_url))
+    await writer.put(key(1), {BASE: b"x" * 100})
+    await writer.put(key(2), {BASE: b"y" * 100})
+    guarded.lets_write = False
+    reader = await open_tier(ObjectService(s3_url, probe_s=0.02), is_listed=False)
+    async with asyncio.timeout(30):
+        while len(await reader.keys(9)) < 2:
+            await asyncio.sleep(0.01)
+    usage = await reader.usage()
+    assert (usage.healthy, usage.blocks) == (False, 2)
+    assert usage.detail.startswith("read-only: PermissionDeniedError")
+    assert await reader.get(key(1), [BASE]) == {BASE: b"x" * 100}
+    assert await reader.contains([key(2), key(3)]) == [{BASE: 100}, None]
+    with pytest.raises(CapacityError, match="takes no objects"):
+        await reader.put(key(3), {BASE: b"z"})
+    for change in (reader.delete([key(1)]), reader.drop(key(1), BASE)):
+        with pytest.raises(TierUnavailableError, match="lets nothing be deleted"):
+            await change
+    assert await reader.get(key(1), [BASE]) == {BASE: b"x" * 100}
+    guarded.lets_write = True
+    async with asyncio.timeout(30):
+        while not (await reader.usage()).healthy:
+            await asyncio.sleep(0.02)
+    await reader.put(key(3), {BASE: b"z"})
+    assert await reader.delete([key(1)]) == 1
+
+
+async def test_a_bucket_that_becomes_read_only_is_noticed_at_the_next_put(
+    guarded: Guard, s3_url: str, open_tier: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    tier = await open_tier(ObjectService(s3_url, probe_s=0.02))
+    await tier.put(key(1), {BASE: b"x"})
+    guarded.lets_write = False
+    with pytest.raises(CapacityError, match="takes no objects"):
+        await tier.put(key(2), {BASE: b"y"})
+    assert await tier.get(key(1), [BASE]) == {BASE: b"x"}
+    assert not (await tier.usage()).healthy
+    assert "object store is read-only" in caplog.text
+    assert "object store is down" not in caplog.text
+    guarded.lets_write = True
+    async with asyncio.timeout(30):
+        while not (await tier.usage()).healthy:
+            await asyncio.sleep(0.02)
+    await tier.put(key(2), {BASE: b"y"})
+    await tier.check_integrity()
+
+
+async def test_a_store_says_that_its_bucket_is_read_only(
+    guarded: Guard, s3_url: str, scope: ScopeDigest
+) -> None:
+    guarded.lets_write = False
+    config = StoreConfig(dram_bytes=MIB, object_url=s3_url)
+    async with LocalStore(config) as store, StoreClient(store.address) as client:
+        (outcome,) = await client.put([sample_block(scope)])
+        assert outcome.tiers == ("dram",)
+        assert "object: object store takes no objects" in outcome.reason
+        health = (await store.running.stats.tell()).health
+        assert health.startswith("degraded: object: read-only: PermissionDenied")
 
 
 async def test_a_missing_bucket_stops_the_start(open_tier: Open, s3_url: str) -> None:
