@@ -11,6 +11,7 @@ from kvstrata.methods.presets import PRESETS
 from kvstrata.prefill_node.prefill import num_prompt_blocks
 from kvstrata.prefill_node.task import Task
 from kvstrata.protos.admin_pb2 import ExplainReply, ExplainRequest
+from kvstrata.protos.errors import KVStrataError
 from kvstrata.protos.identity import BLOCK_TOKENS, ScopeDigest, block_hashes
 from kvstrata.protos.inference_pb2 import GenerateRequest
 
@@ -41,7 +42,10 @@ async def explain_prompt(
     reply.kv_dtype = admission.info.kv_dtype
     seen = {scope}
     for preset in PRESETS:
-        other = replace(task, method=admission.preset(preset))
+        try:
+            other = replace(task, method=admission.preset(preset))
+        except KVStrataError:
+            continue  # not for this model
         other_scope = cache_scope(other, admission.info).digest()
         if other_scope not in seen:
             seen.add(other_scope)

@@ -147,7 +147,11 @@ class AttachStream:
                 return
             news = await self._store.waits.news(key)
             self._heard_at = self._now()
-            if news not in ("opened", "committed"):
+            if news == "committed":  # with or without the wanted strata: nothing more to wait for
+                async with self._reading:
+                    await self._send_read(index, await self._store.read(key, self._strata))
+                return
+            if news != "opened":
                 await self._miss(index, news)
                 return
 

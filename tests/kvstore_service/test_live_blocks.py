@@ -189,6 +189,17 @@ async def test_attaching_to_committed_blocks_is_a_read(
     await nothing_is_held(store)
 
 
+async def test_a_stratum_that_a_committed_block_lacks_is_told_at_once(
+    client: StoreClient, scope: ScopeDigest
+) -> None:
+    """Waiting for it would never end, and once kept the event loop busy for ever."""
+    block = sample_block(scope, strata={BASE: 400})
+    await client.put([block])
+    reader = Reader(client, [block], strata=(MID,), silence_s=FOREVER_S)
+    assert await reader.reasons() == ["absent"]
+    assert len((await client.lookup(scope, [block[0].block_hash])).blocks) == 1
+
+
 async def test_segments_larger_than_a_message_come_whole(
     client: StoreClient, scope: ScopeDigest
 ) -> None:
