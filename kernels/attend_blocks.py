@@ -64,18 +64,18 @@ def attend_blocks(
         ValueError: Shapes, dtypes or devices that do not belong together.
     """
     _check(queries, pages, turns)
-    filled = pages.num_tokens > 0
-    if not filled.all():
-        rows = filled.nonzero().flatten()
-        pages, turns = pages.select(rows), _rows_of(turns, rows)
     backend = backend_of(queries, pages.arena, pages.keys.mean, pages.values.mean, *turns)
-    if pages.offsets.shape[0] == 0:
-        out = torch.zeros(queries.shape, device=queries.device)
-        return out, out.new_full(queries.shape[:1], float("-inf"))
     if backend == "numba":
         from kvstrata.kernels.attend_blocks_numba import attend_blocks_numba
 
         return attend_blocks_numba(queries, pages, turns, scaling)
+    filled = pages.num_tokens > 0
+    if not filled.all():
+        rows = filled.nonzero().flatten()
+        pages, turns = pages.select(rows), _rows_of(turns, rows)
+    if pages.offsets.shape[0] == 0:
+        out = torch.zeros(queries.shape, device=queries.device)
+        return out, out.new_full(queries.shape[:1], float("-inf"))
     if backend == "triton":
         from kvstrata.kernels.attend_blocks_triton import attend_blocks_triton
 
@@ -105,6 +105,10 @@ def attend_batch(
         ValueError: Shapes, dtypes or devices that do not belong together.
     """
     _check_batch(queries, pages, table, turns)
+    if backend_of(queries, pages.arena, pages.keys.mean, pages.values.mean, *turns) == "numba":
+        from kvstrata.kernels.attend_blocks_numba import attend_batch_numba
+
+        return attend_batch_numba(queries, pages, table, turns, scaling)
     return attend_batch_reference(queries, pages, table, turns, scaling)
 
 

@@ -1,246 +1,206 @@
 """Decode attention over compressed blocks on CPU: tables, memory and threads of its kernels.
 
-The kernels, and how they work, are in ``attend_items_numba``.
+The kernels, and how they work, are in ``attend_items_numba``. Everything that depends on pages or
+tables alone is made once: a call is some 20 microseconds of Python.
 """
 
 import threading
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from llvmlite.binding import get_host_cpu_features
 
-from kvstrata.kernels.attend_blocks import (
-    Attention,
-    bias_steps,
-)
-from kvstrata.kernels.attend_items_numba import HEAD, PLAN, attend, finish, turn_queries
-from kvstrata.kernels.block_pages import (
-    BLOCK_TOKENS,
-    BlockPages,
-    SideTables,
-    Turns,
-)
-from kvstrata.kernels.lane_code_numba import CHUNK, FAR, GROUP, NEAR, WIDE
-from kvstrata.kernels.sign_codes import COEFFICIENTS, FINE_LEVELS
+from kvstrata.kernels.attend_blocks import Attention, bias_steps
+from kvstrata.kernels.attend_items_numba import attend_items, merge_parts
+from kvstrata.kernels.attend_memory_numba import Pages, Room, Side, Tables
+from kvstrata.kernels.block_pages import BLOCK_TOKENS, BlockPages, PageTable, SideTables, Turns
+from kvstrata.kernels.block_planes_numba import FINE, plan_of
+from kvstrata.kernels.products_numba import pack
+from kvstrata.kernels.sign_codes import COEFFICIENTS
 from kvstrata.kernels.threads import for_ranges
 
-_GRAIN = 32  # heads of blocks that are worth a thread
+_GRAIN = 16  # heads of blocks that are worth a thread
 _LANES = 16
-# Products in bf16 are worth their conversions from this many multiplications on.
-_LEAST_PRODUCTS = 1 << 22
-_HAS_BRAIN_PRODUCTS = get_host_cpu_features().get("amx-bf16", False)
-_ZERO_CELL = 28  # after the cells of widths 0 to 2, so that these fit 32
 
 Array = np.ndarray[Any, Any]
 
 
-def _refinements() -> tuple[Array, list[int]]:
-    """Return what each fine code adds to its base value, and where each width starts."""
-    steps, starts = [], []
-    for width, (coefficients, levels) in enumerate(zip(COEFFICIENTS, FINE_LEVELS, strict=True)):
-        base = np.zeros(1)
+def _deltas() -> Array:
+    """Return what each fine code adds to its base value, one width after the other."""
+    base = [np.zeros(1)]
+    for coefficients in COEFFICIENTS[1:]:
+        levels = np.zeros(1)
         for coefficient in coefficients:
-            base = (base[:, None] + np.array([-coefficient, coefficient])).ravel()
-        if width == 3:
-            steps.append(np.zeros(4))
-        starts.append(sum(map(len, steps)))
-        steps.append(np.array(levels) - base.repeat(4))
-    return np.concatenate(steps).astype(np.float32), starts
+            levels = (levels[:, None] + np.array([-coefficient, coefficient])).ravel()
+        base.append(levels)
+    return (FINE - np.concatenate(base).repeat(4)).astype(np.float32)
 
 
-_REFINEMENTS, _CELL_STARTS = _refinements()
-_STEPS = bias_steps().contiguous().numpy()
+def _signs() -> Array:
+    """Return for each of four bits its sign in every lane: -1 where lane number has it."""
+    lanes = np.arange(_LANES)
+    return np.concatenate([1.0 - 2.0 * (lanes >> bit & 1) for bit in range(4)]).astype(np.float32)
 
 
-class _Side:
-    """The tables of one side in the form that the kernels read, made once.
+_TABLES = Tables(_signs(), _deltas(), bias_steps().contiguous().numpy())
 
-    A group is 16 words of a plane that lie together; four groups are turned at once.
-    """
 
-    def __init__(self, tables: SideTables) -> None:
-        widths, mids = tables.layout.widths.numpy().astype(int), tables.layout.mid_counts.tolist()
-        sizes, firsts = tables.layout.plane_sizes.numpy(), tables.word_starts.numpy()
-        groups_in = -(-sizes // _LANES)
-        self.turns = max(1, int(-(-groups_in.sum(1).max() // 4)))
-        self.most_words = int(np.diff(firsts).max())
-        self.heads = np.zeros(len(mids), HEAD)
-        self.groups = np.zeros((len(mids), 4 * self.turns), GROUP)
-        self.chunks = np.zeros((len(mids), max(1, -(-max(mids) // _LANES))), CHUNK)
-        for head, mid in enumerate(mids):
-            row = self.heads[head]
-            row["word"], row["words"] = 8 * firsts[head], firsts[head + 1] - firsts[head]
-            row["groups"], row["turns"] = groups_in[head].sum(), -(-groups_in[head].sum() // 4)
-            row["mid"], row["chunks"] = mid, -(-mid // _LANES)
-            self._fill_groups(head, widths[head], sizes[head])
-            for i in range(row["chunks"]):
-                self._fill_chunk(head, i, mid, widths[head], groups_in[head])
-        # Addresses stay valid: this object holds the arrays, and the tables theirs.
-        self.mean, self.scale, self.inverse = (
-            getattr(tables, name).contiguous() for name in ("mean", "scale", "inverse")
+class _Sides:
+    """The tables of keys and of values, and how much memory a thread needs for a group."""
+
+    def __init__(self, keys: SideTables, values: SideTables) -> None:
+        self.heads, self.dim = keys.mean.shape
+        self.columns = keys.projection.shape[-1]
+        self.keys = _side(keys, keys.projection)
+        self.values = _side(values, values.inverse)
+        words = [int(tables.layout.words_per_head.max()) for tables in (keys, values)]
+        self.key_words, self.value_words = (-(-count // 8) * 8 + 2 * _LANES for count in words)
+
+    def room(self, group: int) -> Room:
+        """Return memory of a thread."""
+        words = max(self.key_words, self.value_words)
+        nibbles = max(self.key_words, BLOCK_TOKENS) // 4
+
+        def floats(*shape: int) -> Array:
+            return np.zeros(int(np.prod(shape)), np.float32)
+
+        return Room(
+            rows=floats(group, self.dim),
+            queries=floats(group, self.columns),
+            factors=floats(group, self.key_words),
+            tables=floats(nibbles, group, _LANES),
+            scores=floats(group, BLOCK_TOKENS),
+            row=floats(self.dim + _LANES),
+            sums=floats(group, -(-self.value_words // _LANES) * _LANES),
+            components=floats(group, self.dim),
+            biases=floats(group, self.dim),
+            escaped=floats(group, self.dim),
+            refined=floats(BLOCK_TOKENS, self.dim),
+            state=floats(4, group),
+            words=np.zeros(words, np.int64),
+            halves=np.zeros(2 * words, np.int32),
+            bits=np.zeros(words // 8 * BLOCK_TOKENS, np.uint8),
+            tokens=np.zeros(BLOCK_TOKENS, np.int64),
         )
-        self.projection = tables.projection
-        self.brain_projection = self.projection.bfloat16()
-
-    def _fill_groups(self, head: int, widths: Array, sizes: Array) -> None:
-        group, word = 0, 0
-        for plane, size in enumerate(sizes.tolist()):
-            for c in range(0, size, _LANES):
-                row = self.groups[head, group]
-                row["source"], row["factor"], row["word"] = 4 * c, 4 * (word + c), 8 * (word + c)
-                for lane, width in enumerate(widths[c : min(c + _LANES, size)].tolist()):
-                    row["twice"][lane] = 2 * COEFFICIENTS[width][plane]
-                group += 1
-            word += size
-
-    def _fill_chunk(self, head: int, i: int, mid: int, widths: Array, groups_in: Array) -> None:
-        row = self.chunks[head, i]
-        inside = widths[_LANES * i : min(_LANES * (i + 1), mid)]
-        is_half = len(inside) < _LANES  # its low bits are read from one byte before
-        row["high"], row["low"] = 2 * i, mid // 8 + 2 * i - is_half
-        row["shift"], row["planes"] = 8 * is_half, inside[0]
-        row["kind"] = NEAR if inside[0] < 3 else WIDE if inside[0] == 3 else FAR
-        row["starts"], row["ones"][: len(inside)] = _ZERO_CELL, 1
-        row["starts"][: len(inside)] = np.array(_CELL_STARTS)[inside]
-        for plane in range(inside[0]):
-            group = int(groups_in[:plane].sum()) + i
-            row["bits"][plane] = 512 * (group // 4) + 2 * (group % 4)
-            weights = 4 << np.maximum(inside - 1 - plane, 0)
-            row["weights"][plane, : len(inside)] = np.where(inside > plane, weights, 0)
-
-    @property
-    def addresses(self) -> tuple[int, ...]:
-        """Return what a plan says of a side."""
-        heads, groups, chunks = self.heads, self.groups, self.chunks
-        return (
-            heads.ctypes.data, groups.ctypes.data, groups.strides[0], chunks.ctypes.data,
-            chunks.strides[0],
-        )  # fmt: skip
 
 
-class _Plan:
-    """What calls for the same blocks and number of query heads share."""
+def _side(tables: SideTables, matrix: torch.Tensor) -> Side:
+    mean, scale = (table.contiguous().numpy().ravel() for table in (tables.mean, tables.scale))
+    return Side(plan_of(tables.layout), mean, scale, pack(matrix, "floats"))
 
-    def __init__(self, pages: BlockPages, num_queries: int) -> None:
-        heads, dim = pages.keys.mean.shape
-        self.keys, self.values = _side_of(pages.keys), _side_of(pages.values)
-        self.group, self.blocks = num_queries // heads, pages.offsets.shape[0]
-        self.items = heads * self.blocks
-        self.held = [t.contiguous() for t in (pages.offsets, pages.num_tokens, pages.starts)]
-        plan = self.row = np.zeros((), PLAN)
-        plan["arena"], plan["end"] = pages.arena.data_ptr(), pages.arena.data_ptr()
-        plan["end"] += pages.arena.numel()
-        plan["offsets"], plan["tokens"], plan["starts"] = (t.data_ptr() for t in self.held)
-        plan["blocks"], plan["heads"], plan["queries"] = self.blocks, heads, self.group
-        plan["dim"], plan["columns"] = dim, 4 * self.keys.projection.shape[-1]
-        plan["mean"], plan["value_mean"] = self.keys.mean.data_ptr(), self.values.mean.data_ptr()
-        plan["value_scale"] = self.values.scale.data_ptr()
-        plan["inverse"] = self.values.inverse.data_ptr()
-        plan["refinements"], plan["steps"] = _REFINEMENTS.ctypes.data, _STEPS.ctypes.data
-        plan["keys"], plan["values"] = self.keys.addresses, self.values.addresses
-        words = max(self.keys.most_words, self.values.most_words) + _LANES
-        turns, size = max(self.keys.turns, self.values.turns), 4 * heads * self.group * dim
-        plan["factor_row"] = -(-4 * (self.keys.most_words + _LANES) // 64) * 64
-        starts = np.cumsum(
-            [self.group * plan["factor_row"], -(-words // 8) * 64, 512 * turns, 256 * self.group]
+
+class _Held:
+    """Pages as the kernels read them; they see what ``BlockPages.put`` changes."""
+
+    def __init__(self, pages: BlockPages) -> None:
+        arena = pages.arena.numpy()
+        self.pages = Pages(
+            arena,
+            arena.view(np.int8),
+            arena[: arena.size // 2 * 2].view(np.uint16),
+            arena[: arena.size // 8 * 8].view(np.int64),
+            *(t.numpy().reshape(-1) for t in (pages.offsets, pages.num_tokens, pages.starts)),
         )
-        plan["padded"], plan["turned"], plan["scores"], plan["chosen"] = starts.tolist()
-        self.room_bytes = int(starts[-1]) + 8 * BLOCK_TOKENS + 4 * dim + 64
-        plan["word_turns"] = self.values.turns
-        starts = 256 * heads * self.values.turns * self.group + size * np.arange(4)
-        plan["components"], plan["biases"], plan["escaped"], plan["state"] = starts.tolist()
-        plan["part_bytes"] = -(-(int(starts[-1]) + 12 * heads * self.group) // 64) * 64
+        self.sides = _sides_of(pages.keys, pages.values)
+        self.whole = PageTable.of([range(len(pages.num_tokens))])
 
 
-_sides: "WeakKeyDictionary[SideTables, _Side]" = WeakKeyDictionary()
-_plans: "WeakKeyDictionary[BlockPages, dict[int, _Plan]]" = WeakKeyDictionary()
+class _Step:
+    """A table as the kernels read it."""
+
+    def __init__(self, table: PageTable) -> None:
+        self.arrays = tuple(t.numpy() for t in (table.pages, table.places, table.ends))
+
+
+_held: "WeakKeyDictionary[BlockPages, _Held]" = WeakKeyDictionary()
+_steps: "WeakKeyDictionary[PageTable, _Step]" = WeakKeyDictionary()
 _memory = threading.local()
 
 
-def _side_of(tables: SideTables) -> _Side:
-    found = _sides.get(tables)
+@lru_cache(256)
+def _sides_of(keys: SideTables, values: SideTables) -> _Sides:
+    return _Sides(keys, values)
+
+
+def _held_of(pages: BlockPages) -> _Held:
+    found = _held.get(pages)
     if found is None:
-        found = _sides[tables] = _Side(tables)
+        found = _held[pages] = _Held(pages)
     return found
 
 
-def _plan_of(pages: BlockPages, num_queries: int) -> _Plan:
-    plans = _plans.setdefault(pages, {})
-    if num_queries not in plans:
-        plans[num_queries] = _Plan(pages, num_queries)
-    return plans[num_queries]
+def _step_of(table: PageTable) -> _Step:
+    found = _steps.get(table)
+    if found is None:
+        found = _steps[table] = _Step(table)
+    return found
 
 
-def _kept(name: str, num_bytes: int) -> torch.Tensor:
-    """Return uint8 memory of this thread, which a later call under this name uses again.
+def _rooms(sides: _Sides, group: int, count: int) -> list[Room]:
+    """Return memory for ``count`` threads, which this thread's next call uses again."""
+    kept = _memory.__dict__.setdefault("rooms", WeakKeyDictionary())
+    rooms: list[Room] = kept.setdefault(sides, {}).setdefault(group, [])
+    rooms.extend(sides.room(group) for _ in range(count - len(rooms)))
+    return rooms
 
-    Fresh memory of this size is mapped page by page at every call.
-    """
-    found: torch.Tensor | None = getattr(_memory, name, None)
-    if found is None or found.numel() < num_bytes:
-        found = torch.empty(num_bytes * 5 // 4 + 64, dtype=torch.uint8)
-        setattr(_memory, name, found)
-    return found[:num_bytes]
+
+def _flat(table: torch.Tensor) -> Array:
+    flat: Array = table.float().contiguous().numpy().ravel()
+    return flat
 
 
 def attend_blocks_numba(
     queries: torch.Tensor, pages: BlockPages, turns: Turns, scaling: float
 ) -> Attention:
-    """Return what ``attend_blocks_reference`` returns, up to rounding.
+    """Return what ``attend_blocks_reference`` returns, up to rounding."""
+    out, lse = _attend(queries, 1, pages, _held_of(pages).whole, turns, scaling)
+    return torch.from_numpy(out.reshape(queries.shape)), torch.from_numpy(lse)
 
-    Queries in bf16 are multiplied by the keys' transform in bf16 where a machine does that fast.
-    """
-    shared = _plan_of(pages, queries.shape[0])
-    scaled = queries.float() * scaling
-    scaled = scaled.contiguous()
-    cos, sin = (table.float().contiguous() for table in turns)
-    plan, heads, items = shared.row.copy(), pages.keys.mean.shape[0], shared.items
-    dim, num_rows = queries.shape[1], items * shared.group
-    rows = _kept("rows", 4 * num_rows * dim).view(torch.float32).view(heads, -1, dim)
-    constants = _kept("constants", 4 * num_rows)
-    plan["scaled"], plan["cos"], plan["sin"] = (t.data_ptr() for t in (scaled, cos, sin))
-    plan["half_turn"] = cos.shape[1] // 2
-    plan["rows"], plan["constants"] = rows.data_ptr(), constants.data_ptr()
-    at = plan.ctypes.data
-    for_ranges(lambda first, stop: turn_queries(at, first, stop), items, 8 * _GRAIN)
-    # The kernel would leave out scores that are not numbers, and answer as if there were none.
-    of_mean = constants.view(torch.float32).view(heads, shared.blocks, shared.group)
-    is_number = of_mean.isfinite().all(1).flatten()
-    projected = _project(rows, shared.keys, queries.dtype)
+
+def attend_batch_numba(
+    queries: torch.Tensor, pages: BlockPages, table: PageTable, turns: Turns, scaling: float
+) -> Attention:
+    """Return what ``attend_batch_reference`` returns, up to rounding."""
+    shape = queries.shape
+    out, lse = _attend(queries, shape[0], pages, table, turns, scaling)
+    return torch.from_numpy(out.reshape(shape)), torch.from_numpy(lse.reshape(shape[:2]))
+
+
+def _attend(
+    queries: torch.Tensor,
+    batch: int,
+    pages: BlockPages,
+    table: PageTable,
+    turns: Turns,
+    scaling: float,
+) -> tuple[Array, Array]:
+    """Return outputs and logarithms of sums, flat. Queries are float (B, H * G, D), or flatter."""
+    held, (rows, places, ends) = _held_of(pages), _step_of(table).arrays
+    sides, flat = held.sides, _flat(queries)
+    heads, dim = sides.heads, sides.dim
+    rows_of_queries = flat.size // dim
+    out, lse = np.zeros(flat.size, np.float32), np.full(rows_of_queries, -np.inf, np.float32)
+    items = heads * len(rows)
+    if not items or not flat.size:
+        return out, lse
+    group = rows_of_queries // (batch * heads)
+    cos, sin, half_turn = _flat(turns.cos), _flat(turns.sin), turns.cos.shape[1] // 2
     parts = max(1, min(torch.get_num_threads(), items // _GRAIN))
-    part_bytes, room_bytes = int(plan["part_bytes"]), shared.room_bytes
-    sums = np.zeros((parts, part_bytes // 4), np.float32)
-    state = sums[:, int(plan["state"]) // 4 :][:, : 3 * queries.shape[0] : 3]
-    state[:] = -np.inf
-    room = _kept("room", parts * room_bytes)
-    out, lse = torch.empty(queries.shape), torch.empty(queries.shape[:1])
-    plan["projected"], plan["sums"], plan["parts"] = projected.data_ptr(), sums.ctypes.data, parts
-    plan["out"], plan["lse"] = out.data_ptr(), lse.data_ptr()
-    rooms_at, sums_at = room.data_ptr(), sums.ctypes.data
+    rooms = _rooms(sides, group, parts)
+    part_out = np.empty((parts, group * dim), np.float32)
+    part_lse = np.empty((parts, group), np.float32)
+    late_runs = np.empty(parts, np.int64)
 
     def work(first: int, stop: int) -> None:
         for part in range(first, stop):
-            begin, end = items * part // parts, items * (part + 1) // parts
-            attend(at, begin, end, rooms_at + room_bytes * part, sums_at + part_bytes * part)
+            late_runs[part] = attend_items(
+                flat, np.float32(scaling), held.pages, rows, places, ends, cos, sin, sides.keys,
+                sides.values, _TABLES, rooms[part], heads, dim, half_turn, items * part // parts,
+                items * (part + 1) // parts, out, lse, part_out[part], part_lse[part],
+            )  # fmt: skip
 
     for_ranges(work, parts)
-    finish(at)
-    if not is_number.all():
-        out[~is_number], lse[~is_number] = torch.nan, torch.nan
+    merge_parts(out, lse, late_runs, group, dim, part_out.ravel(), part_lse.ravel())
     return out, lse
-
-
-def _project(rows: torch.Tensor, keys: _Side, dtype: torch.dtype) -> torch.Tensor:
-    """Return float32 rows (H, n, D) in components (H, n, R)."""
-    shape = (*rows.shape[:2], keys.projection.shape[-1])
-    count = shape[0] * shape[1] * shape[2]
-    out = _kept("projected", 4 * count).view(torch.float32).view(shape)
-    is_worth_it = count * rows.shape[2] >= _LEAST_PRODUCTS and _HAS_BRAIN_PRODUCTS
-    if dtype != torch.bfloat16 or not is_worth_it:
-        return torch.bmm(rows, keys.projection, out=out)
-    brain = _kept("brain", 2 * (rows.numel() + count)).view(torch.bfloat16)
-    narrow, product = brain[: rows.numel()].view(rows.shape), brain[rows.numel() :].view(shape)
-    torch.bmm(narrow.copy_(rows), keys.brain_projection, out=product)
-    return out.copy_(product)

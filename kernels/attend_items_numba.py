@@ -1,57 +1,39 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Decode attention over compressed blocks on CPU: one pass per KV head of a block, in registers.
+"""Decode attention over compressed blocks on CPU: what is done with one KV head of a block.
 
-A plane of sign bits is a mask of vector lanes: the scores of 64 tokens are four vectors of 16, and
-one word adds one coefficient to the lanes whose bit is set (``add_rows``), for four query heads at
-once. For values the words are turned first (``turn_words``), 64 at a time, so that the same
-operation adds one token's weight to 64 components. Sums of +-coefficient are then twice the sum
-over the set bits less the sum of all. Mid tokens are counted as if they were base, and what their
-refinement adds to each component is looked up in registers and counted as well.
+An item is one KV head of one block of one sequence. A plane of sign bits is looked up four bits at
+a time: for keys the 16 sums of four words' +-factor lie in one register, and a token's bits of
+these words say which one to take; for values the 16 sums of four tokens' +-weight, and a word's
+bits of these tokens say which. So 64 bits take one permutation and one addition per query head,
+where masked additions would take four. Bits of keys are transposed first, eight words at once
+(``turn_eight``). Sums of values stay one per word until a run of blocks ends. Mid tokens are
+counted as if they were base, and what their refinement adds is counted as well.
 
-Per KV head of a block, with G query heads: reads its W words and writes nothing; 4 G masked vector
-additions per word of K and of V; a transposition per 64 words (71 ns measured); G exponentials per
-token; for each mid token about 6 + G operations per 16 refined components.
+Per item, with G query heads, D = head_dim, and W words of each side: reads the words and writes
+nothing; D * R multiply-adds of G rows by R components for the queries; W / 16 * 16 * 2 G vector
+operations on each side, for keys about as many for the tables; G exponentials per token; for each
+mid token about 20 + G operations per 16 refined components. At D = 128, G = 4 and 2.3 bits some
+11,000 vector operations for 32 KiB of bf16 keys and values: bound by instructions, not by memory.
 """
 
-import zlib
-from pathlib import Path
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import numpy as np
-from numba import njit
 
-from kvstrata.kernels.attend_lanes_numba import (
-    TOKEN_BYTES,
-    add_rows,
-    add_scaled,
-    add_scaled_codes,
-    add_terms,
-    dot,
+from kvstrata.kernels.attend_tables_numba import (
+    add_keys,
+    add_values,
     fill_factors,
-    mid_scores,
-    mid_values,
-    scale,
-    turn_words,
+    fill_tables,
 )
 from kvstrata.kernels.attend_tokens_numba import (
-    brain_float_at,
-    byte_at,
-    copy_words,
-    exponentials,
-    integer_at,
-    keep,
-    largest_of,
-    lowest_bit,
-    put_integer,
-    put_single,
-    read_escape,
-    read_nibbles,
-    single_at,
-    spread,
-    sum_of,
-    turn_back_pairs,
-    turn_pair,
-    turn_sixteens,
-    word_at,
+    add_row,
+    bias_row,
+    dot,
+    escape_row,
+    refine,
+    scale_row,
+    stage_words,
+    turn_back,
 )
 from kvstrata.kernels.block_pages import (
     ABSENT,
@@ -65,376 +47,334 @@ from kvstrata.kernels.block_pages import (
     SIDE_FIELDS,
     WORDS,
 )
-from kvstrata.kernels.lane_code_numba import GROUP, place_of
+from kvstrata.kernels.compiled import VECTORS, inlined, kernel
+from kvstrata.kernels.exponential_numba import exponential
+from kvstrata.kernels.few_products_numba import multiply_few
+from kvstrata.kernels.sign_codes import MAX_WIDTH
+from kvstrata.kernels.token_masks import TOKENS
+from kvstrata.kernels.vectors_numba import (
+    LANES,
+    add,
+    choose,
+    larger,
+    largest_lane,
+    load,
+    multiply,
+    multiply_add,
+    splat,
+    store,
+    subtract,
+    sum_lanes,
+)
+from kvstrata.kernels.word_vectors_numba import lanes_of, lowest_bit, turn_eight
 
 # A block whose scores are all this far below the largest so far adds less than float32 resolves.
 _NEGLIGIBLE = np.float32(28.0)
-_inline = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-_GROUP_BYTES, _WORD, _TWICE = GROUP.itemsize, place_of(GROUP, "word"), place_of(GROUP, "twice")
-# One head of one side: where its words start in bytes, then counts.
-HEAD = np.dtype([(n, "i8") for n in ("word", "words", "groups", "turns", "mid", "chunks")])
-_HEAD_BYTES = HEAD.itemsize
-_FIRST_WORD, _NUM_WORDS, _NUM_GROUPS, _NUM_TURNS, _NUM_MID, _NUM_CHUNKS = range(0, _HEAD_BYTES, 8)
-# What a call works on. The tables of a side: addresses of heads, groups and chunks, and how many
-# bytes of the latter two a head has. Of ``room`` and ``sums``: where parts of them start.
-_SIDE = [(n, "i8") for n in ("heads", "groups", "group_row", "chunks", "chunk_row")]
-_NAMES = """
-    arena end offsets tokens starts blocks heads queries dim half_turn scaled cos sin mean rows
-    constants projected columns refinements steps factor_row padded turned scores chosen word_turns
-    components biases escaped state value_mean value_scale inverse parts part_bytes sums out lse
-"""
-PLAN = np.dtype([*((n, "i8") for n in _NAMES.split()), ("keys", _SIDE), ("values", _SIDE)])
-(
-    _ARENA, _END, _OFFSETS, _TOKENS, _STARTS, _BLOCKS, _HEADS, _QUERIES, _DIM, _HALF_TURN,
-    _SCALED, _COS, _SIN, _MEAN, _ROWS, _CONSTANTS, _PROJECTED, _COLUMNS, _REFINEMENTS, _STEPS,
-    _FACTORS, _PADDED, _TURNED, _SCORES, _CHOSEN, _WORD_TURNS, _COMPONENTS, _BIASES, _ESCAPED,
-    _STATE, _VALUE_MEAN, _VALUE_SCALE, _INVERSE, _PARTS, _PART_BYTES, _SUMS, _OUT, _LSE, _KEYS,
-    _VALUES,
-) = (place_of(PLAN, name) for name in PLAN.names or ())  # fmt: skip
-_HEAD_TABLE, _GROUP_TABLE, _GROUP_ROW, _CHUNK_TABLE, _CHUNK_ROW = range(0, 40, 8)
+_NONE = np.float32(-np.inf)
+_ALL = np.uint64(2**64 - 1)
+_ZERO, _ONE = np.float32(0), np.float32(1)
 
 
-@_inline
-def _words_of(plan, words, count, room):
-    """Return where ``count`` words lie with 15 more behind them that may be read."""
-    if words + 8 * (count + 15) <= integer_at(plan + _END):
-        return words
-    copy_words(words, room + integer_at(plan + _PADDED), count)
-    return room + integer_at(plan + _PADDED)
+@inlined
+def _num_words(plan, h):
+    total = 0
+    for plane in range(MAX_WIDTH):
+        total += plan.sizes[h * MAX_WIDTH + plane]
+    return total
 
 
-@_inline
-def _turn(words, groups, turns, turned):
-    """Write 8 bytes per token and 64 words: bit i is the token's bit of word i of four groups."""
-    for turn in range(turns):
-        at = groups + 4 * _GROUP_BYTES * turn + _WORD
-        turn_words(
-            words + integer_at(at),
-            words + integer_at(at + _GROUP_BYTES),
-            words + integer_at(at + 2 * _GROUP_BYTES),
-            words + integer_at(at + 3 * _GROUP_BYTES),
-            turned + 512 * turn,
-        )
+@inlined
+def _list_tokens(mask, tokens):
+    """Write the numbers of a mask's tokens, and return how many there are."""
+    count = 0
+    while mask != 0:
+        tokens[count] = lowest_bit(mask)
+        mask &= mask - np.uint64(1)
+        count += 1
+    return count
 
 
-@_inline
-def _turn_hadamard(row, dim, size):
-    """Take the steps of a Hadamard transform above the fourth."""
-    step = 64
-    while step < 4 * size:
-        for i in range(0, 4 * dim, 64):
-            if i & step == 0:
-                turn_pair(row + i, row + i + step)
-        step *= 2
-
-
-@_inline
-def _score(plan, head, item, fields, starts, escapes, mids, room, row):
-    """Write the scores (G, 64) of one KV head of a block."""
-    heads, dim = integer_at(plan + _QUERIES), integer_at(plan + _DIM)
-    arena, scores = integer_at(plan + _ARENA), room + integer_at(plan + _SCORES)
-    side = plan + _KEYS
-    record = integer_at(side + _HEAD_TABLE) + _HEAD_BYTES * head
-    groups = integer_at(side + _GROUP_TABLE) + integer_at(side + _GROUP_ROW) * head
-    num_words = integer_at(record + _NUM_WORDS)
-    words = arena + integer_at(fields + 8 * WORDS) + integer_at(record + _FIRST_WORD)
-    stride, factor_row = integer_at(plan + _COLUMNS), integer_at(plan + _FACTORS)
-    queries = integer_at(plan + _PROJECTED) + item * heads * stride
-    constants = integer_at(plan + _CONSTANTS) + 4 * item * heads
-    for j in range(heads):
-        total = fill_factors(
-            groups, integer_at(record + _NUM_GROUPS), queries + j * stride, room + j * factor_row
-        )
-        start = single_at(constants + 4 * j) - np.float32(0.5) * total
-        spread(scores + TOKEN_BYTES * j, start)
-    add_rows(words, num_words, room, factor_row, scores, heads)
-    chunks, mid_at = integer_at(record + _NUM_CHUNKS), integer_at(fields + 8 * MID)
-    num_heads = integer_at(plan + _HEADS)
-    if mids != 0 and chunks > 0 and mid_at != ABSENT:
-        turned = room + integer_at(plan + _TURNED)
-        words = _words_of(plan, words, num_words, room)
-        _turn(words, groups, integer_at(record + _NUM_TURNS), turned)
-        place = arena + mid_at + integer_at(starts + 8 * (num_heads + 1 + head))
-        steps = integer_at(side + _CHUNK_TABLE) + integer_at(side + _CHUNK_ROW) * head
-        table, size = integer_at(plan + _REFINEMENTS), integer_at(record + _NUM_MID) // 4
-        while mids != 0:
-            t = lowest_bit(mids)
-            mids &= mids - np.uint64(1)
-            mid_scores(
-                steps, chunks, turned + 8 * t, place, table, queries, stride, scores + 4 * t, heads
-            )
-            place += size
+@inlined
+def _score(pages, side, tables, room, fields, starts, h, heads, group, dim, escapes, mids, one):
+    """Write the scores (G, 64) of one KV head of a block; ``room.rows`` are its queries."""
+    plan, words = side.plan, _num_words(side.plan, h)
+    first = pages.offsets[fields + WORDS] // 8 + plan.offsets[h * MAX_WIDTH]
+    stage_words(pages.words, first, words, room.words, room.halves)
+    columns, row = room.queries.size // group, room.factors.size // group
+    kept = max(plan.sizes[h * MAX_WIDTH], plan.counts[h])
+    multiply_few(
+        room.rows, 0, dim, group, side.matrix, h * columns * dim, dim, kept, room.queries, 0,
+        columns,
+    )  # fmt: skip
+    for j in range(group):
+        constant = dot(room.rows, j * dim, side.mean, h * dim, dim)
+        room.state[3 * group + j] += constant * _ZERO
+        for quarter in range(0, TOKENS, LANES):
+            store(room.scores, j * TOKENS + quarter, splat(constant))
+        store(room.factors, j * row + words, splat(_ZERO))
+        fill_factors(room.queries, j * columns, plan, h, dim, room.factors, j * row)
+    num_bytes = (words + 7) // 8
+    fill_tables(room.factors, 8 * num_bytes, group, tables.signs, room.tables)
+    for i in range(num_bytes):
+        turn_eight(room.words, 8 * i, room.bits, i * TOKENS)
+    add_keys(group, room.bits, num_bytes, room.tables, one, room.scores)
+    count, at = plan.counts[h], pages.offsets[fields + MID]
+    if mids != 0 and count > 0 and at != ABSENT:
+        at += pages.starts[starts + heads + 1 + h]
+        num = _list_tokens(mids, room.tokens)
+        refine(
+            room.halves, plan, tables.deltas, pages.bytes, at, count, h, room.tokens, num, dim,
+            room.refined,
+        )  # fmt: skip
+        for k in range(num):
+            t = room.tokens[k]
+            for j in range(group):
+                extra = dot(room.queries, j * columns, room.refined, k * dim, count)
+                room.scores[j * TOKENS + t] += extra
     if escapes != 0:
-        first = integer_at(starts + 8 * head)
-        scales = arena + integer_at(fields + 8 * SCALES) + 2 * first
-        place = arena + integer_at(fields + 8 * CODES) + dim * first
-        queries = integer_at(plan + _ROWS) + 4 * dim * item * heads
-        size = dim & -dim
-        norm = np.float32(1 / np.sqrt(size))
+        place = pages.starts[starts + h]
+        scale = pages.offsets[fields + SCALES] // 2 + place
+        at = pages.offsets[fields + CODES] + place * dim
         while escapes != 0:
             t = lowest_bit(escapes)
             escapes &= escapes - np.uint64(1)
-            read_escape(place, brain_float_at(scales) * norm, dim // 16, row)
-            _turn_hadamard(row, dim, size)
-            for j in range(heads):
-                score = dot(queries + 4 * dim * j, row, dim // 16)
-                put_single(scores + TOKEN_BYTES * j + 4 * t, score)
-            scales, place = scales + 2, place + dim
+            escape_row(pages.codes, at, pages.halves, scale, dim, room.row)
+            for j in range(group):
+                room.scores[j * TOKENS + t] = dot(room.rows, j * dim, room.row, 0, dim)
+            scale, at = scale + 1, at + dim
 
 
-@_inline
-def _sum_values(plan, head, fields, starts, escapes, mids, room, row, sums):
-    """Add the values of one KV head of a block, weighted, to the sums of its query heads."""
-    heads, dim = integer_at(plan + _QUERIES), integer_at(plan + _DIM)
-    arena, weights = integer_at(plan + _ARENA), room + integer_at(plan + _SCORES)
-    side, at = plan + _VALUES, fields + 8 * SIDE_FIELDS
-    record = integer_at(side + _HEAD_TABLE) + _HEAD_BYTES * head
-    row_bytes = 4 * dim
-    own = row_bytes * heads * head
-    step_at = arena + integer_at(fields + 8 * BIAS_STEPS) + head
-    step = single_at(integer_at(plan + _STEPS) + 4 * byte_at(step_at))
-    if step > 0:
-        place = arena + integer_at(fields + 8 * BIAS_CODES) + head * (dim // 2)
-        read_nibbles(place, step, dim // 16, row)
-        for j in range(heads):
-            mass = sum_of(weights + TOKEN_BYTES * j, ~(escapes | mids))
-            target = sums + integer_at(plan + _BIASES) + own + row_bytes * j
-            add_scaled(target, mass, row, dim // 16)
-    if escapes != 0:
-        first, left = integer_at(starts + 8 * head), escapes
-        scales = arena + integer_at(at + 8 * SCALES) + 2 * first
-        place = arena + integer_at(at + 8 * CODES) + dim * first
-        target = sums + integer_at(plan + _ESCAPED) + own
-        while left != 0:
-            t = lowest_bit(left)
-            left &= left - np.uint64(1)
-            factor = brain_float_at(scales)
-            for j in range(heads):
-                weight = single_at(weights + TOKEN_BYTES * j + 4 * t) * factor
-                add_scaled_codes(target + row_bytes * j, weight, place, dim // 16)
-            scales, place = scales + 2, place + dim
-        for j in range(heads):
-            keep(weights + TOKEN_BYTES * j, ~escapes)
-    planed = sums + integer_at(plan + _STATE) + 12 * heads * head + 8
-    for j in range(heads):
-        mass = sum_of(weights + TOKEN_BYTES * j, ~np.uint64(0))
-        put_single(planed + 12 * j, single_at(planed + 12 * j) + mass)
-    num_words = integer_at(record + _NUM_WORDS)
-    groups = integer_at(side + _GROUP_TABLE) + integer_at(side + _GROUP_ROW) * head
-    words = arena + integer_at(at + 8 * WORDS) + integer_at(record + _FIRST_WORD)
-    words = _words_of(plan, words, num_words, room)
-    turned, turns = room + integer_at(plan + _TURNED), integer_at(record + _NUM_TURNS)
-    _turn(words, groups, turns, turned)
-    target = sums + integer_at(plan + _WORD_TURNS) * heads * TOKEN_BYTES * head
-    for turn in range(turns):
-        add_rows(turned + 512 * turn, 64, weights, TOKEN_BYTES, target, heads)
-        target += heads * TOKEN_BYTES
-    chunks, mid_at = integer_at(record + _NUM_CHUNKS), integer_at(at + 8 * MID)
-    if mids != 0 and chunks > 0 and mid_at != ABSENT:
-        tokens, count = room + integer_at(plan + _CHOSEN), 0
-        while mids != 0:
-            put_integer(tokens + 8 * count, lowest_bit(mids))
-            mids &= mids - np.uint64(1)
-            count += 1
-        place = integer_at(starts + 8 * (integer_at(plan + _HEADS) + 1 + head))
-        steps = integer_at(side + _CHUNK_TABLE) + integer_at(side + _CHUNK_ROW) * head
-        mid_values(
-            steps, chunks, turned, arena + mid_at + place, integer_at(record + _NUM_MID) // 4,
-            tokens, count, integer_at(plan + _REFINEMENTS), weights,
-            sums + integer_at(plan + _COMPONENTS) + own, row_bytes, heads,
-        )  # fmt: skip
+@inlined
+def _rescale(room, j, group, dim, factor):
+    """Multiply what a run has summed up for one query head."""
+    row = room.sums.size // group
+    scale_row(room.sums, j * row, row, factor)
+    scale_row(room.components, j * dim, dim, factor)
+    scale_row(room.biases, j * dim, dim, factor)
+    scale_row(room.escaped, j * dim, dim, factor)
+    room.state[group + j] *= factor
+    room.state[2 * group + j] *= factor
 
 
-@_inline
-def _rescale(plan, query, factor, sums):
-    """Multiply the sums of one query head."""
-    heads, dim = integer_at(plan + _QUERIES), integer_at(plan + _DIM)
-    turns = integer_at(plan + _WORD_TURNS)
-    head, j = query // heads, query % heads
-    for turn in range(turns):
-        scale(sums + ((head * turns + turn) * heads + j) * TOKEN_BYTES, factor, 4)
-    for part in (_COMPONENTS, _BIASES, _ESCAPED):
-        scale(sums + integer_at(plan + part) + 4 * dim * query, factor, dim // 16)
-    state = sums + integer_at(plan + _STATE) + 12 * query
-    put_single(state + 4, single_at(state + 4) * factor)
-    put_single(state + 8, single_at(state + 8) * factor)
-
-
-@_inline
-def _weigh(plan, head, valid, room, sums):
+@inlined
+def _weigh(room, group, dim, valid):
     """Turn scores into weights, relative to the largest so far; tell whether any counts.
 
     As in FlashAttention (arXiv:2205.14135, algorithm 1).
     """
-    heads, counts = integer_at(plan + _QUERIES), False
-    scores = room + integer_at(plan + _SCORES)
-    state = sums + integer_at(plan + _STATE) + 12 * heads * head
-    for j in range(heads):
-        top, largest = largest_of(scores + TOKEN_BYTES * j, valid), single_at(state + 12 * j)
-        counts |= not top < largest - _NEGLIGIBLE
-        if top > largest:
-            _rescale(plan, head * heads + j, np.float32(np.exp(largest - top)), sums)
-            put_single(state + 12 * j, top)
+    counts, none = False, splat(_NONE)
+    for j in range(group):
+        at = j * TOKENS
+        top = none
+        for quarter in range(0, TOKENS, LANES):
+            score = choose(lanes_of(valid, quarter), load(room.scores, at + quarter), none)
+            store(room.scores, at + quarter, score)
+            top = larger(score, top)
+        highest, largest = largest_lane(top), room.state[j]
+        counts |= not highest < largest - _NEGLIGIBLE
+        if highest > largest:
+            if largest > _NONE:
+                _rescale(room, j, group, dim, np.exp(largest - highest))
+            room.state[j] = highest
     if counts:
-        for j in range(heads):
-            at = state + 12 * j
-            total = exponentials(scores + TOKEN_BYTES * j, single_at(at))
-            put_single(at + 4, single_at(at + 4) + total)
+        for j in range(group):
+            at, less = j * TOKENS, splat(room.state[j])
+            total = splat(_ZERO)
+            for quarter in range(0, TOKENS, LANES):
+                weight = exponential(subtract(load(room.scores, at + quarter), less))
+                store(room.scores, at + quarter, weight)
+                total = add(total, weight)
+            room.state[group + j] += sum_lanes(total)
     return counts
 
 
-@_inline
-def _attend(plan, first, stop, room, sums):
-    """Attend to items ``first`` to ``stop``, item = head * N + block, into one thread's sums."""
-    num_blocks, num_heads = integer_at(plan + _BLOCKS), integer_at(plan + _HEADS)
-    arena, row = integer_at(plan + _ARENA), room + integer_at(plan + _CHOSEN) + 512
-    for item in range(first, stop):
-        head, block = item // num_blocks, item % num_blocks
-        fields = integer_at(plan + _OFFSETS) + 8 * NUM_FIELDS * block
-        masks = arena + integer_at(fields + 8 * MASKS) + 8 * head
-        k_escape, k_mid = word_at(masks), word_at(masks + 8 * num_heads)
-        masks = arena + integer_at(fields + 8 * (SIDE_FIELDS + MASKS)) + 8 * head
-        v_escape, v_mid = word_at(masks), word_at(masks + 8 * num_heads)
-        count = integer_at(integer_at(plan + _TOKENS) + 8 * block)
-        valid = ~((k_escape & k_mid) | (v_escape & v_mid))
-        valid &= ~np.uint64(0) >> np.uint64(64 - count)
-        if valid == 0:
+@inlined
+def _mass(weights, at, mask):
+    """Return the sum of the weights of the tokens in a mask."""
+    total, zero = splat(_ZERO), splat(_ZERO)
+    for quarter in range(0, TOKENS, LANES):
+        total = add(total, choose(lanes_of(mask, quarter), load(weights, at + quarter), zero))
+    return sum_lanes(total)
+
+
+@inlined
+def _sum_values(
+    pages, side, tables, room, fields, starts, h, heads, group, dim, escapes, mids, one
+):
+    """Add the weighted values of one KV head of a block to a run's sums."""
+    plan, fields = side.plan, fields + SIDE_FIELDS
+    step = tables.steps[pages.bytes[pages.offsets[fields - SIDE_FIELDS + BIAS_STEPS] + h]]
+    if step > 0:
+        at = pages.offsets[fields - SIDE_FIELDS + BIAS_CODES] + h * (dim // 2)
+        bias_row(pages.bytes, at, step, dim, room.row)
+        for j in range(group):
+            mass = _mass(room.scores, j * TOKENS, ~(escapes | mids))
+            add_row(room.biases, j * dim, room.row, 0, dim, mass)
+    if escapes != 0:
+        place, left = pages.starts[starts + h], escapes
+        scale = pages.offsets[fields + SCALES] // 2 + place
+        at = pages.offsets[fields + CODES] + place * dim
+        while left != 0:
+            t = lowest_bit(left)
+            left &= left - np.uint64(1)
+            escape_row(pages.codes, at, pages.halves, scale, dim, room.row)
+            for j in range(group):
+                add_row(room.escaped, j * dim, room.row, 0, dim, room.scores[j * TOKENS + t])
+                room.scores[j * TOKENS + t] = _ZERO
+            scale, at = scale + 1, at + dim
+    for j in range(group):
+        room.state[2 * group + j] += _mass(room.scores, j * TOKENS, _ALL)
+    words = _num_words(plan, h)
+    first = pages.offsets[fields + WORDS] // 8 + plan.offsets[h * MAX_WIDTH]
+    stage_words(pages.words, first, words, room.words, room.halves)
+    fill_tables(room.scores, TOKENS, group, tables.signs, room.tables)
+    add_values(group, room.halves, words, room.tables, one, room.sums)
+    count, at = plan.counts[h], pages.offsets[fields + MID]
+    if mids != 0 and count > 0 and at != ABSENT:
+        at += pages.starts[starts + heads + 1 + h]
+        num = _list_tokens(mids, room.tokens)
+        refine(
+            room.halves, plan, tables.deltas, pages.bytes, at, count, h, room.tokens, num, dim,
+            room.refined,
+        )  # fmt: skip
+        for k in range(num):
+            t = room.tokens[k]
+            for j in range(group):
+                weight = room.scores[j * TOKENS + t]
+                add_row(room.components, j * dim, room.refined, k * dim, count, weight)
+
+
+@inlined
+def _clear(row):
+    for i in range(row.size):
+        row[i] = _ZERO
+
+
+@inlined
+def _begin_run(room, group):
+    _clear(room.sums)
+    _clear(room.components)
+    _clear(room.biases)
+    _clear(room.escaped)
+    _clear(room.state)
+    for j in range(group):
+        room.state[j] = _NONE
+
+
+@inlined
+def _end_run(side, room, h, group, dim, out, to, lse, lse_to):
+    """Turn a run's sums back into values, and write them and the logarithm of the softmax sum."""
+    plan, row = side.plan, room.sums.size // group
+    place = h * MAX_WIDTH
+    for j in range(group):
+        total, poison = room.state[group + j], room.state[3 * group + j]
+        if not total > 0:
+            for i in range(dim):
+                out[to + j * dim + i] = poison
+            lse[lse_to + j] = _NONE + poison
             continue
-        starts = integer_at(plan + _STARTS) + 32 * (num_heads + 1) * block
-        _score(plan, head, item, fields, starts, k_escape & ~k_mid, k_mid & ~k_escape, room, row)
-        if _weigh(plan, head, valid, room, sums):
-            starts += 16 * (num_heads + 1)
-            escapes, mids = v_escape & ~v_mid, v_mid & ~v_escape
-            _sum_values(plan, head, fields, starts, escapes, mids, room, row, sums)
+        norm = _ONE / total
+        _rescale(room, j, group, dim, norm)
+        for plane in range(plan.widths[h * dim]):
+            at = j * row + plan.offsets[place + plane] - plan.offsets[place]
+            for c in range(0, plan.sizes[place + plane], LANES):
+                step = load(plan.steps, (place + plane) * dim + c)
+                sums = load(room.components, j * dim + c)
+                store(
+                    room.components, j * dim + c, multiply_add(load(room.sums, at + c), step, sums)
+                )
+        for c in range(0, dim, LANES):
+            at = j * dim + c
+            scaled = multiply(load(room.components, at), load(side.scale, h * dim + c))
+            store(room.rows, at, add(scaled, load(room.biases, at)))
+        lse[lse_to + j] = room.state[j] + np.log(total) + poison
+    multiply_few(
+        room.rows, 0, dim, group, side.matrix, h * dim * dim, dim, dim, room.components, 0, dim
+    )
+    for j in range(group):
+        if room.state[group + j] > 0:
+            mass, poison = splat(room.state[2 * group + j]), splat(room.state[3 * group + j])
+            for c in range(0, dim, LANES):
+                value = add(load(room.components, j * dim + c), load(room.escaped, j * dim + c))
+                value = multiply_add(mass, load(side.mean, h * dim + c), add(value, poison))
+                store(out, to + j * dim + c, value)
 
 
-@_inline
-def _turn_queries(plan, first, stop):
-    """Turn queries by minus each block's position, and multiply them by the mean key."""
-    num_blocks, heads = integer_at(plan + _BLOCKS), integer_at(plan + _QUERIES)
-    dim, half = integer_at(plan + _DIM), integer_at(plan + _HALF_TURN)
-    for item in range(first, stop):
-        head, block = item // num_blocks, item % num_blocks
-        cos = integer_at(plan + _COS) + 8 * half * block
-        sin = integer_at(plan + _SIN) + 8 * half * block
-        for j in range(heads):
-            query = integer_at(plan + _SCALED) + 4 * dim * (head * heads + j)
-            out = integer_at(plan + _ROWS) + 4 * dim * (item * heads + j)
-            turn_back_pairs(query, query + 4 * half, cos, sin, 4 * half, half // 16, out)
-            for i in range(half // 16 * 16, half):
-                x, y = single_at(query + 4 * i), single_at(query + 4 * (half + i))
-                c, s = single_at(cos + 4 * i), single_at(sin + 4 * i)
-                put_single(out + 4 * i, x * c + y * s)
-                c, s = single_at(cos + 4 * (half + i)), single_at(sin + 4 * (half + i))
-                put_single(out + 4 * (half + i), y * c - x * s)
-            for i in range(2 * half, dim):
-                put_single(out + 4 * i, single_at(query + 4 * i))
-            mean = integer_at(plan + _MEAN) + 4 * dim * head
-            constant = dot(out, mean, dim // 16)
-            put_single(integer_at(plan + _CONSTANTS) + 4 * (item * heads + j), constant)
+@kernel(**VECTORS)
+def attend_items(
+    queries, scaling, pages, rows, places, ends, cos, sin, keys, values, tables, room, heads, dim,
+    half_turn, first, stop, out, lse, part_out, part_lse,
+):  # fmt: skip
+    """Attend to items ``first`` to ``stop``: sequence by sequence, head by head, block by block.
 
-
-@_inline
-def _merge(plan, query):
-    """Add the sums of all parts to those of the first; return the planed weight, or -1."""
-    parts, size = integer_at(plan + _PARTS), integer_at(plan + _PART_BYTES)
-    sums = integer_at(plan + _SUMS)
-    state, dim = integer_at(plan + _STATE) + 12 * query, integer_at(plan + _DIM)
-    heads, turns = integer_at(plan + _QUERIES), integer_at(plan + _WORD_TURNS)
-    top = np.float32(-np.inf)
-    for part in range(parts):
-        top = max(top, single_at(sums + size * part + state))
-    lse = integer_at(plan + _LSE) + 4 * query
-    put_single(lse, top)
-    if top == -np.inf:
-        return np.float32(-1)
-    total = 0.0
-    for part in range(parts):
-        at = sums + size * part + state
-        share = np.float32(np.exp(single_at(at) - top))
-        if part > 0 or share != 1:
-            _rescale(plan, query, share, sums + size * part)
-        total += single_at(at + 4)
-    put_single(lse, np.float32(top + np.log(total)))
-    norm, planed = np.float32(1 / total), np.float32(0)
-    one = np.float32(1)
-    _rescale(plan, query, norm, sums)
-    for part in range(parts):
-        other = sums + size * part
-        if part > 0:
-            _rescale(plan, query, norm, other)
-            for turn in range(turns):
-                at = ((query // heads * turns + turn) * heads + query % heads) * TOKEN_BYTES
-                add_scaled(sums + at, one, other + at, 4)
-            for start in (_COMPONENTS, _BIASES, _ESCAPED):
-                at = integer_at(plan + start) + 4 * dim * query
-                add_scaled(sums + at, one, other + at, dim // 16)
-        planed += single_at(other + state + 8)
-    return planed
-
-
-@_inline
-def _finish(plan):
-    """Put the parts' sums together and turn them back into values."""
-    dim, heads = integer_at(plan + _DIM), integer_at(plan + _QUERIES)
-    sums, size, turns = integer_at(plan + _SUMS), dim & -dim, integer_at(plan + _WORD_TURNS)
-    side = plan + _VALUES
-    for query in range(integer_at(plan + _HEADS) * heads):
-        out = integer_at(plan + _OUT) + 4 * dim * query
-        for i in range(dim):
-            put_single(out + 4 * i, np.float32(0))
-        planed = _merge(plan, query)
-        if planed < 0:
-            continue
-        head, j = query // heads, query % heads
-        components = sums + integer_at(plan + _COMPONENTS) + 4 * dim * query
-        groups = integer_at(side + _GROUP_TABLE) + integer_at(side + _GROUP_ROW) * head
-        for group in range(
-            integer_at(integer_at(side + _HEAD_TABLE) + _HEAD_BYTES * head + _NUM_GROUPS)
-        ):
-            at = groups + _GROUP_BYTES * group
-            words = sums + ((head * turns + group // 4) * heads + j) * TOKEN_BYTES
-            words += 64 * (group % 4)
-            add_terms(at + _TWICE, words, np.float32(0.5) * planed, components + integer_at(at))
-        add_scaled(out, planed, integer_at(plan + _VALUE_MEAN) + 4 * dim * head, dim // 16)
-        for c in range(dim):
-            number = single_at(components + 4 * c)
-            number *= single_at(integer_at(plan + _VALUE_SCALE) + 4 * (dim * head + c))
-            number += single_at(sums + integer_at(plan + _BIASES) + 4 * (dim * query + c))
-            row = integer_at(plan + _INVERSE) + 4 * dim * (dim * head + c)
-            add_scaled(out, number, row, dim // 16)
-        row = sums + integer_at(plan + _ESCAPED) + 4 * dim * query
-        turn_sixteens(row, np.float32(1 / np.sqrt(size)), dim // 16)
-        _turn_hadamard(row, dim, size)
-        add_scaled(out, np.float32(1), row, dim // 16)
-
-
-def _entries(stamp):
-    """Return the functions that are compiled to disk.
-
-    Numba looks only at the file of a function for changes, so what it compiles in from other files
-    is told by a number that belongs to the key.
+    A run is what one head of one sequence has of them. Its attention is written to ``out`` and
+    ``lse``; but that of a first run which does not begin with the head's first block, to
+    ``part_out`` and ``part_lse``. Returns that run's number, sequence * H + head, or -1.
     """
+    group = room.state.size // 4
+    size = group * dim
+    sequence, item, before, part = 0, first, 0, -1
+    while item < stop:
+        count = ends[sequence + 1] - ends[sequence]
+        if item >= before + count * heads:
+            before += count * heads
+            sequence += 1
+            continue
+        h, b = (item - before) // count, (item - before) % count
+        last = min(count, b + stop - item)
+        item += last - b
+        run = sequence * heads + h
+        _begin_run(room, group)
+        starts_late = b > 0
+        while b < last:
+            entry = ends[sequence] + b
+            b += 1
+            page = rows[entry]
+            fields, masks = page * NUM_FIELDS, pages.offsets[page * NUM_FIELDS + MASKS] // 8 + h
+            tokens = pages.num_tokens[page]
+            if tokens == 0:
+                continue
+            k_escape, k_mid = np.uint64(pages.words[masks]), np.uint64(pages.words[masks + heads])
+            masks = pages.offsets[fields + SIDE_FIELDS + MASKS] // 8 + h
+            v_escape, v_mid = np.uint64(pages.words[masks]), np.uint64(pages.words[masks + heads])
+            valid = ~((k_escape & k_mid) | (v_escape & v_mid))
+            valid &= _ALL >> np.uint64(TOKENS - tokens)
+            if valid == 0:
+                continue
+            turn_back(
+                queries, run * size, scaling, cos, sin, places[entry] * 2 * half_turn, half_turn,
+                group, dim, room.rows,
+            )  # fmt: skip
+            starts = page * 4 * (heads + 1)
+            _score(
+                pages, keys, tables, room, fields, starts, h, heads, group, dim,
+                k_escape & ~k_mid, k_mid & ~k_escape, tables.signs[0],
+            )  # fmt: skip
+            if _weigh(room, group, dim, valid):
+                _sum_values(
+                    pages, values, tables, room, fields, starts + 2 * (heads + 1), h, heads, group,
+                    dim, v_escape & ~v_mid, v_mid & ~v_escape, tables.signs[0],
+                )  # fmt: skip
+        part = run if starts_late else part
+        target, to = (part_out, 0) if starts_late else (out, run * size)
+        logs, log_to = (part_lse, 0) if starts_late else (lse, run * group)
+        _end_run(values, room, h, group, dim, target, to, logs, log_to)
+    return part
 
-    @njit(cache=True, nogil=True, error_model="numpy")
-    def turn_queries(plan, first, stop):
-        if stamp >= 0:
-            _turn_queries(plan, first, stop)
 
-    @njit(cache=True, nogil=True, error_model="numpy")
-    def attend(plan, first, stop, room, sums):
-        if stamp >= 0:
-            _attend(plan, first, stop, room, sums)
-
-    @njit(cache=True, nogil=True, error_model="numpy")
-    def finish(plan):
-        if stamp >= 0:
-            _finish(plan)
-
-    return turn_queries, attend, finish
-
-
-_INCLUDED = ("attend_blocks", "attend_lanes_numba", "attend_tokens_numba", "lane_code_numba")
-_here = Path(__file__)
-_stamp = zlib.crc32(b"".join((_here.with_name(f"{name}.py")).read_bytes() for name in _INCLUDED))
-turn_queries, attend, finish = _entries(_stamp)
+@kernel(**VECTORS)
+def merge_parts(out, lse, runs, group, dim, part_out, part_lse):
+    """Merge what each thread has of a run that began in another, if it has any, into the run's."""
+    for part in range(runs.size):
+        for j in range(group if runs[part] >= 0 else 0):
+            query = runs[part] * group + j
+            mine, other = lse[query], part_lse[part * group + j]
+            if mine == _NONE and other == _NONE:
+                continue
+            top = max(mine, other)
+            total = np.exp(mine - top) + np.exp(other - top)
+            share, rest = np.exp(mine - top) / total, np.exp(other - top) / total
+            for i in range(dim):
+                value = part_out[(part * group + j) * dim + i]
+                out[query * dim + i] = out[query * dim + i] * share + value * rest
+            lse[query] = top + np.log(total)

@@ -1,323 +1,240 @@
+"""What ``attend_items_numba`` does with queries, mid tokens and escapes: rows of one token each."""
+
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""What ``attend_blocks_numba`` does with the 64 tokens of a block, or with one, as LLVM code.
 
-Arguments are addresses unless they are called mask, factor or the like, as in
-``attend_lanes_numba``. Nothing is checked.
-"""
+import numpy as np
 
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
-
-from kvstrata.kernels.lane_code_numba import (
-    CODES,
-    F32,
-    I1,
-    I8,
-    I16,
-    I32,
-    I64,
-    INTS,
+from kvstrata.kernels.compiled import called, inlined
+from kvstrata.kernels.floats_numba import to_float
+from kvstrata.kernels.lookups_numba import gather, pick_of_32
+from kvstrata.kernels.sign_codes import MAX_WIDTH
+from kvstrata.kernels.vectors_numba import (
     LANES,
-    Code,
-    same,
+    add,
+    both,
+    choose,
+    has_bits,
+    load,
+    load_halves,
+    load_ints,
+    multiply,
+    multiply_add,
+    splat,
+    splat_int,
+    store,
+    store_ints,
+    subtract,
+    sum_lanes,
+    to_floats,
+)
+from kvstrata.kernels.word_vectors_numba import (
+    add_where,
+    copy_words,
+    fold_1,
+    fold_2,
+    fold_4,
+    fold_8,
+    item_of,
+    lanes_of,
+    load_bits,
+    load_codes,
+    shift_right,
 )
 
-_LOG2E, _LN2 = 1.4426950408889634, 0.6931471805599453
-_EIGHT, _EIGHT_FLOATS = ir.VectorType(I8, 8), ir.VectorType(F32, 8)
-_nothing, _integer, _word, _single = types.void, types.int64, types.uint64, types.float32
+_ZERO, _1, _2 = np.float32(0), np.int32(1), np.int32(2)
 
 
-def _reader(result, kind):
-    """Return an intrinsic that reads one value; integers below 64 bits have no sign."""
-
-    @intrinsic
-    def read(typingctx, address):
-        def generate(*call):
-            code = Code(*call)
-            value = code.load(kind, code.args[0])
-            is_narrow = isinstance(kind, ir.IntType) and kind.width < 64
-            return code.b.zext(value, I64) if is_narrow else value
-
-        return result(_integer), generate
-
-    return read
+@inlined
+def dot(a, at, b, start, count):
+    """Return the dot product of rows of ``count`` numbers, rounded up to a multiple of 16."""
+    total = splat(_ZERO)
+    for i in range(0, count, LANES):
+        total = multiply_add(load(a, at + i), load(b, start + i), total)
+    return sum_lanes(total)
 
 
-integer_at, word_at, byte_at = _reader(_integer, I64), _reader(_word, I64), _reader(_integer, I8)
-single_at = _reader(_single, F32)
+@inlined
+def add_row(out, to, row, at, count, factor):
+    """Add ``count`` numbers of a row, rounded up to a multiple of 16, times a factor."""
+    factor = splat(factor)
+    for i in range(0, count, LANES):
+        store(out, to + i, multiply_add(load(row, at + i), factor, load(out, to + i)))
 
 
-@intrinsic
-def brain_float_at(typingctx, address):
-    """Return a bf16."""
-
-    def generate(*call):
-        code = Code(*call)
-        bits = code.b.zext(code.load(I16, code.args[0]), I32)
-        return code.b.bitcast(code.b.shl(bits, I32(16)), F32)
-
-    return _single(_integer), generate
+@inlined
+def scale_row(row, at, count, factor):
+    """Multiply ``count`` numbers, a multiple of 16, by a factor."""
+    factor = splat(factor)
+    for i in range(at, at + count, LANES):
+        store(row, i, multiply(load(row, i), factor))
 
 
-def _writer(kind):
-    @intrinsic
-    def write(typingctx, address, value):
-        def generate(*call):
-            code = Code(*call)
-            return code.store(code.args[1], code.args[0])
-
-        return _nothing(_integer, kind), generate
-
-    return write
+@called
+def stage_words(words, first, count, target, halves):
+    """Copy words, and write their low and high halves apart; what follows has no meaning."""
+    copy_words(words, first, count, target)
+    for i in range(0, count, LANES):
+        store_ints(halves, i, load_halves(target, i, np.int32(0)))
+        store_ints(halves, halves.size // 2 + i, load_halves(target, i, np.int32(1)))
 
 
-put_integer, put_single = _writer(_integer), _writer(_single)
+@called
+def turn_back(queries, at, scaling, cos, sin, angle, half, group, dim, rows):
+    """Write queries times ``scaling``, turned by minus the angles from ``angle`` on.
 
-
-@intrinsic
-def lowest_bit(typingctx, mask):
-    """Return the number of zeros below the lowest bit that is set."""
-
-    def generate(context, builder, signature, args):
-        return builder.cttz(args[0], I1(1))
-
-    return _integer(_word), generate
-
-
-@intrinsic
-def copy_words(typingctx, source, target, count):
-    """Copy ``count`` words of 64 bits."""
-
-    def generate(*call):
-        code = Code(*call)
-        source, target, count = code.args
-
-        def copy(i, _):
-            at = code.times(i, 8)
-            code.store(code.load(I64, source, at), target, at)
-            return []
-
-        code.loop(count, [], copy)
-        return code.context.get_dummy_value()
-
-    return _nothing(_integer, _integer, _integer), generate
-
-
-@intrinsic
-def spread(typingctx, row, value):
-    """Write one number 64 times."""
-
-    def generate(*call):
-        code = Code(*call)
-        value = code.splat(code.args[1])
-        for quarter in range(4):
-            code.store(value, code.args[0], 64 * quarter)
-        return code.context.get_dummy_value()
-
-    return _nothing(_integer, _single), generate
-
-
-@intrinsic
-def largest_of(typingctx, scores, mask):
-    """Replace those of 64 scores whose bit is not set by -inf, and return the largest."""
-
-    def generate(*call):
-        code = Code(*call)
-
-        def larger(x, y):
-            return code.b.select(code.b.fcmp_ordered(">", x, y), x, y)
-
-        quarters = []
-        for quarter in range(4):
-            lanes = code.quarter(code.args[1], quarter)
-            old = code.load(LANES, code.args[0], 64 * quarter)
-            quarters.append(code.b.select(lanes, old, same(float("-inf"))))
-            code.store(quarters[-1], code.args[0], 64 * quarter)
-        return code.fold(larger(larger(*quarters[:2]), larger(*quarters[2:])), larger)
-
-    return _single(_integer, _word), generate
-
-
-@intrinsic
-def exponentials(typingctx, scores, largest):
-    """Replace 64 scores by exp(score - largest) and return their sum; 3 in 10 million off.
-
-    2^n 2^f with |f| <= 1/2 and the Taylor polynomial of degree 6. What is below e^-60 becomes 0:
-    it does not count beside 1, and its products would be slow denormal numbers.
+    Rotary pairs are elements i and ``half`` + i. The last vectors may overlap.
     """
-
-    def generate(*call):
-        code = Code(*call)
-        b, scores, sums = code.b, code.args[0], []
-        for quarter in range(4):
-            x = b.fsub(code.load(LANES, scores, 64 * quarter), code.splat(code.args[1]))
-            counts = b.fcmp_ordered(">", x, same(-60.0))
-            x = b.select(counts, x, same(0.0))
-            n = code.add_product(same(0.5), x, same(_LOG2E))
-            n = code.call("llvm.floor.v16f32", LANES, n)
-            f = b.fsub(b.fmul(x, same(_LOG2E)), n)
-            f = b.fmul(f, same(_LN2))
-            p = same(1 / 720)
-            for term in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
-                p = code.add_product(same(term), p, f)
-            power = b.add(b.fptosi(n, INTS), ir.Constant(INTS, [127] * 16))
-            power = b.bitcast(b.shl(power, ir.Constant(INTS, [23] * 16)), LANES)
-            weight = b.select(counts, b.fmul(p, power), same(0.0))
-            code.store(weight, scores, 64 * quarter)
-            sums.append(weight)
-        return code.fold(b.fadd(b.fadd(sums[0], sums[1]), b.fadd(sums[2], sums[3])), b.fadd)
-
-    return _single(_integer, _single), generate
+    factor = splat(scaling)
+    for j in range(0, group * dim, dim):
+        for i in range(2 * half // LANES * LANES, dim, LANES):
+            store(rows, j + i, multiply(load(queries, at + j + i), factor))
+        i = 0
+        while i < half and half >= LANES:
+            i = min(i, half - LANES)
+            low = multiply(load(queries, at + j + i), factor)
+            high = multiply(load(queries, at + j + half + i), factor)
+            turned = multiply(high, load(sin, angle + i))
+            store(rows, j + i, multiply_add(low, load(cos, angle + i), turned))
+            turned = multiply(low, load(sin, angle + half + i))
+            other = multiply(high, load(cos, angle + half + i))
+            store(rows, j + half + i, subtract(other, turned))
+            i += LANES
+        if half < LANES:
+            for i in range(half):
+                low, high = queries[at + j + i] * scaling, queries[at + j + half + i] * scaling
+                rows[j + i] = low * cos[angle + i] + high * sin[angle + i]
+                rows[j + half + i] = high * cos[angle + half + i] - low * sin[angle + half + i]
 
 
-@intrinsic
-def keep(typingctx, row, mask):
-    """Replace those of 64 numbers whose bit is not set by zero."""
+def _refiner(planes):
+    """Return what refines 16 components of so many planes, or more if 4; tables in registers."""
 
-    def generate(*call):
-        code = Code(*call)
-        for quarter in range(4):
-            lanes = code.quarter(code.args[1], quarter)
-            old = code.load(LANES, code.args[0], 64 * quarter)
-            code.store(code.b.select(lanes, old, same(0.0)), code.args[0], 64 * quarter)
-        return code.context.get_dummy_value()
+    @called
+    def run(
+        widest, halves, first, plan, place, deltas, rows, at, count, h, c, tokens, num, dim, out
+    ):
+        starts, one, two = load_ints(plan.starts, h * dim + c), splat_int(_1), splat_int(_2)
+        at, is_half = at + c // 8, c + 8 >= count
+        w0, w1 = c, first + c
+        w2 = w3 = w1
+        p0 = p1 = p2 = p3 = one
+        if planes > 0:
+            p0 = load_ints(plan.places, place * dim + c)
+        if planes > 1:
+            w1 += item_of(plan.offsets, place + 1)
+            p1 = load_ints(plan.places, (place + 1) * dim + c)
+        if planes > 2:
+            w2 += item_of(plan.offsets, place + 2)
+            p2 = load_ints(plan.places, (place + 2) * dim + c)
+        if planes > 3:
+            w3 += item_of(plan.offsets, place + 3)
+            p3 = load_ints(plan.places, (place + 3) * dim + c)
+        for k in range(num):
+            t = item_of(tokens, k)
+            token = splat_int(np.int32(np.uint32(1) << np.uint32(t & 31)))
+            code, high = starts, (t >> 5) * (halves.size // 2)
+            if planes > 0:
+                code = add_where(has_bits(load_ints(halves, w0 + high), token), code, p0)
+            if planes > 1:
+                code = add_where(has_bits(load_ints(halves, w1 + high), token), code, p1)
+            if planes > 2:
+                code = add_where(has_bits(load_ints(halves, w2 + high), token), code, p2)
+            if planes > 3:
+                code = add_where(has_bits(load_ints(halves, w3 + high), token), code, p3)
+            for plane in range(4, widest):  # rare
+                w = first + c + item_of(plan.offsets, place + plane) + high
+                step = load_ints(plan.places, (place + plane) * dim + c)
+                code = add_where(has_bits(load_ints(halves, w), token), code, step)
+            here = at + k * (count // 4)
+            code = add_where(load_bits(rows, here), code, two)
+            if is_half:  # a second byte could lie beyond the arena
+                low = np.uint64(item_of(rows, here + count // 8))
+                code = add_where(lanes_of(low, 0), code, one)
+            else:
+                code = add_where(load_bits(rows, here + count // 8), code, one)
+            if planes < 3:  # their codes fit two registers, those of three bits another two
+                value = pick_of_32(deltas, 0, code)
+            elif planes == 3:
+                above = has_bits(code, splat_int(np.int32(32)))
+                value = choose(above, pick_of_32(deltas, 32, code), pick_of_32(deltas, 0, code))
+            else:
+                value = gather(deltas, code)
+            if is_half:
+                value = choose(lanes_of(np.uint64(0xFF), 0), value, splat(_ZERO))
+            store(out, k * dim + c, value)
 
-    return _nothing(_integer, _word), generate
-
-
-@intrinsic
-def sum_of(typingctx, row, mask):
-    """Return the sum of those of 64 numbers whose bit is set."""
-
-    def generate(*call):
-        code, total = Code(*call), same(0.0)
-        for quarter in range(4):
-            lanes = code.quarter(code.args[1], quarter)
-            row = code.load(LANES, code.args[0], 64 * quarter)
-            total = code.b.select(lanes, code.b.fadd(total, row), total)
-        return code.fold(total, code.b.fadd)
-
-    return _single(_integer, _word), generate
-
-
-@intrinsic
-def read_nibbles(typingctx, place, step, count, target):
-    """Write (code - 8) * step of 8 * ``count`` bytes: their low halves, then their high halves."""
-
-    def generate(*call):
-        code = Code(*call)
-        b, (place, step, count, target) = code.b, code.args
-        factor = ir.Constant(_EIGHT_FLOATS, ir.Undefined)
-        for lane in range(8):
-            factor = b.insert_element(factor, step, I32(lane))
-        least = ir.Constant(_EIGHT, [8] * 8)
-
-        def read(i, _):
-            packed = code.load(_EIGHT, place, code.times(i, 8))
-            low = b.and_(packed, ir.Constant(_EIGHT, [15] * 8))
-            high = b.lshr(packed, ir.Constant(_EIGHT, [4] * 8))
-            for part, at in ((low, _zero(count)), (high, code.times(count, 32))):
-                number = b.sitofp(b.sub(part, least), _EIGHT_FLOATS)
-                code.store(b.fmul(number, factor), target, code.times(i, 32), at)
-            return []
-
-        code.loop(count, [], read)
-        return code.context.get_dummy_value()
-
-    return _nothing(_integer, _single, _integer, _integer), generate
-
-
-def _zero(like):
-    return like.type(0)
-
-
-@intrinsic
-def read_escape(typingctx, place, factor, count, target):
-    """Write 16 * ``count`` int8 codes times a factor, after four steps of a Hadamard transform."""
-
-    def generate(*call):
-        code = Code(*call)
-        place, factor, count, target = code.args
-        factor = code.splat(factor)
-
-        def turn(i, _):
-            codes = code.load(CODES, place, code.times(i, 16))
-            code.store(
-                _turn_sixteen(code, code.b.fmul(code.b.sitofp(codes, LANES), factor)),
-                target,
-                code.times(i, 64),
-            )
-            return []
-
-        code.loop(count, [], turn)
-        return code.context.get_dummy_value()
-
-    return _nothing(_integer, _single, _integer, _integer), generate
+    return run
 
 
-def _turn_sixteen(code, x):
-    for step in (1, 2, 4, 8):
-        order = ir.Constant(INTS, [lane ^ step for lane in range(16)])
-        signs = ir.Constant(LANES, [-1.0 if lane & step else 1.0 for lane in range(16)])
-        x = code.add_product(code.b.shuffle_vector(x, x, order), x, signs)
-    return x
+_refine0, _refine1, _refine2, _refine3, _refine4 = map(_refiner, range(5))
 
 
-@intrinsic
-def turn_sixteens(typingctx, row, factor, count):
-    """Multiply 16 * ``count`` numbers and take four steps of a Hadamard transform."""
+@called
+def refine(halves, plan, deltas, rows, at, count, h, tokens, num, dim, out):
+    """Write what refinements add to the base values of mid tokens, as rows of ``dim`` numbers.
 
-    def generate(*call):
-        code = Code(*call)
-        row, factor, count = code.args
-        factor = code.splat(factor)
+    Args:
+        halves: The words of the head, in order, from ``stage_words``.
+        plan: The layout's.
+        deltas: What each fine code adds to its base value, widths 0 to 6 one after the other.
+        rows: uint8, the tokens' MID rows from ``at`` on.
+        at: See ``rows``.
+        count: Components that are refined, a multiple of 8.
+        h: Head.
+        tokens: int64, which tokens.
+        num: How many.
+        dim: Components.
+        out: float32; of each row ``count`` numbers, and zeros up to a multiple of 16.
+    """
+    place = h * MAX_WIDTH
+    first = -item_of(plan.offsets, place)
+    for c in range(0, count, LANES):
+        args = (halves, first, plan, place, deltas, rows, at, count, h, c, tokens, num, dim, out)
+        planes = item_of(plan.widths, h * dim + c)
+        if planes == 0:
+            _refine0(planes, *args)
+        elif planes == 1:
+            _refine1(planes, *args)
+        elif planes == 2:
+            _refine2(planes, *args)
+        elif planes == 3:
+            _refine3(planes, *args)
+        else:
+            _refine4(planes, *args)
 
-        def turn(i, _):
-            x = code.b.fmul(code.load(LANES, row, code.times(i, 64)), factor)
-            code.store(_turn_sixteen(code, x), row, code.times(i, 64))
-            return []
 
-        code.loop(count, [], turn)
-        return code.context.get_dummy_value()
-
-    return _nothing(_integer, _single, _integer), generate
-
-
-@intrinsic
-def turn_pair(typingctx, low, high):
-    """Replace 16 numbers and 16 others by their sum and difference."""
-
-    def generate(*call):
-        code = Code(*call)
-        x, y = (code.load(LANES, address) for address in code.args)
-        code.store(code.b.fadd(x, y), code.args[0])
-        return code.store(code.b.fsub(x, y), code.args[1])
-
-    return _nothing(_integer, _integer), generate
+@called
+def bias_row(codes, at, step, dim, out):
+    """Write a bias: nibbles less 8, times a step; the last vectors may overlap."""
+    half, i = dim // 2, 0
+    less, factor, low = splat(np.float32(8)), splat(step), splat_int(np.int32(15))
+    while i < half:
+        if half < LANES:
+            for k in range(half):
+                out[k] = np.float32(np.int32(codes[at + k] & 15) - 8) * step
+                out[half + k] = np.float32(np.int32(codes[at + k] >> 4) - 8) * step
+            return
+        i = min(i, half - LANES)
+        pairs = load_ints(codes, at + i)
+        store(out, i, multiply(subtract(to_floats(both(pairs, low)), less), factor))
+        high = to_floats(shift_right(pairs, np.int32(4)))
+        store(out, half + i, multiply(subtract(high, less), factor))
+        i += LANES
 
 
-@intrinsic
-def turn_back_pairs(typingctx, low, high, cos, sin, half, count, target):
-    """Turn 16 * ``count`` rotary pairs back; ``half`` is the length of half a row of angles."""
-
-    def generate(*call):
-        code = Code(*call)
-        low, high, cos, sin, half, count, target = code.args
-
-        def turn(i, _):
-            at = code.times(i, 64)
-            x, y = code.load(LANES, low, at), code.load(LANES, high, at)
-            first = code.b.fmul(y, code.load(LANES, sin, at))
-            first = code.add_product(first, x, code.load(LANES, cos, at))
-            second = code.b.fmul(y, code.load(LANES, cos, at, half))
-            product = code.b.fmul(x, code.load(LANES, sin, at, half))
-            code.store(first, target, at)
-            code.store(code.b.fsub(second, product), target, at, half)
-            return []
-
-        code.loop(count, [], turn)
-        return code.context.get_dummy_value()
-
-    i = _integer
-    return _nothing(i, i, i, i, i, i, i), generate
+@called
+def escape_row(codes, at, halves, scale, dim, out):
+    """Write an escaped token: int8 codes from ``at`` on times a bf16, through Hadamard matrices."""
+    size = dim & -dim
+    factor = splat(to_float(halves[scale]) * np.float32(1 / np.sqrt(np.float32(size))))
+    for i in range(0, dim, LANES):
+        value = multiply(load_codes(codes, at + i), factor)
+        store(out, i, fold_8(fold_4(fold_2(fold_1(value)))))
+    step = LANES
+    while step < size:
+        for i in range(0, dim, LANES):
+            if i & step == 0:
+                low, high = load(out, i), load(out, i + step)
+                store(out, i, add(low, high))
+                store(out, i + step, subtract(low, high))
+        step *= 2

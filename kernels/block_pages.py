@@ -147,6 +147,8 @@ class BlockPages:
             raise ValueError("num_tokens must be int64 (blocks,)")
         if {self.offsets.device.type, self.num_tokens.device.type} != {"cpu"}:
             raise ValueError("offsets and num_tokens must be on the CPU")
+        object.__setattr__(self, "offsets", self.offsets.contiguous())
+        object.__setattr__(self, "num_tokens", self.num_tokens.contiguous())
         if ((self.num_tokens < 0) | (self.num_tokens > BLOCK_TOKENS)).any():
             raise ValueError(f"a block holds 0 to {BLOCK_TOKENS} tokens")
         if self.keys.mean.shape != self.values.mean.shape:

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 
 from kvstrata.kernels.block_planes import MidRows, PlaneLayout
+from kvstrata.kernels.compiled import VECTORS, inlined, kernel
 from kvstrata.kernels.floats_numba import as_numpy
+from kvstrata.kernels.lookups_numba import gather, pick
 from kvstrata.kernels.sign_codes import (
     COEFFICIENTS,
     FINE_LEVELS,
@@ -42,7 +43,6 @@ from kvstrata.kernels.vectors_numba import (
     choose_ints,
     count_up,
     flip,
-    gather,
     has_bits,
     load,
     load_halves,
@@ -50,7 +50,6 @@ from kvstrata.kernels.vectors_numba import (
     multiply,
     multiply_add,
     ones_of,
-    pick,
     reaches,
     shift_left,
     splat,
@@ -64,11 +63,6 @@ from kvstrata.kernels.vectors_numba import (
     word_of,
 )
 
-# Without reference counts: around every inner call they would spill all vectors. So scratch memory
-# comes from the caller.
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
-_jit = njit(cache=True, **_OPTIONS)
-_inlined = njit(forceinline=True, **_OPTIONS)
 _ENCODE_GRAIN, _DECODE_GRAIN, _ROW_GRAIN = 8, 16, 64
 _HALF_GRID = GRID_SIZE // 2
 _SIGN = np.int32(-(2**31))
@@ -176,7 +170,7 @@ def encode_block_planes_numba(
     return words, error
 
 
-@_jit
+@kernel(**VECTORS)
 def _encode(
     y, weights, widths, offsets, borders, sizes, tile, words, error, dim, num_blocks, first, last
 ):
@@ -189,30 +183,30 @@ def _encode(
             )  # fmt: skip
 
 
-@_inlined
+@inlined
 def _word(m0, m1, m2, m3):
     low = word_of(m0) | (word_of(m1) << np.uint64(16))
     high = word_of(m2) | (word_of(m3) << np.uint64(16))
     return low | (high << np.uint64(32))
 
 
-@_inlined
+@inlined
 def _place(value):
     """Return the place of a value on the grid, in cells from zero."""
     return subtract(multiply_add(value, splat(_SCALE), splat(_MIDDLE)), splat(_MIDDLE))
 
 
-@_inlined
+@inlined
 def _descend(node, below):
     return count_up(add_ints(node, node), below)
 
 
-@_inlined
+@inlined
 def _nearer(rest, below, step):
     return choose(below, subtract(rest, step), add(rest, step))
 
 
-@_inlined
+@inlined
 def encode_columns(
     y, start, h, c, dim, weights, widths, offsets, borders, sizes, tile, row, error, loss
 ):
@@ -306,7 +300,7 @@ def decode_block_planes_numba(
     return y
 
 
-@_jit
+@kernel(**VECTORS)
 def _decode(words, plan, mid, fine, halves, y, dim, kept, first, last):
     """Decode the (head, block) pairs ``first`` to ``last``, heads ascending."""
     num_blocks = words.shape[0]
@@ -315,7 +309,7 @@ def _decode(words, plan, mid, fine, halves, y, dim, kept, first, last):
         decode_block(words[n], plan, mid, fine, halves, y, item * TOKENS * kept, dim, kept, h, n)
 
 
-@_inlined
+@inlined
 def decode_block(row, plan, mid, fine, halves, y, start, dim, kept, h, n):
     """Write 64 tokens of one head, ``kept`` components each, from ``start`` on."""
     stage_words(row, plan, halves, dim, h)
@@ -330,7 +324,7 @@ def decode_block(row, plan, mid, fine, halves, y, start, dim, kept, h, n):
                 at += count // 4
 
 
-@_inlined
+@inlined
 def stage_words(row, plan, halves, dim, h):
     """Copy the words of one head, low and high halves apart, a plane at a time."""
     for plane in range(plan.widths[h * dim]):
@@ -338,7 +332,7 @@ def stage_words(row, plan, halves, dim, h):
         _stage(row, plan.offsets[place], plan.sizes[place], halves, plane * dim)
 
 
-@_inlined
+@inlined
 def _stage(row, start, size, target, at):
     """Split words into low and high halves; the vector's rest is of no meaning."""
     for c in range(0, size, LANES):
@@ -354,7 +348,7 @@ def _stage(row, start, size, target, at):
 def _column_writer(planes):
     """Return a function for components of up to so many planes: words and steps in registers."""
 
-    @_inlined
+    @inlined
     def write(halves, steps, h, c, dim, y, start, row):
         at = h * MAX_WIDTH * dim + c
         s0 = load_ints(steps, at)
@@ -390,7 +384,7 @@ def _column_writer(planes):
     return write
 
 
-@_inlined
+@inlined
 def _term(word, shift, step):
     """Return minus ``step`` where the word's bit 31 - ``shift`` is set, else ``step``."""
     return as_floats(flip(both(shift_left(word, shift), splat_int(_SIGN)), step))
@@ -399,7 +393,7 @@ def _term(word, shift, step):
 _write1, _write2, _write3, _write4, _write5, _write6 = map(_column_writer, range(1, 7))
 
 
-@_inlined
+@inlined
 def write_columns(halves, steps, planes, h, c, dim, y, start, row):
     """Write the base values of components ``c`` to ``c + 15`` of 64 tokens, ``row`` apart."""
     if planes == 0:
@@ -419,7 +413,7 @@ def write_columns(halves, steps, planes, h, c, dim, y, start, row):
         _write6(halves, steps, h, c, dim, y, start, row)
 
 
-@_inlined
+@inlined
 def _refine(halves, plan, fine, rows, row, count, h, t, dim, y, start):
     """Write the fine values of one token's first ``count`` components."""
     token, zero = splat_int(np.int32(np.uint32(1) << np.uint32(t & 31))), splat_int(np.int32(0))

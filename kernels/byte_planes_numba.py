@@ -6,8 +6,9 @@ Roofline: 1 byte read and 1 written per byte, no arithmetic to speak of: the spe
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import torch
-from numba import njit, uint8, uint16, uint32
+from numba import uint8, uint16, uint32
 
+from kvstrata.kernels.compiled import kernel
 from kvstrata.kernels.threads import for_ranges
 
 _GRAIN = 1 << 18
@@ -18,8 +19,8 @@ def split_bytes_numba(flat: torch.Tensor) -> torch.Tensor:
     size, count = flat.element_size(), flat.numel()
     planes = torch.empty((size, count), dtype=torch.uint8)
     words, rows = flat.view(torch.uint8).numpy().view(f"u{size}"), list(planes.numpy())
-    kernel = _split_2 if size == 2 else _split_4
-    for_ranges(lambda a, b: kernel(words[a:b], *(row[a:b] for row in rows)), count, _GRAIN)
+    run = _split_2 if size == 2 else _split_4
+    for_ranges(lambda a, b: run(words[a:b], *(row[a:b] for row in rows)), count, _GRAIN)
     return planes
 
 
@@ -28,12 +29,12 @@ def merge_bytes_numba(planes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     size, count = planes.shape
     merged = torch.empty(count * size, dtype=torch.uint8)
     words, rows = merged.numpy().view(f"u{size}"), list(planes.numpy())
-    kernel = _merge_2 if size == 2 else _merge_4
-    for_ranges(lambda a, b: kernel(words[a:b], *(row[a:b] for row in rows)), count, _GRAIN)
+    run = _merge_2 if size == 2 else _merge_4
+    for_ranges(lambda a, b: run(words[a:b], *(row[a:b] for row in rows)), count, _GRAIN)
     return merged.view(dtype)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _split_2(words, low, high):
     for i in range(words.size):
         low[i] = uint8(words[i])
@@ -41,13 +42,13 @@ def _split_2(words, low, high):
         high[i] = uint8(words[i] >> uint16(8))
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _merge_2(words, low, high):
     for i in range(words.size):
         words[i] = uint16(low[i]) | uint16(uint16(high[i]) << uint16(8))
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _split_4(words, b0, b1, b2, b3):
     for i in range(words.size):
         b0[i] = uint8(words[i])
@@ -59,7 +60,7 @@ def _split_4(words, b0, b1, b2, b3):
         b3[i] = uint8(words[i] >> uint32(24))
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _merge_4(words, b0, b1, b2, b3):
     for i in range(words.size):
         words[i] = (

@@ -15,9 +15,9 @@ import math
 
 import numpy as np
 import torch
-from numba import njit
 
 from kvstrata.kernels.colsum import NOT_FINITE
+from kvstrata.kernels.compiled import kernel
 from kvstrata.kernels.floats_numba import as_numpy, bits_of, float_of, to_float
 from kvstrata.kernels.threads import for_ranges
 
@@ -77,7 +77,7 @@ def column_sums_numba(
     return sums.sum(0).view(num_layers, num_heads, num_keys)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _panels(keys, num_keys, padded):
     """Return the keys transposed, panel by panel: float32 (panels * padded * _WIDTH)."""
     dim = keys.shape[1]
@@ -92,7 +92,7 @@ def _panels(keys, num_keys, padded):
     return panels
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@kernel(fastmath={"contract"})
 def _products(panel, row, other, padded, out, out_other):
     """Write a panel's dot products with two rows, eight dimensions in one pass over the columns."""
     for column in range(_WIDTH):
@@ -115,7 +115,7 @@ def _products(panel, row, other, padded, out, out_other):
             out_other[i] = y + b4 * k4 + b5 * k5 + b6 * k6 + b7 * k7
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _largest(row, count):
     """Return the maximum of a row's first elements, NaN if one of them is not finite.
 
@@ -134,7 +134,7 @@ def _largest(row, count):
     return float_of(most ^ ((most >> np.int32(31)) & _MAGNITUDE))
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath=_LOOSE)
+@kernel(error_model="numpy", fastmath=_LOOSE)
 def _powers_of_two(row, top, count):
     """Replace x by 2 ** (x - top) in a row's first elements and return their sum."""
     total = np.float32(0)
@@ -152,13 +152,13 @@ def _powers_of_two(row, top, count):
     return total
 
 
-@njit(cache=True, nogil=True, fastmath=_LOOSE)
+@kernel(fastmath=_LOOSE)
 def _add_row(row, weight, count, out):
     for i in range(count):
         out[i] += weight * row[i]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _column_sums(queries, keys, visible, first_row, last_row, scale, tile_rows, out):
     """Add the attention of (group, rows) to ``out`` (group, keys); returns whether all is finite.
 

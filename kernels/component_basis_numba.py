@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
 from kvstrata.kernels.block_planes import NOT_FINITE, MidRows
 from kvstrata.kernels.block_planes_numba import (
@@ -29,6 +28,7 @@ from kvstrata.kernels.block_planes_numba import (
     mid_tables,
     plan_of,
 )
+from kvstrata.kernels.compiled import VECTORS, inlined, kernel
 from kvstrata.kernels.component_basis import ComponentBasis, product_dtype
 from kvstrata.kernels.escape_rows import EscapeRows, row_starts, unpack_escape_rows
 from kvstrata.kernels.floats_numba import as_numpy
@@ -61,10 +61,6 @@ from kvstrata.kernels.vectors_numba import (
     subtract,
 )
 
-# Without reference counts: see block_planes_numba.
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
-_jit = njit(cache=True, **_OPTIONS)
-_inlined = njit(forceinline=True, **_OPTIONS)
 _GRAIN = 8
 
 
@@ -119,7 +115,7 @@ def encode_tokens_numba(
     return y, words, error
 
 
-@_jit
+@kernel(**VECTORS)
 def _encode_tokens(
     x, rows, as_is, row, mean, packed, shift, weights, widths, offsets, borders, sizes, scratch,
     config, y, words, error, dim, num_blocks, first, last,
@@ -148,7 +144,7 @@ def _encode_tokens(
     end_products(packed, config)
 
 
-@_inlined
+@inlined
 def _centre(x, start, mean, row_of_mean, rows, row, dim):
     """Write 64 tokens less their mean, and zeros to the end of each row."""
     for c in range(0, row, LANES):
@@ -206,7 +202,7 @@ def _flat(table: torch.Tensor) -> "np.ndarray[Any, Any]":
     return as_numpy(table.contiguous()).reshape(-1)
 
 
-@_jit
+@kernel(**VECTORS)
 def _expand(
     words, plan, refined, fine, packed, mean, shifts, base, mid, escape, rows, firsts, cos, sin,
     halves, y, x, zeros, config, out, dim, first, last,
@@ -230,7 +226,7 @@ def _expand(
     end_products(packed, config)
 
 
-@_inlined
+@inlined
 def _turn(x, at, cos, sin, angle, out, to, added, plus, dim):
     """Write a token plus ``added`` from ``plus`` on, rotated; the last vectors may overlap."""
     half = dim // 2
@@ -245,13 +241,13 @@ def _turn(x, at, cos, sin, angle, out, to, added, plus, dim):
         c += LANES
 
 
-@_inlined
+@inlined
 def _copy(x, at, out, to, added, plus, dim):
     for c in range(0, dim, LANES):
         store(out, to + c, add(load(x, at + c), load(added, plus + c)))
 
 
-@_inlined
+@inlined
 def _finish(
     x, mean, shifts, base, mid, escape, rows, row, cos, sin, zeros, out, dim, h, place, n
 ):  # fmt: skip

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
+from kvstrata.kernels.compiled import kernel
 from kvstrata.kernels.threads import for_ranges
 
 _TOKENS = 64
@@ -56,7 +56,7 @@ def _starts(counts: torch.Tensor) -> "np.ndarray[Any, Any]":
     return (counts.view(-1).cumsum(0) - counts.view(-1)).numpy()
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _copy(source, at, target, to, count):
     piece = source[at : at + count]
     place = target[to : to + count]
@@ -64,7 +64,7 @@ def _copy(source, at, target, to, count):
         place[i] = piece[i]
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _run(mask, token):
     """Return the first kept token from ``token`` on and the end of the run that it begins."""
     while token < _TOKENS and not (mask >> token) & 1:
@@ -75,7 +75,7 @@ def _run(mask, token):
     return token, end
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _gather(blocks, masks, starts, num_blocks, row_bytes, rows, positions, start, stop):
     for block in range(start, stop):
         row = starts[block]
@@ -90,7 +90,7 @@ def _gather(blocks, masks, starts, num_blocks, row_bytes, rows, positions, start
             token, end = _run(masks[block], end)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _scatter(rows, masks, starts, row_bytes, blocks, start, stop):
     for block in range(start, stop):
         row = starts[block]

@@ -6,15 +6,14 @@ or two of one core; other tokens cost nothing.
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
-from typing import Any
-
 import numpy as np
 import torch
-from numba import njit
 
 from kvstrata.kernels.block_planes import PlaneLayout
 from kvstrata.kernels.block_planes_numba import plan_of
+from kvstrata.kernels.compiled import VECTORS, kernel
 from kvstrata.kernels.floats_numba import as_numpy
+from kvstrata.kernels.lookups_numba import gather_bytes
 from kvstrata.kernels.sign_codes import GRID_PER_UNIT, GRID_SIZE, MAX_WIDTH, code_table
 from kvstrata.kernels.threads import for_ranges
 from kvstrata.kernels.token_masks import TOKENS
@@ -22,7 +21,6 @@ from kvstrata.kernels.vectors_numba import (
     LANES,
     add_ints,
     floor,
-    gather_bytes,
     has_bits,
     larger,
     load,
@@ -35,9 +33,6 @@ from kvstrata.kernels.vectors_numba import (
     word_of,
 )
 
-# Without reference counts: see block_planes_numba.
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
-_jit = njit(cache=True, **_OPTIONS)
 _GRAIN = 64
 _MIDDLE, _SCALE = np.float32(GRID_SIZE // 2), np.float32(GRID_PER_UNIT)
 _CODES = np.concatenate(
@@ -62,7 +57,7 @@ def pack_mid_rows_numba(
     return rows
 
 
-@_jit
+@kernel(**VECTORS)
 def _pack_rows(y, masks, counts, grids, codes, starts, rows, dim, first, last):
     """Pack the rows of the (block, head) pairs ``first`` to ``last``, blocks ascending."""
     num_heads, num_blocks = masks.shape

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import njit
 
+from kvstrata.kernels.compiled import kernel
 from kvstrata.kernels.floats_numba import as_numpy, from_float, to_float
 from kvstrata.kernels.nested_layout import TOKENS, UNIT, NestedLayout, Rows
 from kvstrata.kernels.quantize import (
@@ -37,7 +37,7 @@ _BASE_CENTRE, _BASE_STEP = np.float32(BASE_TOP / 2), np.float32(BASE_TOP + 1)
 _0, _1, _2, _3, _4, _5, _6 = (np.uint8(i) for i in (0, 1, 2, 3, 4, 5, 6))
 _24 = np.uint8(24)
 
-_jit = njit(cache=True, nogil=True, error_model="numpy")
+_jit = kernel(error_model="numpy")
 
 
 def decode_blocks_numba(

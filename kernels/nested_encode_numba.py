@@ -10,8 +10,8 @@ from operator import or_
 
 import numpy as np
 import torch
-from numba import njit
 
+from kvstrata.kernels.compiled import kernel
 from kvstrata.kernels.floats_numba import as_numpy, bits_of, float_of, from_float, to_float
 from kvstrata.kernels.nested_layout import TOKENS, UNIT, NestedLayout
 from kvstrata.kernels.quantize import (
@@ -37,7 +37,7 @@ _ROUNDER = np.float32(2.0**23)  # added to a small number, leaves it rounded in 
 _0, _1, _2, _3, _4, _6, _7 = (np.uint8(i) for i in (0, 1, 2, 3, 4, 6, 7))
 _ZERO = np.int32(0)
 
-_jit = njit(cache=True, nogil=True, error_model="numpy")
+_jit = kernel(error_model="numpy")
 
 
 def encode_blocks_numba(

@@ -12,8 +12,8 @@ Dequantising: 1 byte read, 2 to 4 written, 3 operations: the speed of a copy.
 
 import numpy as np
 import torch
-from numba import njit
 
+from kvstrata.kernels.compiled import kernel
 from kvstrata.kernels.floats_numba import as_numpy, bits_of, float_of, from_float, to_float
 from kvstrata.kernels.paper_quantizers import NOT_FINITE
 from kvstrata.kernels.threads import for_ranges
@@ -90,19 +90,19 @@ def dequantize_numba(
     return out
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _ordered(value):
     """Return an int32 that orders like the float32; its own inverse on bits."""
     bits = bits_of(value)
     return bits ^ ((bits >> np.int32(31)) & _MAGNITUDE)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _float(ordered):
     return float_of(ordered ^ ((ordered >> np.int32(31)) & _MAGNITUDE))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _step(low, high, top):
     """Return the step of a range, 1 for no range, and whether it is usable."""
     step = (high - low) / top
@@ -111,14 +111,14 @@ def _step(low, high, top):
     return (_ONE if step < _TINY else step), True
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _encode_channels(row, step, minimum, codes):
     for d in range(row.size):
         quotient = (to_float(row[d]) - minimum[d]) / step[d]
         codes[d] = np.uint8(bits_of(quotient + _ROUND) & np.int32(0xFF))
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _widen_range(row, low, high):
     for d in range(row.size):
         key = _ordered(to_float(row[d]))
@@ -126,7 +126,7 @@ def _widen_range(row, low, high):
         high[d] = max(high[d], key)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _quantize_channels(values, codes, step, minimum, top, pieces, fine, start, stop):
     num_tokens, dim = values.shape[1:]
     low = np.empty(_CHANNELS, dtype=np.int32)
@@ -157,7 +157,7 @@ def _quantize_channels(values, codes, step, minimum, top, pieces, fine, start, s
             )
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _range(row):
     """Return minimum and maximum of a float32 row; NaN and infinity win."""
     low = _MAGNITUDE
@@ -169,14 +169,14 @@ def _range(row):
     return _float(low), _float(high)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _encode_group(row, step, minimum, codes):
     for i in range(row.size):
         quotient = (row[i] - minimum) / step
         codes[i] = np.uint8(bits_of(quotient + _ROUND) & np.int32(0xFF))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _quantize_groups(values, codes, step, minimum, top, scale, fine, start, stop):
     num_tokens, dim = values.shape[1:]
     size = dim // step.shape[2]
@@ -203,31 +203,31 @@ def _quantize_groups(values, codes, step, minimum, top, scale, fine, start, stop
                 _encode_group(part, width, low, target)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _read_group(codes, step, minimum, out):
     for i in range(codes.size):
         out[i] = np.float32(codes[i]) * step + minimum
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _read_channels(codes, step, minimum, out):
     for i in range(codes.size):
         out[i] = np.float32(codes[i]) * step[i] + minimum[i]
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _scale(row, factors):
     for i in range(row.size):
         row[i] *= factors[i]
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _store(row, out):
     for i in range(row.size):
         out[i] = from_float(row[i], out[i])
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _dequantize(codes, step, minimum, out, scale, start, stop):
     num_tokens, dim = codes.shape[1:]
     groups = step.shape[2]

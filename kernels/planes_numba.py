@@ -7,14 +7,14 @@ round off.
 
 import numpy as np
 import torch
-from numba import njit
 
+from kvstrata.kernels.compiled import kernel
 from kvstrata.kernels.floats_numba import as_numpy, from_float
 from kvstrata.kernels.threads import for_ranges
 
 _GRAIN_BYTES = 1 << 14  # packed bytes that are worth a thread
 
-_jit = njit(cache=True, nogil=True, error_model="numpy")
+_jit = kernel(error_model="numpy")
 
 
 def unpack_planar_numba(rows: torch.Tensor, bits: int, out: torch.Tensor) -> None:

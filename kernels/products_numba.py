@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 from numba.extending import overload
 
+from kvstrata.kernels.compiled import inlined
 from kvstrata.kernels.floats_numba import as_numpy
 from kvstrata.kernels.vectors_numba import (
     HAS_PAIRS,
@@ -168,7 +169,6 @@ _dot0, _dot1, _dot2, _dot3 = (
     _register_function("llvm.x86.tdpbf16ps", i, a, 4) for i, a in enumerate((5, 6, 7, 5))
 )
 
-_inlined = njit(forceinline=True, nogil=True, error_model="numpy", _nrt=False)
 
 # Palette 1: all tiles 16 rows of 64 bytes. The second half is for what the thread had.
 _CONFIG = np.zeros(64, np.uint8)
@@ -182,18 +182,18 @@ def tile_config() -> "np.ndarray[Any, Any]":
     return np.concatenate([_CONFIG, np.zeros(64, np.uint8)])
 
 
-@_inlined
+@inlined
 def _begin_tiles(config):
     _save_config(config[64:])
     _load_config(config)
 
 
-@_inlined
+@inlined
 def _end_tiles(config):
     _load_config(config[64:])
 
 
-@_inlined
+@inlined
 def _multiply_tiles(a, at, row, packed, start, depth, out, to, step):
     """Write the tokens' 16 columns by four tiles of sums, one of weights and three of tokens."""
     _zero0()
@@ -218,7 +218,7 @@ def _multiply_tiles(a, at, row, packed, start, depth, out, to, step):
     _save3(out, to + 3 * LANES * step, 4 * step)
 
 
-@_inlined
+@inlined
 def _store_eight(out, place, step, s0, s1, s2, s3, s4, s5, s6, s7):
     store(out, place, s0)
     store(out, place + step, s1)
@@ -230,7 +230,7 @@ def _store_eight(out, place, step, s0, s1, s2, s3, s4, s5, s6, s7):
     store(out, place + 7 * step, s7)
 
 
-@_inlined
+@inlined
 def _multiply_floats(a, at, row, packed, start, depth, out, to, step):
     """Write the tokens' 16 columns, eight tokens at a time."""
     for t in range(0, _TOKENS, 8):
@@ -251,7 +251,7 @@ def _multiply_floats(a, at, row, packed, start, depth, out, to, step):
         _store_eight(out, place, step, s0, s1, s2, s3, s4, s5, s6, s7)
 
 
-@_inlined
+@inlined
 def _multiply_pairs(a, at, row, packed, start, depth, out, to, step):
     """Write the tokens' 16 columns, eight tokens at a time, two numbers of each at once."""
     for t in range(0, _TOKENS, 8):
@@ -272,7 +272,7 @@ def _multiply_pairs(a, at, row, packed, start, depth, out, to, step):
         _store_eight(out, place, step, s0, s1, s2, s3, s4, s5, s6, s7)
 
 
-@_inlined
+@inlined
 def _multiply_wide_pairs(a, at, row, packed, start, next_start, depth, out, to, step):
     """Write the tokens' 32 columns: a pair is spread over lanes once for both halves."""
     for t in range(0, _TOKENS, 8):

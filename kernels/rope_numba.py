@@ -8,8 +8,8 @@ the speed of a copy once the conversions vectorise (AVX-512: 16 elements in abou
 
 import numpy as np
 import torch
-from numba import njit
 
+from kvstrata.kernels.compiled import kernel
 from kvstrata.kernels.floats_numba import as_numpy, from_float, to_float
 from kvstrata.kernels.threads import for_ranges
 
@@ -33,7 +33,7 @@ def rotate_numba(
     for_ranges(lambda a, b: _rotate(*arguments, a, b), num_tokens, grain)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _rotate(keys, cos, sin, positions, inverse, out, start, stop):
     num_heads, _, dim = keys.shape
     half = cos.shape[1] // 2
@@ -56,7 +56,7 @@ def _rotate(keys, cos, sin, positions, inverse, out, start, stop):
                 target[i] = source[i]
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _turn(low, high, low_cos, high_cos, low_sin, high_sin, low_out, high_out):
     for i in range(low.size):
         a = to_float(low[i])

@@ -16,38 +16,27 @@ import torch
 from numba import njit
 
 from kvstrata.kernels.attend_blocks import Attention
+from kvstrata.kernels.compiled import kernel
+from kvstrata.kernels.exponential_numba import exponential
 from kvstrata.kernels.floats_numba import as_numpy
 from kvstrata.kernels.row_pages import PAGE_TOKENS, RowStep
 from kvstrata.kernels.threads import for_ranges
 from kvstrata.kernels.vectors_numba import (
     add,
-    add_ints,
-    as_floats,
-    choose,
-    floor,
     larger,
     largest_lane,
     load,
-    multiply,
     multiply_add,
-    reaches,
-    shift_left,
     splat,
     splat_at,
-    splat_int,
     store,
     subtract,
     sum_lanes,
-    to_ints,
 )
 
 SPLIT_ROWS = 1024
 _GRAIN_ROWS = 512  # rows that are worth a thread
-_LOG2E, _LN2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
-_TERMS = tuple(np.float32(x) for x in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0))
-_T0, _T1, _T2, _T3, _T4, _T5, _T6 = _TERMS
-_LOWEST, _NONE = np.float32(-60.0), np.float32(-np.inf)
-_HALF, _ZERO = np.float32(0.5), np.float32(0.0)
+_NONE, _HALF, _ZERO = np.float32(-np.inf), np.float32(0.5), np.float32(0.0)
 
 
 class _Plan:
@@ -101,24 +90,6 @@ _part: Any = njit(nogil=True, error_model="numpy", inline="never")
 
 
 @_part
-def _exponential(x):
-    """Return e ** x for x <= 0, 3 in 10 million off; below e ** -60 it is 0."""
-    counts = reaches(x, splat(_LOWEST))
-    x = choose(counts, x, splat(_ZERO))
-    n = floor(multiply_add(x, splat(_LOG2E), splat(_HALF)))
-    f = multiply(subtract(multiply(x, splat(_LOG2E)), n), splat(_LN2))
-    p = splat(_T0)
-    p = multiply_add(p, f, splat(_T1))
-    p = multiply_add(p, f, splat(_T2))
-    p = multiply_add(p, f, splat(_T3))
-    p = multiply_add(p, f, splat(_T4))
-    p = multiply_add(p, f, splat(_T5))
-    p = multiply_add(p, f, splat(_T6))
-    power = as_floats(shift_left(add_ints(to_ints(n), splat_int(np.int32(127))), np.int32(23)))
-    return choose(counts, multiply(p, power), splat(_ZERO))
-
-
-@_part
 def score_four(q, a, b, c, d, memory, at, dim, scores, to, step):
     """Write the scores of a page's tokens for four rows of queries, which may be the same."""
     w, x, y, z = splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO)
@@ -168,7 +139,7 @@ def _weigh(scores, at, count):
         return np.float32(np.nan), np.float32(np.nan)
     total = splat(_ZERO)
     for t in range(0, padded, 16):
-        weight = _exponential(subtract(load(scores, at + t), splat(largest)))
+        weight = exponential(subtract(load(scores, at + t), splat(largest)))
         store(scores, at + t, weight)
         total = add(total, weight)
     return largest, sum_lanes(total)
@@ -184,7 +155,7 @@ def _append(memory, page, slot, keys, values, at, dim):
         memory[start + i] = values[at + i]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _attend_items(
     first, stop, q, keys, values, memory, tables, row_of, lengths, sizes, parts, state
 ):  # fmt: skip
@@ -250,7 +221,7 @@ def _sum_few(weights, at, step, memory, rows, dim, out, count):
                 store(out, to, multiply_add(weight, value, load(out, to)))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _merge_items(parts, state, sizes, out, lse):
     """Put the splits of each head together and divide by the sum of weights."""
     _, group, dim, _, splits = sizes

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
+from kvstrata.kernels.compiled import kernel
 from kvstrata.kernels.floats_numba import as_numpy
 from kvstrata.kernels.row_pages import PAGE_TOKENS, RowStep
 from kvstrata.kernels.row_pages_numba import score_four
@@ -42,7 +42,7 @@ def add_row_saliency_numba(
     for_ranges(work, count * heads, _GRAIN)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _add(begin, end, q, lse, memory, tables, slots, lengths, firsts, sizes, sums):
     """Add for heads ``begin`` to ``end`` of all sequences."""
     num_layers, layer, heads, group, dim, width, room = sizes

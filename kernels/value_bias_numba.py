@@ -6,14 +6,12 @@ of 16 lanes: an estimate of 6 GB/s of bf16 on one 2.5 GHz core, not a measuremen
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
-from typing import Any
-
 import numpy as np
 import torch
-from numba import njit
 
 from kvstrata.kernels.block_planes import PlaneLayout
 from kvstrata.kernels.block_planes_numba import plan_of, stage_words, write_columns
+from kvstrata.kernels.compiled import VECTORS, kernel
 from kvstrata.kernels.floats_numba import as_numpy
 from kvstrata.kernels.sign_codes import MAX_WIDTH
 from kvstrata.kernels.threads import for_ranges
@@ -28,9 +26,6 @@ from kvstrata.kernels.vectors_numba import (
     subtract,
 )
 
-# Without reference counts: see block_planes_numba.
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
-_jit = njit(cache=True, **_OPTIONS)
 _GRAIN = 16
 
 
@@ -59,7 +54,7 @@ def mean_errors_numba(
     return sums / totals[..., None]
 
 
-@_jit
+@kernel(**VECTORS)
 def _mean_errors(
     y, weights, base, words, plan, halves, read, chosen, sums, totals, dim, first, last
 ):  # fmt: skip

@@ -49,26 +49,35 @@ ints = VectorType("Ints", _I32)
 lanes = VectorType("Lanes", _I1)
 
 
-def _many(element):
+def many(element):
+    """Return the LLVM type of 16 elements."""
     return ir.VectorType(element, LANES)
 
 
-def _constant(element, value):
-    return ir.Constant(_many(element), [value] * LANES)
+def constant(element, value):
+    """Return 16 times one constant."""
+    return ir.Constant(many(element), [value] * LANES)
 
 
-def _splat(builder, value):
-    vector = ir.Constant(_many(value.type), ir.Undefined)
+def splat_value(builder, value):
+    """Return 16 times one value."""
+    vector = ir.Constant(many(value.type), ir.Undefined)
     first = builder.insert_element(vector, value, _I32(0))
-    return builder.shuffle_vector(first, vector, ir.Constant(_many(_I32), [0] * LANES))
+    return builder.shuffle_vector(first, vector, ir.Constant(many(_I32), [0] * LANES))
+
+
+def pointer_to(context, builder, array_type, array, index, kind):
+    """Return where an element of an array lies, as a pointer to a kind of LLVM value."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
 
 
 def _pointer(context, builder, array_type, array, index, element):
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [index]), _many(element).as_pointer())
+    return pointer_to(context, builder, array_type, array, index, many(element))
 
 
-def _load(context, builder, signature, args, element):
+def load_as(context, builder, signature, args, element):
+    """Return 16 elements of a kind, from ``args[0][args[1]]`` on."""
     pointer = _pointer(context, builder, signature.args[0], args[0], args[1], element)
     loaded = builder.load(pointer)
     loaded.align = 1
@@ -81,12 +90,13 @@ def _store(context, builder, signature, args, value):
     return context.get_dummy_value()
 
 
-def _call(builder, name, result, arguments):
+def call(builder, name, result, arguments):
+    """Return what an LLVM function returns."""
     kind = ir.FunctionType(result, [argument.type for argument in arguments])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
-def _vector_function(result, operands, build):
+def vector_function(result, operands, build):
     """Return an intrinsic of values of fixed types."""
 
     def generate(context, builder, signature, args):
@@ -113,16 +123,16 @@ def _vector_function(result, operands, build):
 
 def _steps_from_zero(builder, x):
     """Return what reaches k where x >= k, and where -x > k: below zero the next smaller number."""
-    bits = builder.bitcast(x, _many(_I32))
-    size = builder.and_(bits, _constant(_I32, 0x7FFFFFFF))
-    less = builder.ashr(bits, _constant(_I32, 31))
-    return builder.bitcast(builder.add(size, less), _many(_F32))
+    bits = builder.bitcast(x, many(_I32))
+    size = builder.and_(bits, constant(_I32, 0x7FFFFFFF))
+    less = builder.ashr(bits, constant(_I32, 31))
+    return builder.bitcast(builder.add(size, less), many(_F32))
 
 
 def _folded(builder, x, combine):
     """Return the first lane after folding the vector in half four times."""
     for size in (8, 4, 2, 1):
-        order = ir.Constant(_many(_I32), [(lane + size) % LANES for lane in range(LANES)])
+        order = ir.Constant(many(_I32), [(lane + size) % LANES for lane in range(LANES)])
         x = combine(x, builder.shuffle_vector(x, x, order))
     return builder.extract_element(x, _I32(0))
 
@@ -132,39 +142,40 @@ def _largest(builder, x):
 
 
 _F, _I, _L = floats, ints, lanes
-add = _vector_function(_F, (_F, _F), lambda b, x, y: b.fadd(x, y))
-subtract = _vector_function(_F, (_F, _F), lambda b, x, y: b.fsub(x, y))
-multiply = _vector_function(_F, (_F, _F), lambda b, x, y: b.fmul(x, y))
-multiply_add = _vector_function(
-    _F, (_F, _F, _F), lambda b, x, y, z: _call(b, "llvm.fma.v16f32", _many(_F32), [x, y, z])
+add = vector_function(_F, (_F, _F), lambda b, x, y: b.fadd(x, y))
+subtract = vector_function(_F, (_F, _F), lambda b, x, y: b.fsub(x, y))
+multiply = vector_function(_F, (_F, _F), lambda b, x, y: b.fmul(x, y))
+multiply_add = vector_function(
+    _F, (_F, _F, _F), lambda b, x, y, z: call(b, "llvm.fma.v16f32", many(_F32), [x, y, z])
 )
-floor = _vector_function(_F, (_F,), lambda b, x: _call(b, "llvm.floor.v16f32", _many(_F32), [x]))
-absolute = _vector_function(_F, (_F,), lambda b, x: _call(b, "llvm.fabs.v16f32", _many(_F32), [x]))
-larger = _vector_function(_F, (_F, _F), lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
-smaller = _vector_function(_F, (_F, _F), lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y))
-reaches = _vector_function(_L, (_F, _F), lambda b, x, y: b.fcmp_ordered(">=", x, y))
-choose = _vector_function(_F, (_L, _F, _F), lambda b, m, x, y: b.select(m, x, y))
-choose_ints = _vector_function(_I, (_L, _I, _I), lambda b, m, x, y: b.select(m, x, y))
-count_up = _vector_function(
-    _I, (_I, _L), lambda b, x, m: b.select(m, b.add(x, _constant(_I32, 1)), x)
+floor = vector_function(_F, (_F,), lambda b, x: call(b, "llvm.floor.v16f32", many(_F32), [x]))
+absolute = vector_function(_F, (_F,), lambda b, x: call(b, "llvm.fabs.v16f32", many(_F32), [x]))
+larger = vector_function(_F, (_F, _F), lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
+smaller = vector_function(_F, (_F, _F), lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y))
+reaches = vector_function(_L, (_F, _F), lambda b, x, y: b.fcmp_ordered(">=", x, y))
+choose = vector_function(_F, (_L, _F, _F), lambda b, m, x, y: b.select(m, x, y))
+choose_ints = vector_function(_I, (_L, _I, _I), lambda b, m, x, y: b.select(m, x, y))
+count_up = vector_function(
+    _I, (_I, _L), lambda b, x, m: b.select(m, b.add(x, constant(_I32, 1)), x)
 )
-steps_from_zero = _vector_function(_F, (_F,), lambda b, x: _steps_from_zero(b, x))
-add_ints = _vector_function(_I, (_I, _I), lambda b, x, y: b.add(x, y))
-both = _vector_function(_I, (_I, _I), lambda b, x, y: b.and_(x, y))
-flip = _vector_function(_I, (_I, _I), lambda b, x, y: b.xor(x, y))
-shift_left = _vector_function(_I, (_I, types.int32), lambda b, x, n: b.shl(x, _splat(b, n)))
-as_floats = _vector_function(_F, (_I,), lambda b, x: b.bitcast(x, _many(_F32)))
-to_ints = _vector_function(_I, (_F,), lambda b, x: b.fptosi(x, _many(_I32)))
-largest_lane = _vector_function(types.float32, (_F,), _largest)
-sum_lanes = _vector_function(types.float32, (_F,), lambda b, x: _folded(b, x, b.fadd))
-splat = _vector_function(_F, (types.float32,), lambda b, x: _splat(b, x))
-splat_int = _vector_function(_I, (types.int32,), lambda b, x: _splat(b, x))
-has_bits = _vector_function(
-    _L, (_I, _I), lambda b, x, y: b.icmp_signed("!=", b.and_(x, y), _constant(_I32, 0))
+steps_from_zero = vector_function(_F, (_F,), lambda b, x: _steps_from_zero(b, x))
+add_ints = vector_function(_I, (_I, _I), lambda b, x, y: b.add(x, y))
+both = vector_function(_I, (_I, _I), lambda b, x, y: b.and_(x, y))
+flip = vector_function(_I, (_I, _I), lambda b, x, y: b.xor(x, y))
+shift_left = vector_function(_I, (_I, types.int32), lambda b, x, n: b.shl(x, splat_value(b, n)))
+as_floats = vector_function(_F, (_I,), lambda b, x: b.bitcast(x, many(_F32)))
+to_floats = vector_function(_F, (_I,), lambda b, x: b.sitofp(x, many(_F32)))
+to_ints = vector_function(_I, (_F,), lambda b, x: b.fptosi(x, many(_I32)))
+largest_lane = vector_function(types.float32, (_F,), _largest)
+sum_lanes = vector_function(types.float32, (_F,), lambda b, x: _folded(b, x, b.fadd))
+splat = vector_function(_F, (types.float32,), lambda b, x: splat_value(b, x))
+splat_int = vector_function(_I, (types.int32,), lambda b, x: splat_value(b, x))
+has_bits = vector_function(
+    _L, (_I, _I), lambda b, x, y: b.icmp_signed("!=", b.and_(x, y), constant(_I32, 0))
 )
-word_of = _vector_function(types.uint64, (_L,), lambda b, m: b.zext(b.bitcast(m, _I16), _I64))
-ones_of = _vector_function(
-    _I, (types.uint16,), lambda b, bits: b.zext(b.bitcast(bits, _many(_I1)), _many(_I32))
+word_of = vector_function(types.uint64, (_L,), lambda b, m: b.zext(b.bitcast(m, _I16), _I64))
+ones_of = vector_function(
+    _I, (types.uint16,), lambda b, bits: b.zext(b.bitcast(bits, many(_I1)), many(_I32))
 )
 
 
@@ -175,11 +186,11 @@ def load(typingctx, array, index):
 
     def generate(context, builder, signature, args):
         if kind == types.float32:
-            return _load(context, builder, signature, args, _F32)
+            return load_as(context, builder, signature, args, _F32)
         if kind == types.uint16:
-            wide = builder.zext(_load(context, builder, signature, args, _I16), _many(_I32))
-            return builder.bitcast(builder.shl(wide, _constant(_I32, 16)), _many(_F32))
-        return builder.fpext(_load(context, builder, signature, args, _F16), _many(_F32))
+            wide = builder.zext(load_as(context, builder, signature, args, _I16), many(_I32))
+            return builder.bitcast(builder.shl(wide, constant(_I32, 16)), many(_F32))
+        return builder.fpext(load_as(context, builder, signature, args, _F16), many(_F32))
 
     return floats(array, types.intp), generate
 
@@ -190,7 +201,7 @@ def splat_at(typingctx, array, index):
 
     def generate(context, builder, signature, args):
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return _splat(builder, builder.load(builder.gep(data, [args[1]])))
+        return splat_value(builder, builder.load(builder.gep(data, [args[1]])))
 
     return floats(array, types.intp), generate
 
@@ -202,8 +213,8 @@ def load_ints(typingctx, array, index):
 
     def generate(context, builder, signature, args):
         if kind == types.uint8:
-            return builder.zext(_load(context, builder, signature, args, _I8), _many(_I32))
-        return _load(context, builder, signature, args, _I32)
+            return builder.zext(load_as(context, builder, signature, args, _I8), many(_I32))
+        return load_as(context, builder, signature, args, _I32)
 
     return ints(array, types.intp), generate
 
@@ -213,9 +224,9 @@ def load_halves(typingctx, array, index, high):
     """Return the low or (``high`` != 0) high 32 bits of 16 words of an int64 array."""
 
     def generate(context, builder, signature, args):
-        words = _load(context, builder, signature, args, _I64)
+        words = load_as(context, builder, signature, args, _I64)
         shift = builder.zext(builder.mul(args[2], _I32(32)), _I64)
-        return builder.trunc(builder.lshr(words, _splat(builder, shift)), _many(_I32))
+        return builder.trunc(builder.lshr(words, splat_value(builder, shift)), many(_I32))
 
     return ints(array, types.intp, types.int32), generate
 
@@ -240,7 +251,7 @@ def store(typingctx, array, index, vector):
         if kind == types.uint16:
             value = _narrow_bfloat(builder, value)
         elif kind == types.int16:
-            value = builder.bitcast(builder.fptrunc(value, _many(_F16)), _many(_I16))
+            value = builder.bitcast(builder.fptrunc(value, many(_F16)), many(_I16))
         return _store(context, builder, signature, args, value)
 
     return types.void(array, types.intp, floats), generate
@@ -261,18 +272,18 @@ HAS_PAIRS = bool(_CPU_FEATURES.get("avx512bf16", False) and _CPU_FEATURES.get("a
 
 def _narrow_bfloat(builder, value):
     if HAS_PAIRS:  # one instruction; elsewhere LLVM would call a function that is not there
-        return builder.bitcast(builder.fptrunc(value, _many(_BF16)), _many(_I16))
-    bits = builder.bitcast(value, _many(_I32))
-    high = builder.lshr(bits, _constant(_I32, 16))
-    odd = builder.and_(high, _constant(_I32, 1))
-    rounded = builder.add(bits, builder.add(odd, _constant(_I32, 0x7FFF)))
-    quiet = builder.or_(high, _constant(_I32, 0x40))
+        return builder.bitcast(builder.fptrunc(value, many(_BF16)), many(_I16))
+    bits = builder.bitcast(value, many(_I32))
+    high = builder.lshr(bits, constant(_I32, 16))
+    odd = builder.and_(high, constant(_I32, 1))
+    rounded = builder.add(bits, builder.add(odd, constant(_I32, 0x7FFF)))
+    quiet = builder.or_(high, constant(_I32, 0x40))
     chosen = builder.select(
         builder.fcmp_unordered("uno", value, value),
         quiet,
-        builder.lshr(rounded, _constant(_I32, 16)),
+        builder.lshr(rounded, constant(_I32, 16)),
     )
-    return builder.trunc(chosen, _many(_I16))
+    return builder.trunc(chosen, many(_I16))
 
 
 @intrinsic
@@ -284,7 +295,7 @@ def splat_pair_at(typingctx, array, index):
         pointer = builder.bitcast(builder.gep(data, [args[1]]), _I32.as_pointer())
         pair = builder.load(pointer)
         pair.align = 2
-        return _splat(builder, pair)
+        return splat_value(builder, pair)
 
     return ints(array, types.intp), generate
 
@@ -295,68 +306,12 @@ def add_pairs(typingctx, total, x, y):
 
     def generate(context, builder, signature, args):
         pairs = ir.VectorType(_BF16, 2 * LANES)
-        kind = pairs if llvm_version_info[0] >= 16 else _many(_I32)
+        kind = pairs if llvm_version_info[0] >= 16 else many(_I32)
         x, y = (builder.bitcast(pair, kind) for pair in args[1:])
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        return _call(builder, name, _many(_F32), [args[0], x, y])
+        return call(builder, name, many(_F32), [args[0], x, y])
 
     return floats(floats, ints, ints), generate
-
-
-@intrinsic
-def gather(typingctx, table, indices):
-    """Return ``table[indices]`` of a float32 array as ``Floats``."""
-
-    def generate(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return _gather(builder, data, args[1], _F32, "f32", 4)
-
-    return floats(table, ints), generate
-
-
-@intrinsic
-def pick(typingctx, table, start, indices):
-    """Return ``table[start + indices % 16]`` of a float32 array: a gather from one register."""
-
-    def generate(context, builder, signature, args):
-        if _CPU_FEATURES.get("avx512f", False):
-            near = _load(context, builder, signature, args, _F32)
-            return _call(builder, "llvm.x86.avx512.permvar.sf.512", _many(_F32), [near, args[2]])
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        low = builder.and_(args[2], _constant(_I32, LANES - 1))
-        return _gather(builder, builder.gep(data, [args[1]]), low, _F32, "f32", 4)
-
-    return floats(table, types.intp, ints), generate
-
-
-@intrinsic
-def gather_bytes(typingctx, table, indices):
-    """Return ``table[indices]`` of a uint8 array, which needs three bytes more at its end."""
-
-    def generate(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        found = _gather(builder, data, args[1], _I32, "i32", 1)
-        return builder.and_(found, _constant(_I32, 0xFF))
-
-    return ints(table, ints), generate
-
-
-def _gather(builder, data, indices, element, suffix, size):
-    if _CPU_FEATURES.get("avx512f", False):  # with 32-bit offsets one instruction, else two
-        name = {"f32": "dps", "i32": "dpi"}[suffix]
-        data = builder.bitcast(data, _I8.as_pointer())
-        arguments = [_constant(element, 0), data, indices, _constant(_I1, 1), _I32(size)]
-        return _call(builder, f"llvm.x86.avx512.mask.gather.{name}.512", _many(element), arguments)
-    wide = _many(_I64)
-    offsets = builder.mul(builder.zext(indices, wide), _constant(_I64, size))
-    start = _splat(builder, builder.ptrtoint(data, _I64))
-    pointers = builder.inttoptr(builder.add(start, offsets), _many(element.as_pointer()))
-    everywhere = _constant(_I1, 1)
-    default = ir.Constant(_many(element), ir.Undefined)
-    kind = ir.FunctionType(_many(element), [pointers.type, _I32, everywhere.type, default.type])
-    name = f"llvm.masked.gather.v16{suffix}.v16p0"
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    return builder.call(function, [pointers, _I32(size), everywhere, default])
 
 
 @intrinsic
@@ -386,7 +341,7 @@ def _transposed(builder, rows):
         for r in range(LANES):
             if not r & size:
                 a, b = rows[r], rows[r + size]
-                swapped[r] = builder.shuffle_vector(a, b, ir.Constant(_many(_I32), first))
-                swapped[r + size] = builder.shuffle_vector(a, b, ir.Constant(_many(_I32), second))
+                swapped[r] = builder.shuffle_vector(a, b, ir.Constant(many(_I32), first))
+                swapped[r + size] = builder.shuffle_vector(a, b, ir.Constant(many(_I32), second))
         rows = swapped
     return rows

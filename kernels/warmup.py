@@ -196,8 +196,7 @@ def _attend(dim: int, dtype: torch.dtype) -> None:
     offsets = torch.zeros(_BLOCKS, NUM_FIELDS, dtype=torch.int64)
     pages = BlockPages(arena, offsets, torch.full((_BLOCKS,), TOKENS), side, side)
     turns = Turns(torch.ones(_BLOCKS, dim), torch.zeros(_BLOCKS, dim))
-    for group in range(1, 5):  # how many heads share a sum is part of a kernel's name
-        attend_blocks(torch.ones(_HEADS * group, dim, dtype=dtype), pages, turns, 1.0)
+    attend_blocks(torch.ones(_HEADS, dim, dtype=dtype), pages, turns, 1.0)
 
 
 def _rows(dim: int, dtype: torch.dtype) -> None:

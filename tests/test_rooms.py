@@ -40,7 +40,7 @@ CONFINED = {
     "cryptography": ["kvstore_service/key_ring.py", "kvstore_service/seal.py"],
     "llvmlite": ["kernels/*_numba.py"],
     "hiredis": ["kvstore_service/redis_*.py"],
-    "numba": ["kernels/*_numba.py"],
+    "numba": ["kernels/*_numba.py", "kernels/compiled.py"],
     "obstore": ["kvstore_service/object_service.py"],
     "peft": ["engine/adapters.py"],
     "opentelemetry": ["protos/tracing.py"],
