@@ -17,7 +17,7 @@ from kvstrata.engine.kept_cache import KeptCache
 from kvstrata.engine.model import Model
 from kvstrata.engine.sequence import RunningSequence
 from kvstrata.methods.exact import ExactCodec
-from kvstrata.methods.presets import PRESETS, Method, from_preset, from_settings
+from kvstrata.methods.presets import PRESET_BITS, Method, from_preset, from_settings
 from kvstrata.methods.profile import Profile
 from kvstrata.protos.frame import Frame
 from kvstrata.protos.identity import BLOCK_TOKENS
@@ -161,7 +161,7 @@ def our_schemes(profile: Profile | None) -> list[OurScheme]:
 
     Without a profile the lossy presets are the fallback codec, which is measured once.
     """
-    names = [name for name in PRESETS if profile is not None or name == ExactCodec.name]
+    names = [ExactCodec.name, *(PRESET_BITS if profile is not None else ())]
     schemes = [OurScheme(name, from_preset(name, profile)) for name in names]
     return [*schemes, OurScheme("fallback", from_settings(MethodSettings(codec="fallback")))]
 

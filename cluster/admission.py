@@ -8,6 +8,7 @@ from typing import Any
 
 from kvstrata.engine.chat import encode_text, render_chat
 from kvstrata.engine.sampling import SamplingParams
+from kvstrata.methods.gate_weights import GATES, GateWeights
 from kvstrata.methods.presets import Method, from_preset, from_settings
 from kvstrata.methods.profile import PROFILES, Profile
 from kvstrata.methods.representatives import check_layers
@@ -83,16 +84,20 @@ class Admission:
     def _profile(self) -> Profile | None:
         return PROFILES.by_id(self.info.profile_id) if self.info.profile_id else None
 
+    @property
+    def _gates(self) -> GateWeights | None:
+        return GATES.by_id(self.info.gates_id) if self.info.gates_id else None
+
     def _method(self, request: GenerateRequest) -> Method:
         if request.WhichOneof("method") == "settings":
-            method = from_settings(request.settings, self._profile)
+            method = from_settings(request.settings, self._profile, self._gates)
             check_layers(method.represented, self.info.num_layers)
             return method
         return self.preset(request.preset)
 
     def preset(self, name: str) -> Method:
         """Return what a preset means for the served model; ``UnknownPresetError`` for no preset."""
-        return from_preset(name, self._profile)
+        return from_preset(name, self._profile, self._gates)
 
     def _prompt_ids(self, request: GenerateRequest) -> tuple[int, ...]:
         kind = request.WhichOneof("prompt")

@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 import torch
 
 from kvstrata.engine.attention import AttentionState, LayerRows
+from kvstrata.engine.layer_inputs import ObservingState
 
 
 class KVCache(Protocol):
@@ -91,6 +92,16 @@ class BatchState:
             chosen.append(first + (torch.arange(count) if rows is None else rows))
             first += count
         return torch.cat(chosen)
+
+    def observe(self, layer: int, hidden: torch.Tensor) -> None:
+        """Show each part that wants it its own rows; see ``ObservingState``."""
+        first = 0
+        for count, state in self._parts:
+            running = state.rows(layer)
+            last = first + (count if running is None else len(running))
+            if first < last and isinstance(state, ObservingState):
+                state.observe(layer, hidden[first:last])
+            first = last
 
     def attend(
         self,

@@ -1,6 +1,5 @@
 """One loaded model: forward passes over a ``SequenceCache``, and what its keys look like."""
 
-import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -26,6 +25,7 @@ from kvstrata.engine.attention import (
 from kvstrata.engine.batch import KVCache, Span, begin_pass
 from kvstrata.engine.cache import SequenceCache
 from kvstrata.engine.compatibility import build_spec
+from kvstrata.engine.layer_inputs import show_inputs_in
 from kvstrata.engine.layer_rows import select_rows_in
 from kvstrata.engine.loading import (
     display_name,
@@ -34,12 +34,11 @@ from kvstrata.engine.loading import (
     load_pretrained,
     resolve_dtype,
 )
+from kvstrata.engine.model_tables import gates_of, profile_of
 from kvstrata.engine.rotary import Rotary
 from kvstrata.engine.spec import KVSpec
-from kvstrata.engine.storage import profile_folder
-from kvstrata.methods.profile import PROFILES, Profile, ProfileError
-
-logger = logging.getLogger(__name__)
+from kvstrata.methods.gate_weights import GateWeights
+from kvstrata.methods.profile import Profile
 
 
 class Model:
@@ -71,6 +70,7 @@ class Model:
         """Wrap a model from ``load_pretrained``; callers use ``Model.load``."""
         self._hf_model = hf_model.to(device).requires_grad_(False)
         select_rows_in(self._hf_model)
+        show_inputs_in(self._hf_model)
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self.model_id = model_id
@@ -118,19 +118,17 @@ class Model:
     @cached_property
     def profile(self) -> Profile | None:
         """The model's calibrated profile, or None: then lossy presets use the fallback codec."""
-        PROFILES.add_folder(profile_folder())
-        found = PROFILES.of_model(self.model_id)
-        spec = self.spec
-        if found is None:
-            logger.warning(
-                "no profile: lossy presets use the fallback codec; run `kvstrata calibrate`",
-                extra={"model": self.name},
-            )
-        elif found.shape[1:] != (spec.num_kv_heads, spec.head_dim) or (
-            found.shape[0] + found.first_layer != spec.num_layers
-        ):
-            raise ProfileError(f"the profile of {self.name} is of another shape")
-        return found
+        return profile_of(self.model_id, self.spec, self.name)
+
+    @cached_property
+    def gates(self) -> GateWeights | None:
+        """The model's trained gates (Attention-Gate), or None."""
+        return gates_of(self.model_id, self.spec, self.width, self.name)
+
+    @property
+    def width(self) -> int:
+        """Channels of a token between layers."""
+        return int(self._hf_model.config.hidden_size)
 
     def new_cache(self, capacity: int, probe_tokens: int = 64) -> SequenceCache:
         """Return an empty cache on the model's device; see ``SequenceCache``."""
@@ -197,8 +195,13 @@ class Model:
         Raises:
             ValueError: As for ``forward``.
         """
+        return self.forward_through(AttendOver(_alone, rows=rows), token_ids, num_logits=num_logits)
+
+    def forward_through(
+        self, state: AttentionState, token_ids: Sequence[int], *, num_logits: int = 0
+    ) -> torch.Tensor:
+        """As ``forward_once``, of a sequence that attends by ``state``."""
         self._check_tokens(token_ids, 0)
-        state = AttendOver(_alone, rows=rows)
         return self._call(token_ids, range(len(token_ids)), state, num_logits)
 
     def add_adapter(self, rank: int) -> dict[str, torch.nn.Parameter]:

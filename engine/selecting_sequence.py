@@ -27,6 +27,7 @@ from kvstrata.engine.sequence import (
 from kvstrata.engine.staged_cache import StagedCache
 from kvstrata.methods.codec import BlockShape, KVBlocks, SelectiveCodec
 from kvstrata.methods.framing import SealedBlock
+from kvstrata.methods.gate_weights import GATES, GateError, GateWeights
 from kvstrata.methods.presets import Method
 from kvstrata.methods.saliency_tag import decode_tags
 from kvstrata.methods.token_scores import TokenScores
@@ -66,6 +67,7 @@ class SelectingSequence(RunningSequence):
         self._num_prompt = len(token_ids) if num_prompt is None else num_prompt
         self._prompt_ids = tuple(token_ids[: self._num_prompt])
         super().__init__(model, method, token_ids, salt=salt)
+        self._gates = None if method.pipeline.gate is None else gates_for(model, method)
         self.kept: torch.Tensor | None = None
         self.selected: KeptCache | None = None
         self.scores: TokenScores | None = None
@@ -118,9 +120,11 @@ class SelectingSequence(RunningSequence):
         pipeline = self.method.pipeline
         if self.kept is not None:
             self.kept = self.kept[..., : self.cache.length]
-        staged = StagedCache(self._dense, pipeline, self.kept)
+        # Layers that are not stored come back whole, so a hit and a miss gate the same ones.
+        first_layer = self.method.codec.first_layer
+        staged = StagedCache(self._dense, pipeline, self.kept, self._gates, first_layer)
         staged.expect(until - self.cache.length)
-        chunk = PREFILL_CHUNK if pipeline.attention is None else until
+        chunk = until if pipeline.needs_whole_prompt else PREFILL_CHUNK
         while self.cache.length < until:
             first = self.cache.length
             self.model.forward(staged, self.token_ids[first : min(first + chunk, until)])
@@ -176,7 +180,7 @@ class SelectingSequence(RunningSequence):
             tail.expect_all(last - first)
             self.cache.expect_probes(first, last)
             logits = self.model.forward(tail, self.token_ids[first:last])
-            if last % BLOCK_TOKENS == 0:
+            if last % BLOCK_TOKENS == 0 and not self.method.pipeline.leaves_out:
                 sealed = self.seal(self.num_blocks_held - 1, self.num_blocks_held)
         self._select(first, tail)
         return logits, sealed
@@ -260,6 +264,19 @@ class SelectingSequence(RunningSequence):
         if found is not None:
             kept[codec.first_layer :, :, begin:] = found.flatten(2)
         self.kept = kept
+
+
+def gates_for(model: Model, method: Method) -> GateWeights:
+    """Return the gates that a method names.
+
+    Raises:
+        GateError: They are not here, or of another model.
+    """
+    assert method.pipeline.gate is not None
+    gates = GATES.by_id(method.pipeline.gate.gates)
+    if gates.model_id != model.model_id:
+        raise GateError(f"gates {gates.gates_id} are those of another model")
+    return gates
 
 
 def new_sequence(

@@ -16,6 +16,7 @@ from kvstrata.engine.batch import KVCache
 from kvstrata.engine.spec import KVSpec
 from kvstrata.kernels.colsum import column_sums
 from kvstrata.kernels.saliency import seeing_rows
+from kvstrata.methods.gate_weights import GateWeights
 from kvstrata.methods.pipeline import Pipeline
 from kvstrata.methods.token_scores import TokenScores
 
@@ -43,7 +44,12 @@ class StagedCache:
     """
 
     def __init__(
-        self, held: AppendingCache, pipeline: Pipeline, kept: torch.Tensor | None = None
+        self,
+        held: AppendingCache,
+        pipeline: Pipeline,
+        kept: torch.Tensor | None = None,
+        gates: GateWeights | None = None,
+        first_gated_layer: int = 0,
     ) -> None:
         """Act on the tokens that follow on ``held``.
 
@@ -51,8 +57,12 @@ class StagedCache:
             held: May hold tokens, of which nothing is asked any more.
             pipeline: Its gate, attention and scores.
             kept: What is kept of those tokens; None for all.
+            gates: What the gate decides by; None lets all new tokens through.
+            first_gated_layer: Layers before it keep all.
         """
         self.held = held
+        self.gates = gates
+        self.first_gated_layer = first_gated_layer
         self.kept = kept
         self.important: torch.Tensor | None = None
         self._pipeline = pipeline
@@ -96,6 +106,14 @@ class StagedCache:
             self._sums = F.pad(self._sums, (0, self.length - self._sums.shape[2]))
             for layer, sums in passed.sums.items():
                 self._sums[layer, :, : sums.shape[-1]] += sums
+        if passed.flags:
+            spec = self.held.spec
+            kept = torch.ones(spec.num_layers, spec.num_kv_heads, self.length, dtype=torch.bool)
+            if self.kept is not None:
+                kept[..., : self.kept.shape[2]] = self.kept
+            for layer, flags in passed.flags.items():
+                kept[layer, :, self.length - flags.shape[1] :] = flags
+            self.kept = kept
         if passed.important:
             self.important = torch.stack([passed.important[i] for i in sorted(passed.important)])
 
@@ -141,6 +159,14 @@ class _StagedPass:
         self._is_sparse = cache.is_whole_prompt(num_tokens)
         self.sums: dict[int, torch.Tensor] = {}
         self.important: dict[int, torch.Tensor] = {}
+        self.flags: dict[int, torch.Tensor] = {}
+
+    def observe(self, layer: int, hidden: torch.Tensor) -> None:
+        """Let the layer's gate decide about the new tokens; see ``ObservingState``."""
+        stage, gates = self._cache.pipeline.gate, self._cache.gates
+        if stage is not None and gates is not None and layer >= self._cache.first_gated_layer:
+            gate = gates.gate_of(layer, hidden)
+            self.flags[layer] = stage.flags(gate, self._first).cpu()
 
     def rows(self, layer: int) -> torch.Tensor | None:
         """Return which of the new tokens run this layer; see ``AttentionState.rows``."""
@@ -172,10 +198,17 @@ class _StagedPass:
 
     def _kept(self, layer: int, num_tokens: int) -> torch.Tensor | None:
         """Return what each head keeps, bool (H, N); tokens that nobody judged are kept."""
-        if self._cache.kept is None:
+        new = self.flags.get(layer)
+        if self._cache.kept is None and new is None:
             return None
-        kept = self._cache.kept[layer]
-        return F.pad(kept, (0, num_tokens - kept.shape[1]), value=True)
+        first = num_tokens - self._num_tokens
+        kept = torch.ones(self._cache.held.spec.num_kv_heads, num_tokens, dtype=torch.bool)
+        if self._cache.kept is not None:
+            known = self._cache.kept[layer, :, :num_tokens]
+            kept[:, : known.shape[1]] = known
+        if new is not None:
+            kept[:, first:] = new
+        return kept
 
     def _dense(
         self,

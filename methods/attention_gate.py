@@ -32,6 +32,8 @@ class AttentionGate(Stage):
 
     Attributes:
         gates: Hash of the trained gates; empty: the newest ones of the served model.
+        whole_prompt: Whether these gates look at all of the prompt; a property of theirs, filled in
+            with their hash.
         tau: A token is kept if its gate is above. Below 0 keeps all, 1 none but the protected.
         keep_first: So many first tokens are kept whatever their gate says: the sinks.
         keep_last: So many last tokens of the prompt, likewise.
@@ -41,11 +43,16 @@ class AttentionGate(Stage):
     tau: float = 0.5
     keep_first: int = 1
     keep_last: int = 1
+    whole_prompt: bool = False
 
     name: ClassVar[str] = "attention_gate"
     paper: ClassVar[str] = "arXiv:2410.12876"
     changes_blocks: ClassVar[bool] = True
-    needs_whole_prompt: ClassVar[bool] = False
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Return whether flags depend on the prompt beyond a token's block."""
+        return self.whole_prompt
 
     def __post_init__(self) -> None:
         if not -1 <= self.tau <= 1:
@@ -111,7 +118,7 @@ def gated_attention(
     """
     num_tokens = keys.shape[1]
     grouped = queries.unflatten(0, (keys.shape[0], -1))  # (H, G, n, D)
-    scores = grouped @ keys.transpose(1, 2)[:, None] * scaling
+    scores = (grouped @ keys.transpose(1, 2)[:, None]).float() * scaling
     hidden = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=keys.device).triu(1)
     own = torch.eye(num_tokens, dtype=torch.bool, device=keys.device)
     seen = ~hidden & ((flags.detach() > 0.5)[:, None] | own)
@@ -119,7 +126,8 @@ def gated_attention(
     # An evicted key may exceed what is seen; its weight matters to the gradient alone.
     weights = (scores - highest).clamp_max(20.0).exp().masked_fill(hidden, 0.0)
     weights = weights * torch.where(own, 1.0, flags[:, None])[:, None]
-    output: torch.Tensor = weights @ values[:, None] / weights.sum(-1, keepdim=True)
+    weights = weights / weights.sum(-1, keepdim=True)
+    output: torch.Tensor = weights.to(values.dtype) @ values[:, None]
     return output.flatten(0, 1)
 
 

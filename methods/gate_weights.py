@@ -20,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 
 from kvstrata.methods.profile import ProfileError, read_arrays, write_arrays
 from kvstrata.methods.table_store import TableStore
+from kvstrata.protos.identity import BLOCK_TOKENS
 
 VERSION = 1
 SUFFIX = ".gates.npz"
@@ -41,7 +42,7 @@ class GateWeights:
         gate: float16 (L, H, A * B).
         bias: float32 (L, H).
         num_heads: A.
-        window: Tokens of a window; 0 is the whole prompt.
+        window: Tokens of a window, a divisor of a block's; 0 is the whole prompt.
         bidirectional: Whether a token sees all of its window, or what is before it.
         keep_rate: What it was trained for.
         note: For people: the model's name, and what it was trained on.
@@ -61,6 +62,11 @@ class GateWeights:
     def shape(self) -> tuple[int, int, int]:
         """Return (L, H, E)."""
         return self.bias.shape[0], self.bias.shape[1], self.project.shape[3]
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Return whether a token's flag depends on more than its block."""
+        return self.window == 0
 
     @cached_property
     def gates_id(self) -> str:
@@ -95,7 +101,7 @@ class GateWeights:
             layer: Whose.
             hidden: The layer's normalised input, (n, E); its first token begins a window.
         """
-        return gate_of(
+        return gate_logits(
             hidden.float(),
             self.project[layer].to(hidden.device).float(),
             self.gate[layer].to(hidden.device).float(),
@@ -103,10 +109,10 @@ class GateWeights:
             self.num_heads,
             self.window,
             bidirectional=self.bidirectional,
-        )
+        ).sigmoid()
 
 
-def gate_of(
+def gate_logits(
     hidden: torch.Tensor,
     project: torch.Tensor,
     gate: torch.Tensor,
@@ -116,7 +122,9 @@ def gate_of(
     *,
     bidirectional: bool,
 ) -> torch.Tensor:
-    """Return sigmoid(attention(hidden) gate + bias), (n, H), in the dtype of ``hidden``.
+    """Return attention(hidden) gate + bias, (n, H), in the dtype of ``hidden``.
+
+    Above 0 is above one half.
 
     Args:
         hidden: (n, E); differentiable, as all else.
@@ -142,7 +150,7 @@ def gate_of(
         queries, keys, values, attn_mask=mask, is_causal=not bidirectional
     )
     context = gathered.transpose(1, 2).flatten(2).flatten(0, 1)[:num_tokens]
-    return F.linear(context, gate, bias).sigmoid()
+    return F.linear(context, gate, bias)
 
 
 def load_gates(path: Path) -> GateWeights:
@@ -175,8 +183,10 @@ def _checked(arrays: dict[str, np.ndarray]) -> GateWeights:
         array = arrays[name]
         if array.dtype != dtype or array.shape != shape or not np.isfinite(array).all():
             raise GateError(f"{name} must be finite {np.dtype(dtype)} {shape}")
-    if min(layers, heads, inner, width, num_heads) < 1 or inner % num_heads or window < 0:
+    if min(layers, heads, inner, width, num_heads) < 1 or inner % num_heads:
         raise GateError("sizes must be positive, and heads divide their width")
+    if window < 0 or (window and BLOCK_TOKENS % window):
+        raise GateError(f"window is {window}, which does not divide a block")
     keep_rate = float(arrays["keep_rate"])
     if not 0 < keep_rate <= 1:
         raise GateError(f"keep_rate is {keep_rate}")

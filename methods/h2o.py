@@ -64,7 +64,6 @@ class H2O(Stage):
     name: ClassVar[str] = "h2o"
     paper: ClassVar[str] = "arXiv:2306.14048"
     changes_blocks: ClassVar[bool] = False
-    needs_whole_prompt: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_amount("h2o.heavy", self.heavy)

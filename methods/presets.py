@@ -4,17 +4,20 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvstrata.methods.attention_gate import AttentionGate
 from kvstrata.methods.calibrated import CalibratedCodec, calibrated_codec
 from kvstrata.methods.codec import BlockCodec
 from kvstrata.methods.exact import ExactCodec
 from kvstrata.methods.fallback import FallbackCodec
+from kvstrata.methods.gate_weights import GateWeights
 from kvstrata.methods.h2o import H2O
 from kvstrata.methods.pipeline import Pipeline, check
 from kvstrata.methods.profile import Profile
 from kvstrata.methods.representatives import parse_choice
-from kvstrata.methods.stage_settings import pipeline_of, zipcache_codec
+from kvstrata.methods.stage_settings import pipeline_of, with_gates, zipcache_codec
 from kvstrata.methods.zipcache import ZipCache
 from kvstrata.methods.zipcache_codec import ZipCacheCodec
+from kvstrata.methods.zipvl import ZipVL
 from kvstrata.protos.errors import LimitError, UnknownPresetError
 from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.identity import CacheScope, digest
@@ -94,12 +97,14 @@ class Method:
         )
 
 
-# The papers by name, with their own values. H2O's blocks are those of the default preset.
+# The papers by name, with their own values. H2O and gates act on blocks of the default preset.
 PUBLISHED = ZipCache(quantiser="published")
 PAPERS = {
+    "attention-gate": Pipeline(gate=AttentionGate()),
     "zipcache": Pipeline(quantise=ZipCache()),
     "zipcache-published": Pipeline(quantise=PUBLISHED),
     "h2o": Pipeline(evict=H2O()),
+    "zipvl": Pipeline(attention=ZipVL(), quantise=PUBLISHED),
 }
 # Stored bits per element that the calibrated presets aim at, everything counted.
 PRESET_BITS = {"near-lossless": 2.83, "balanced": 2.22, "small": 1.64}
@@ -108,15 +113,18 @@ MIN_BITS, MAX_BITS = 0.5, 8.0
 CODECS = (CalibratedCodec.name, ExactCodec.name, FallbackCodec.name, ZipCacheCodec.name)
 
 
-def from_preset(name: str, profile: Profile | None = None) -> Method:
+def from_preset(
+    name: str, profile: Profile | None = None, gates: GateWeights | None = None
+) -> Method:
     """Return the method of a preset; the empty name is the default.
 
     Args:
         name: One of ``PRESETS``.
         profile: Of the served model. Without one lossy presets are the fallback codec.
+        gates: Of the served model.
 
     Raises:
-        UnknownPresetError: No preset has this name, or the model has no profile for it.
+        UnknownPresetError: No preset has this name, or the model lacks the tables for it.
     """
     name = name or DEFAULT_PRESET
     if name not in PRESETS:
@@ -126,20 +134,24 @@ def from_preset(name: str, profile: Profile | None = None) -> Method:
     if name == ExactCodec.name:
         return Method(ExactCodec())
     if name in PAPERS:
-        return Method(_codec(MethodSettings(), PAPERS[name], profile), pipeline=PAPERS[name])
+        pipeline = with_gates(PAPERS[name], profile, gates)
+        return Method(_codec(MethodSettings(), pipeline, profile), pipeline=pipeline)
     if profile is None:
         return Method(FallbackCodec())
     return Method(calibrated_codec(profile, profile.threshold_for_bits(PRESET_BITS[name])))
 
 
-def from_settings(settings: MethodSettings, profile: Profile | None = None) -> Method:
-    """Return the method of explicit settings.
+def from_settings(
+    settings: MethodSettings, profile: Profile | None = None, gates: GateWeights | None = None
+) -> Method:
+    """Return the method of explicit settings; arguments as for ``from_preset``.
 
     Raises:
-        UnknownPresetError: No codec has this name, or the model has no profile for it.
+        UnknownPresetError: No codec has this name, or the model lacks the tables for it.
         LimitError: A value outside its range, or a stratum that the codec does not have.
+        MethodConflictError: Stages and codec exclude each other, or gates are another model's.
     """
-    pipeline = pipeline_of(settings)
+    pipeline = with_gates(pipeline_of(settings), profile, gates)
     codec = _codec(settings, pipeline, profile)
     finest = settings.read_stratum or None
     if finest is not None and finest not in codec.strata:

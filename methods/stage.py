@@ -14,11 +14,15 @@ class Stage:
 
     name: ClassVar[str]  # as requests and the cache scope spell it
     paper: ClassVar[str]
-    # Whether it changes the K and V that are stored, or which of them, and by what: the tokens up
-    # to each block (then blocks are shared as ever), or the whole prompt (then they are that
-    # prompt's alone, because what was chosen for one question must not serve another).
-    changes_blocks: ClassVar[bool]
-    needs_whole_prompt: ClassVar[bool]
+    changes_blocks: ClassVar[bool]  # whether it changes the K and V that are stored, or which
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Return whether stored blocks depend on what follows them in the prompt.
+
+        Then they are that prompt's alone: what was chosen for one question must not serve another.
+        """
+        return False
 
     @classmethod
     def neutral(cls) -> Self:

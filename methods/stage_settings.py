@@ -1,10 +1,11 @@
 """From the wire's settings of the papers' stages to a pipeline, and to the codec that it needs."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from kvstrata.methods.calibrated import calibrated_codec
 from kvstrata.methods.codec import BlockCodec
+from kvstrata.methods.gate_weights import GATES, GateError, GateWeights
 from kvstrata.methods.pipeline import STAGES, Pipeline
 from kvstrata.methods.profile import Profile
 from kvstrata.methods.stage import Stage
@@ -34,7 +35,12 @@ def pipeline_of(settings: MethodSettings) -> Pipeline:
 
 def _stage(kind: type[Stage], message: Any) -> Stage:
     given = {field.name: value for field, value in message.ListFields()}
-    given |= {f.name: getattr(message, f.name) for f in fields(kind) if message.HasField(f.name)}
+    sent = message.DESCRIPTOR.fields_by_name
+    given |= {
+        f.name: getattr(message, f.name)
+        for f in fields(kind)
+        if f.name in sent and message.HasField(f.name)
+    }
     for name in [name for name in given if name.endswith(COUNT)]:
         amount = name.removesuffix(COUNT)
         if amount not in {f.name for f in fields(kind)}:
@@ -45,6 +51,46 @@ def _stage(kind: type[Stage], message: Any) -> Stage:
             )
         given[amount] = given.pop(name)
     return kind(**given)
+
+
+def with_gates(pipeline: Pipeline, profile: Profile | None, gates: GateWeights | None) -> Pipeline:
+    """Return the pipeline whose gate, if it has one, names the gates that it decides by.
+
+    Args:
+        pipeline: As it was asked for.
+        profile: Of the served model, if there is one.
+        gates: Of the served model, if there are some.
+
+    Raises:
+        UnknownPresetError: The model has no gates, or none are here by that name.
+        MethodConflictError: Those that are named are another model's.
+    """
+    stage = pipeline.gate
+    if stage is None:
+        return pipeline
+    chosen = gates
+    if stage.gates:
+        try:
+            chosen = GATES.by_id(stage.gates)
+        except GateError as error:
+            raise UnknownPresetError(
+                f"no gates {stage.gates[:64]!r} here", "leave gates out, or copy their file"
+            ) from error
+    if chosen is None:
+        raise UnknownPresetError(
+            "the served model has no gates, which attention_gate needs", "run `kvstrata tune gate`"
+        )
+    models = {tables.model_id for tables in (profile, gates) if tables is not None}
+    if models and chosen.model_id not in models:
+        raise MethodConflictError(
+            f"gates {chosen.gates_id} are those of another model",
+            "leave gates out to use the served model's",
+            rule="foreign_gates",
+        )
+    return replace(
+        pipeline,
+        gate=replace(stage, gates=chosen.gates_id, whole_prompt=chosen.needs_whole_prompt),
+    )
 
 
 def zipcache_codec(

@@ -55,7 +55,6 @@ class ZipCache(Stage):
     name: ClassVar[str] = "zipcache"
     paper: ClassVar[str] = "arXiv:2405.14256"
     changes_blocks: ClassVar[bool] = True
-    needs_whole_prompt: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.salient <= 1:

@@ -65,7 +65,11 @@ class ZipVL(Stage):
     name: ClassVar[str] = "zipvl"
     paper: ClassVar[str] = "arXiv:2410.08584"
     changes_blocks: ClassVar[bool] = True
-    needs_whole_prompt: ClassVar[bool] = True
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Return True: which tokens matter, the prompt's last rows say."""
+        return True
 
     def __post_init__(self) -> None:
         if not 0 < self.tau <= 1:

@@ -69,6 +69,7 @@ class WorkerInfo:
     kv_bytes_per_token_bf16: int
     pid: int
     profile_id: str = ""
+    gates_id: str = ""
     num_layers: int = 0
 
 
@@ -111,6 +112,7 @@ class Worker:
             kv_bytes_per_token_bf16=spec.kv_bytes_per_token_bf16,
             pid=os.getpid(),
             profile_id=self.model.profile.profile_id if self.model.profile else "",
+            gates_id=self.model.gates.gates_id if self.model.gates else "",
             num_layers=spec.num_layers,
         )
 

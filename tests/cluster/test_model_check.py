@@ -12,11 +12,11 @@ from kvstrata.protos.errors import ConfigurationError, UnknownModelError
 def test_a_damaged_profile_is_named_with_what_to_do(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvstrata.engine.model.profile_folder", lambda: tmp_path)
+    monkeypatch.setattr("kvstrata.engine.model_tables.profile_folder", lambda: tmp_path)
     model = load_model(str(model_folder), "float32")
     path = tmp_path / f"{model.model_id.hex()}{SUFFIX}"
     path.write_bytes(b"not a profile")
-    monkeypatch.setattr("kvstrata.engine.model.PROFILES", ProfileStore())
+    monkeypatch.setattr("kvstrata.engine.model_tables.PROFILES", ProfileStore())
     with pytest.raises(ConfigurationError, match=path.name) as caught:
         load_served_model(str(model_folder), "float32")
     assert "calibrate" in caught.value.remedy

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvstrata.engine import Model, storage
-from kvstrata.engine import model as model_module
+from kvstrata.engine import Model, model_tables, storage
 from kvstrata.engine.sequence import Loaded, RunningSequence
 from kvstrata.methods.calibrated import CalibratedCodec
 from kvstrata.methods.presets import Method
@@ -170,7 +169,7 @@ def test_values_beyond_the_codec_are_attended_but_not_sealed(
 def fresh(models: dict[str, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     """A model that has not looked for its profile yet, and a folder to look in."""
     monkeypatch.setenv("KVSTRATA_CACHE", str(tmp_path))
-    monkeypatch.setattr(model_module, "PROFILES", ProfileStore())
+    monkeypatch.setattr(model_tables, "PROFILES", ProfileStore())
     storage.profile_folder().mkdir()
     model = copy.copy(models["llama"])
     model.__dict__.pop("profile", None)
@@ -228,6 +227,6 @@ def test_a_profile_of_this_shape_is_taken_whichever_layers_it_leaves_out(fresh: 
         profile = make_profile(layers, 2, 8, first_layer=first_layer, model_id=fresh.model_id)
         _save(profile)
         fresh.__dict__.pop("profile", None)
-        model_module.PROFILES.add(profile)
+        model_tables.PROFILES.add(profile)
         assert fresh.profile is profile
         assert dataclasses.replace(profile).profile_id == profile.profile_id

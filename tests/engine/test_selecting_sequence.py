@@ -8,15 +8,18 @@ import torch
 from kvstrata.engine import Model
 from kvstrata.engine.selecting_sequence import SelectingSequence, new_sequence
 from kvstrata.engine.sequence import Loaded, RunningSequence
+from kvstrata.methods.attention_gate import AttentionGate
 from kvstrata.methods.calibrated import CalibratedCodec
 from kvstrata.methods.codec import BlockCodec
 from kvstrata.methods.exact import ExactCodec
 from kvstrata.methods.fallback import FallbackCodec
 from kvstrata.methods.framing import SealedBlock
+from kvstrata.methods.gate_weights import GATES, GateError
 from kvstrata.methods.h2o import H2O
 from kvstrata.methods.pipeline import Pipeline
 from kvstrata.methods.presets import Method
 from kvstrata.methods.profile import Profile
+from kvstrata.methods.stage_settings import with_gates
 from kvstrata.methods.zipcache import ZipCache
 from kvstrata.methods.zipcache_codec import ZipCacheCodec
 from kvstrata.methods.zipvl import ZipVL
@@ -25,6 +28,7 @@ from kvstrata.protos.identity import BLOCK_TOKENS
 from tests.engine.calibrating import profile_of, tokens_of
 from tests.engine.test_calibrated_sequence import method_of
 from tests.engine.test_sequence import one_thread
+from tests.methods.gates import random_gates
 
 __all__ = ["one_thread"]
 PROMPT = tokens_of(150)
@@ -45,6 +49,14 @@ def codec_of(name: str, profile: Profile) -> BlockCodec:
         "fallback": FallbackCodec(),
         "zipcache": ZipCacheCodec(ZipCache()),
     }[name]
+
+
+def gated(model: Model, pipeline: Pipeline) -> Pipeline:
+    """Return the pipeline; if it has a gate, then with random gates of the model."""
+    shape = (model.spec.num_layers, model.spec.num_kv_heads, model.width)
+    gates = random_gates(model.model_id, shape)
+    GATES.add(gates)
+    return with_gates(pipeline, None, gates)
 
 
 CODECS = ("exact", "fallback", "calibrated", "zipcache")
@@ -92,6 +104,9 @@ PIPELINES = {
     "zipvl evicts": Pipeline.of(ZipVL(tau=0.7, min_tokens=10, rest="evict")),
     "zipvl": Pipeline.of(ZipVL(tau=0.7, min_tokens=10)),
     "zipvl and h2o": Pipeline.of(ZipVL(tau=0.7, min_tokens=10, rest="evict"), EVICT),
+    "gate": Pipeline.of(AttentionGate()),
+    "gate and h2o": Pipeline.of(AttentionGate(), EVICT),
+    "gate and zipvl": Pipeline.of(AttentionGate(), ZipVL(tau=0.7, min_tokens=10)),
 }
 
 
@@ -101,7 +116,8 @@ def test_cold_warm_and_replayed_requests_give_the_same_tokens(models, profile, n
     codec = codec_of(name, profile)
     if pipeline.leaves_out and name in ("exact", "fallback"):
         pytest.skip("this codec's blocks hold all of their tokens")
-    model, method = models["llama"], Method(codec, pipeline=pipeline)
+    model = models["llama"]
+    method = Method(codec, pipeline=gated(model, pipeline))
     first, sealed = cold(model, method)
     tokens, logits = generate(first)
     again, _ = generate(warm(model, method, sealed))
@@ -158,8 +174,9 @@ NEUTRAL = {
     "zipcache": (Pipeline.of(ZipCache.neutral()), ZipCacheCodec(ZipCache.neutral())),
     "h2o": (Pipeline.of(H2O.neutral()), ExactCodec()),
     "zipvl": (Pipeline.of(ZipVL.neutral()), ExactCodec()),
+    "gate": (Pipeline.of(AttentionGate.neutral()), ZipCacheCodec(ZipCache.neutral())),
     "all": (
-        Pipeline.of(ZipCache.neutral(), H2O.neutral(), ZipVL.neutral()),
+        Pipeline.of(ZipCache.neutral(), H2O.neutral(), ZipVL.neutral(), AttentionGate.neutral()),
         ZipCacheCodec(ZipCache.neutral()),
     ),
 }
@@ -169,7 +186,7 @@ NEUTRAL = {
 @pytest.mark.parametrize(("pipeline", "codec"), NEUTRAL.values(), ids=NEUTRAL)
 def test_neutral_settings_give_the_dense_model_s_logits(models, family, pipeline, codec):
     model = models[family]
-    sequence, _ = cold(model, Method(codec, pipeline=pipeline))
+    sequence, _ = cold(model, Method(codec, pipeline=gated(model, pipeline)))
     tokens, logits = generate(sequence)
     dense = model.new_cache(200)
     model.forward(dense, PROMPT[:-1])
@@ -203,6 +220,35 @@ def test_zipvl_leaves_out_of_blocks_what_did_not_matter(models, profile):
     fetched = warm(model, method, sealed)
     assert isinstance(fetched, SelectingSequence)
     assert torch.equal(fetched.kept, sequence.kept)
+
+
+def test_g8_a_head_caches_what_its_gate_keeps_and_what_is_protected(models, profile):
+    model = models["llama"]
+    stage = AttentionGate(keep_first=3)
+    method = Method(codec_of("calibrated", profile), pipeline=gated(model, Pipeline.of(stage)))
+    sequence, sealed = cold(model, method)
+    assert isinstance(sequence, SelectingSequence)
+    assert sequence.kept is not None
+    assert sequence.kept[..., :3].all()
+    first_layer = method.codec.first_layer
+    assert sequence.kept[:first_layer].all()
+    assert 0.2 < sequence.kept[first_layer:].float().mean() < 0.8
+    assert (sequence.kept[first_layer:, 0] != sequence.kept[first_layer:, 1]).any()
+    generate(sequence, 3)
+    assert sequence.selected is not None
+    for layer in range(model.spec.num_layers):
+        for head, positions in enumerate(sequence.selected.positions(layer)):
+            gated_ones = sequence.kept[layer, head].nonzero().flatten().tolist()
+            assert positions == [*gated_ones, *range(128, len(PROMPT) + 3)]
+    whole = Method(codec_of("calibrated", profile))
+    assert sum(b.num_bytes for b in sealed) < sum(b.num_bytes for b in cold(model, whole)[1])
+
+
+def test_gates_of_another_model_are_no_gates(models, profile):
+    pipeline = gated(models["llama"], Pipeline.of(AttentionGate()))
+    method = Method(codec_of("calibrated", profile), pipeline=pipeline)
+    with pytest.raises(GateError, match="another model"):
+        new_sequence(models["qwen2"], method, PROMPT)
 
 
 def test_zipvl_gives_its_important_tokens_the_high_bits(models):

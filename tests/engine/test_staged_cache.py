@@ -5,24 +5,34 @@ import torch
 
 from kvstrata.engine import Model
 from kvstrata.engine.staged_cache import StagedCache
+from kvstrata.methods.attention_gate import AttentionGate
+from kvstrata.methods.gate_weights import GateWeights
 from kvstrata.methods.h2o import H2O
 from kvstrata.methods.pipeline import Pipeline
 from kvstrata.methods.token_scores import TokenScores
 from kvstrata.methods.zipcache import ZipCache
 from kvstrata.methods.zipvl import ZipVL
 from tests.engine.calibrating import tokens_of
+from tests.methods.gates import random_gates
 
 IDS = tokens_of(150)
 
 
-def run(model: Model, pipeline: Pipeline, chunks: tuple[int, ...] = (150,), kept=None):
+def run(
+    model: Model,
+    pipeline: Pipeline,
+    chunks: tuple[int, ...] = (150,),
+    kept=None,
+    gates=None,
+    ids=IDS,
+):
     """Return the logits of all tokens and the staged cache."""
     cache = model.new_cache(150)
-    staged = StagedCache(cache, pipeline, kept)
+    staged = StagedCache(cache, pipeline, kept, gates)
     staged.expect(150)
     first, logits = 0, []
     for size in chunks:
-        logits.append(model.forward_all(staged, IDS[first : first + size]))
+        logits.append(model.forward_all(staged, ids[first : first + size]))
         first += size
     return torch.cat(logits), staged
 
@@ -106,6 +116,70 @@ def test_zipvl_finds_a_ratio_per_layer_and_never_drops_the_last_row(models):
     ratios = staged.important.float().mean(1)
     assert (ratios < 0.95).any()
     assert ratios.unique().numel() > 1
+
+
+def gates_of(model: Model, **settings) -> GateWeights:
+    shape = (model.spec.num_layers, model.spec.num_kv_heads, model.width)
+    return random_gates(model.model_id, shape, **settings)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+def test_g1_a_threshold_below_every_gate_changes_nothing(models, family):
+    model = models[family]
+    pipeline = Pipeline.of(AttentionGate.neutral())
+    logits, staged = run(model, pipeline, gates=gates_of(model))
+    assert staged.kept is not None
+    assert staged.kept.all()
+    dense = model.forward_all(model.new_cache(150), IDS)
+    torch.testing.assert_close(logits, dense, atol=1e-4, rtol=1e-4)
+
+
+def test_g2_rows_see_the_first_token_and_themselves_at_the_highest_threshold(models):
+    model = models["llama"]
+    logits, staged = run(model, Pipeline.of(AttentionGate(tau=1.0)), gates=gates_of(model))
+    assert logits.isfinite().all()
+    assert staged.kept is not None
+    assert staged.kept[..., 0].all()
+    assert not staged.kept[..., 1:].any()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
+def test_gated_prompts_may_be_cut_between_windows(models, family):
+    model = models[family]
+    pipeline, gates = Pipeline.of(AttentionGate()), gates_of(models[family])
+    together, whole = run(model, pipeline, gates=gates)
+    in_parts, parts = run(model, pipeline, (64, 64, 22), gates=gates)
+    assert whole.kept is not None
+    assert 0.2 < whole.kept.float().mean() < 0.9
+    assert torch.equal(whole.kept, parts.kept)
+    torch.testing.assert_close(together, in_parts, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [0, 64])
+def test_g6_a_causal_gate_decides_without_what_follows(models, window):
+    model, gates = models["llama"], gates_of(models["llama"], window=window)
+    others = list(IDS)
+    others[70] = (others[70] + 1) % 90
+    pipeline = Pipeline.of(AttentionGate())
+    _, before = run(model, pipeline, gates=gates)
+    _, after = run(model, pipeline, gates=gates, ids=others)
+    assert before.kept is not None
+    assert after.kept is not None
+    assert torch.equal(before.kept[..., :70], after.kept[..., :70])
+    assert not torch.equal(before.kept[..., 70:], after.kept[..., 70:])
+
+
+def test_a_bidirectional_gate_sees_its_window_and_no_further(models):
+    model, gates = models["llama"], gates_of(models["llama"], bidirectional=True)
+    others = list(IDS)
+    others[127] = (others[127] + 1) % 90
+    pipeline = Pipeline.of(AttentionGate())
+    _, before = run(model, pipeline, gates=gates)
+    _, after = run(model, pipeline, gates=gates, ids=others)
+    assert before.kept is not None
+    assert after.kept is not None
+    assert torch.equal(before.kept[..., :64], after.kept[..., :64])
+    assert not torch.equal(before.kept[..., 64:127], after.kept[..., 64:127])
 
 
 def test_short_prompts_and_what_follows_a_prompt_attend_densely(models):

@@ -42,7 +42,7 @@ def test_settings_name_every_field_so_that_equal_text_means_equal_blocks(kind: t
 def test_a_pipeline_of_one_stage_holds_it(kind: type[Stage]):
     pipeline = Pipeline.of(kind())
     assert pipeline.stages == (kind(),)
-    assert pipeline.needs_whole_prompt is kind.needs_whole_prompt
+    assert pipeline.needs_whole_prompt is (kind is ZipVL)
     assert (kind().settings() in pipeline.settings()) is kind.changes_blocks
 
 

@@ -4,23 +4,32 @@ import dataclasses
 
 import pytest
 
+from kvstrata.methods.attention_gate import AttentionGate
 from kvstrata.methods.calibrated import CalibratedCodec
 from kvstrata.methods.fallback import FallbackCodec
+from kvstrata.methods.gate_weights import GATES, GateWeights
 from kvstrata.methods.h2o import H2O
 from kvstrata.methods.pipeline import STAGES, Pipeline
 from kvstrata.methods.presets import PAPERS, from_preset, from_settings
 from kvstrata.methods.profile import Profile
+from kvstrata.methods.stage_settings import with_gates
 from kvstrata.methods.zipcache import ZipCache
 from kvstrata.methods.zipcache_codec import ZipCacheCodec
 from kvstrata.methods.zipvl import ZipVL
 from kvstrata.protos.errors import LimitError, MethodConflictError, UnknownPresetError
 from kvstrata.protos.inference_pb2 import MethodSettings
+from tests.methods.gates import random_gates
 from tests.methods.profiles import make_profile
 
 
 @pytest.fixture(scope="module")
 def profile() -> Profile:
     return make_profile()
+
+
+@pytest.fixture(scope="module")
+def gates(profile: Profile) -> GateWeights:
+    return random_gates(profile.model_id, (3, 2, 16))
 
 
 def settings_of(codec: str = "", **stages: dict[str, object]) -> MethodSettings:
@@ -38,14 +47,15 @@ def test_every_field_of_every_stage_can_be_sent(name: str):
     message = getattr(MethodSettings(), name)
     known = set(message.DESCRIPTOR.fields_by_name)
     own = {field.name for field in dataclasses.fields(STAGES[name])}
-    assert own <= known
+    assert own - {"whole_prompt"} <= known  # which the named gates say
     assert {field.removesuffix("_tokens") for field in known - own} <= own
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_that_is_only_named_has_the_paper_s_values(name: str, profile: Profile):
-    method = from_settings(settings_of(**{name: {}}), profile)
-    assert method.pipeline == Pipeline.of(STAGES[name]())
+def test_a_stage_that_is_only_named_has_the_paper_s_values(name: str, profile, gates):
+    method = from_settings(settings_of(**{name: {}}), profile, gates)
+    given = {"gates": gates.gates_id} if name == "attention_gate" else {}
+    assert method.pipeline == Pipeline.of(STAGES[name](**given))
     assert isinstance(method.codec, CalibratedCodec)
 
 
@@ -103,27 +113,56 @@ def test_zipcache_with_another_codec_is_a_conflict(codec: str, quantiser: str, p
     assert refusal.value.metadata == {"rule": "zipcache_quantiser"}
 
 
-def test_without_a_profile_stages_that_leave_tokens_out_store_as_published():
-    gated = from_settings(settings_of(attention_gate={}))
+def test_without_a_profile_stages_that_leave_tokens_out_store_as_published(gates):
+    gated = from_settings(settings_of(attention_gate={}), None, gates)
     assert isinstance(gated.codec, ZipCacheCodec)
     assert from_settings(settings_of(h2o={})).codec == FallbackCodec()
     with pytest.raises(UnknownPresetError, match="profile"):
         from_settings(settings_of(zipcache={}))
     with pytest.raises(MethodConflictError):
-        from_settings(settings_of("fallback", attention_gate={}))
+        from_settings(settings_of("fallback", attention_gate={}), None, gates)
+
+
+def test_a_gate_names_the_gates_that_it_decides_by(profile, gates):
+    stage = from_settings(settings_of(attention_gate={}), profile, gates).pipeline.gate
+    assert stage == AttentionGate(gates=gates.gates_id)
+    named = random_gates(profile.model_id, (3, 2, 16), window=0, seed=1)
+    GATES.add(named)
+    asked = settings_of(attention_gate={"gates": named.gates_id})
+    stage = from_settings(asked, profile, gates).pipeline.gate
+    assert stage == AttentionGate(gates=named.gates_id, whole_prompt=True)
+    assert from_settings(asked, profile, gates).pipeline.needs_whole_prompt
+
+
+def test_gates_that_are_not_there_or_of_another_model_are_refused(profile, gates):
+    with pytest.raises(UnknownPresetError, match="no gates") as refusal:
+        from_settings(settings_of(attention_gate={}), profile)
+    assert "tune gate" in refusal.value.remedy
+    with pytest.raises(UnknownPresetError, match="no gates 'nowhere'"):
+        from_settings(settings_of(attention_gate={"gates": "nowhere"}), profile, gates)
+    with pytest.raises(UnknownPresetError, match="no gates"):
+        from_preset("attention-gate", profile)
+    foreign = random_gates(bytes(16), (3, 2, 16), seed=2)
+    GATES.add(foreign)
+    asked = settings_of(attention_gate={"gates": foreign.gates_id})
+    for known in ((profile, gates), (profile, None), (None, gates)):
+        with pytest.raises(MethodConflictError, match="another model") as conflict:
+            from_settings(asked, *known)
+        assert conflict.value.metadata == {"rule": "foreign_gates"}
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_the_papers_are_presets(name: str, profile: Profile):
-    method = from_preset(name, profile)
-    assert method.pipeline == PAPERS[name]
-    for stage in method.pipeline.stages:
-        assert stage == type(stage)(**({"quantiser": "published"} if "published" in name else {}))
+def test_the_papers_are_presets(name: str, profile: Profile, gates):
+    method = from_preset(name, profile, gates)
+    assert method.pipeline == with_gates(PAPERS[name], profile, gates)
+    assert len(method.pipeline.stages) == len(PAPERS[name].stages)
 
 
-def test_scopes_differ_where_blocks_do(profile: Profile):
-    def scope(settings: MethodSettings, ids: tuple[int, ...] = (1, 2, 3)) -> bytes:
-        method = from_settings(settings, profile)
+def test_scopes_differ_where_blocks_do(profile: Profile, gates):
+    def scope(
+        settings: MethodSettings, ids: tuple[int, ...] = (1, 2, 3), known: GateWeights = gates
+    ) -> bytes:
+        method = from_settings(settings, profile, known)
         return method.scope(model=bytes(16), kv_dtype="float32", prompt_ids=ids).digest()
 
     plain = scope(settings_of("calibrated"))
@@ -132,6 +171,9 @@ def test_scopes_differ_where_blocks_do(profile: Profile):
     assert scope(settings_of("calibrated", attention_gate={"tau": 0.4})) != scope(
         settings_of("calibrated", attention_gate={})
     )
+    others = random_gates(profile.model_id, (3, 2, 16), seed=3)
+    gate = settings_of("calibrated", attention_gate={})
+    assert scope(gate, known=others) != scope(gate)
     zipvl = settings_of("calibrated", zipvl={})
     assert scope(zipvl) == scope(zipvl)
     assert scope(zipvl) != scope(zipvl, (1, 2, 4))
