@@ -22,7 +22,7 @@ from kvstrata.kvstore_service.counters import GIVEN_UP, REFUSALS, Counters
 from kvstrata.kvstore_service.departures import QUOTA
 from kvstrata.kvstore_service.pin_table import Clock, PinTable
 from kvstrata.kvstore_service.tenants import Tenant
-from kvstrata.protos.errors import RETRY_AFTER, ThrottledError
+from kvstrata.protos.errors import MAX_RETRY_AFTER_S, RETRY_AFTER, ThrottledError
 from kvstrata.protos.identity import BlockKey
 
 _RETRY_IN_FLIGHT_S = 0.1
@@ -221,6 +221,7 @@ class Quotas:
 
     def _refusal(self, tenant: Tenant, reason: str, what: str, retry_s: float) -> ThrottledError:
         self._counters.add(REFUSALS, tenant=tenant.name, reason=reason)
+        retry_s = min(retry_s, MAX_RETRY_AFTER_S)
         error = ThrottledError(
             f"{reason}: {what} of tenant {tenant.name!r}",
             f"try again in {retry_s:.3f} s" if retry_s else "raise the tenant's quota",

@@ -34,8 +34,8 @@ def parse_choice(text: str) -> str:
         return NONE
     if text == ALL:
         return ALL
-    parts = text.split(",")
-    if len(text) > 4096 or not all(part.strip().isdecimal() for part in parts):
+    parts = [part.strip() for part in text.split(",")]
+    if len(text) > 4096 or not all(part.isdecimal() for part in parts):
         raise LimitError(
             f"representatives must be 'none', 'all' or layers, not {text[:40]!r}",
             "write layers like '5,14'",

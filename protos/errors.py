@@ -40,6 +40,7 @@ from grpc_status import rpc_status
 
 DOMAIN = "kvstrata"
 RETRY_AFTER = "retry_after_s"
+MAX_RETRY_AFTER_S = 86_400.0
 
 
 class KVStrataError(Exception):
@@ -175,9 +176,9 @@ class ThrottledError(CapacityError):
 
     @property
     def retry_after_s(self) -> float:
-        """Seconds to wait before another attempt; 0 if the server did not say."""
+        """Seconds to wait before another attempt, a day at most; 0 if the server did not say."""
         try:
-            return max(0.0, float(self.metadata.get(RETRY_AFTER, "0")))
+            return min(max(0.0, float(self.metadata.get(RETRY_AFTER, "0"))), MAX_RETRY_AFTER_S)
         except ValueError:
             return 0.0
 

@@ -374,5 +374,7 @@ def _check_table(header: FrameHeader, head_bytes: int, frame_bytes: int) -> None
 
 
 def stratum_name(stratum: int) -> str:
-    """Return "base", "mid", "fine" or "exact"."""
+    """Return "base", "mid", "fine" or "exact"; of one that nobody knows its number."""
+    if stratum not in Stratum.values():
+        return str(stratum)
     return Stratum.Name(Stratum.ValueType(stratum)).removeprefix("STRATUM_").lower()

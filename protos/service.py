@@ -164,7 +164,12 @@ def _guard(handler: Any, check: Callable[[Metadata], str], make_call: Callable[[
 
     async def read_all(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
         async for message in requests:
-            yield read(message)
+            try:
+                request = read(message)
+            except MalformedMessageError:
+                await discard(requests)
+                raise
+            yield request
 
     inner = (
         handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream

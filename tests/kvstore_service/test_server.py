@@ -96,7 +96,7 @@ def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "-1", "2 apples", "1e9", "GiB"])
+@pytest.mark.parametrize("text", ["", "-1", "2 apples", "1e9", "GiB", "9" * 400, "٢"])
 def test_other_texts_are_no_sizes(text: str) -> None:
     with pytest.raises(ConfigurationError):
         parse_size(text)

@@ -93,7 +93,9 @@ def test_a_choice_has_one_form(text: str, choice: str, layers: list[int]) -> Non
     check_layers(choice, 4)
 
 
-@pytest.mark.parametrize("text", ["-1", "1,,2", "last", "1;2", "4096", "1e3", "9" * 5000, "²"])
+@pytest.mark.parametrize(
+    "text", ["-1", "1,,2", "last", "1;2", "4096", "1e3", "9" * 5000, "²", "1\x004"]
+)
 def test_any_other_choice_is_refused(text: str) -> None:
     with pytest.raises(LimitError) as caught:
         parse_choice(text)

@@ -11,7 +11,14 @@ import pytest
 from google.rpc import code_pb2, error_details_pb2
 
 from kvstrata.protos import admin_pb2, admin_pb2_grpc, errors
-from kvstrata.protos.errors import ERRORS, KVStrataError, from_rpc_error, to_status
+from kvstrata.protos.errors import (
+    ERRORS,
+    RETRY_AFTER,
+    KVStrataError,
+    ThrottledError,
+    from_rpc_error,
+    to_status,
+)
 from kvstrata.protos.service import CALL_METADATA, ContractInterceptor, open_channel
 
 GRPC: Any = admin_pb2_grpc  # generated without annotations
@@ -231,3 +238,14 @@ async def test_metadata_may_have_any_name(
     error = from_rpc_error(failure.value)
     assert (error.message, error.remedy, error.metadata) == ("what", "do this", {key: "value"})
     assert pickle.loads(pickle.dumps(error)).metadata == error.metadata
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"),
+    [("1.5", 1.5), ("", 0), ("soon", 0), ("-1", 0), ("nan", 0), ("1e300", 86_400), ("inf", 86_400)],
+)
+def test_the_time_to_wait_is_always_one_that_can_be_sent(told: str, seconds: float) -> None:
+    error = ThrottledError("rate: too much", "wait")
+    error.metadata[RETRY_AFTER] = told
+    assert error.retry_after_s == seconds
+    assert len(to_status(error).details) == (2 if seconds else 1)

@@ -372,3 +372,4 @@ def test_sizes_round_up_to_the_next_multiple_of_64() -> None:
 
 def test_strata_have_short_names() -> None:
     assert [stratum_name(s) for s in (1, 2, 3, 4)] == ["base", "mid", "fine", "exact"]
+    assert [stratum_name(s) for s in (-1, 66)] == ["-1", "66"]
