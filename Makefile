@@ -3,6 +3,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BASE ?= main
+FUZZ ?= 1000000
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check --no-compile -c constraints.txt
@@ -16,7 +17,7 @@ RUN_CLEAN := export TMPDIR=$$(mktemp -d /tmp/kvt-XXXXXX) && trap 'rm -rf "$$TMPD
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint fmt types farm proto soak aot e2e peers-codec size clean
+.PHONY: help install demo test lint fmt types farm proto soak fuzz aot e2e peers-codec size clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9%_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9%_-]+):.*## /\1\t/' \
@@ -46,6 +47,10 @@ test: lint types ## lint, types and every test but those that are long: make e2e
 
 soak: install ## 30 minutes of load and faults against three stores; SOAK="--seed 7 --seconds 120" for another run
 	$(RUN_CLEAN) $(BIN)/python -P benchmarks/bench_soak.py $(SOAK)
+
+fuzz: install ## a million changed frames and messages, and longer state machines; FUZZ=5000000 for more
+	$(RUN_CLEAN) KVSTRATA_FUZZ=$(FUZZ) $(BIN)/pytest tests/fuzz tests/kvstore_service/test_state_machines.py --timeout=0 \
+		-p no:logging -s --basetemp="$$TMPDIR/pytest"
 
 aot: install ## compile every case of every GPU kernel for every GPU we name; make test takes the largest
 	$(RUN_CLEAN) KVSTRATA_AOT=all $(BIN)/pytest tests/kernels/test_aot.py --basetemp="$$TMPDIR/pytest"
