@@ -15,7 +15,7 @@ from kvstrata.kvstore_service.config import StoreConfig
 from kvstrata.kvstore_service.tenants import Tenants
 from kvstrata.kvstore_service.testing import LocalStore
 from kvstrata.prefill_node import WorkerConfig
-from kvstrata.protos import admin_pb2, inference_pb2
+from kvstrata.protos import admin_pb2, inference_pb2, kvstore_pb2
 from kvstrata.protos.errors import ThrottledError
 from kvstrata.protos.service import call_metadata
 from tests.cluster.local_workers import Cluster, LocalWorkers, error_of, request_of
@@ -82,9 +82,13 @@ async def test_a_request_needs_a_known_token(
     assert (await model.code()).name == code
 
 
-@pytest.mark.parametrize("name", ["Stats", "ListBlocks", "Inspect", "Evict", "Drain"])
+ADMIN = [method.name for method in admin_pb2.DESCRIPTOR.services_by_name["Admin"].methods]
+
+
+@pytest.mark.parametrize("name", ADMIN)
 async def test_admin_is_for_the_operator(shared: Cluster, name: str) -> None:
-    request = getattr(admin_pb2, f"{name}Request")()
+    kind = f"{name}Request"
+    request = getattr(admin_pb2 if hasattr(admin_pb2, kind) else kvstore_pb2, kind)()
     call = getattr(shared.admin, name)(request, **shown("bob"))
     assert (await call.code()).name == "PERMISSION_DENIED"
     assert (await shared.admin.Stats(admin_pb2.StatsRequest(), **shown("ops"))).health == "ok"
@@ -103,6 +107,23 @@ async def test_a_tenant_that_asks_too_often_is_told_when_to_come_again(shared: C
     stats = await shared.admin.Stats(admin_pb2.StatsRequest(), **shown("ops"))
     refusals = [dict(c.labels) for c in stats.counters if c.name == "refusals_total"]
     assert refusals == [{"tenant": "slow", "reason": "rate"}]
+
+
+async def test_an_operator_explains_another_tenants_prompt_and_limits_it(shared: Cluster) -> None:
+    await shared.generate(request_of(PROMPT), **shown("alice"))
+
+    async def run(tenant: str) -> int:
+        request = admin_pb2.ExplainRequest(prompt=request_of(PROMPT), tenant=tenant)
+        return int((await shared.admin.Explain(request, **shown("ops"))).run)
+
+    assert [await run("alice"), await run("bob"), await run("")] == [3, 0, 0]
+    limit = admin_pb2.QuotaRequest(tenant="alice", requests_per_s=0.01)
+    (told,) = (await shared.admin.Quota(limit, **shown("ops"))).tenants
+    assert (told.tenant, told.requests_per_s) == ("alice", 0.01)
+    await shared.generate(request_of(PROMPT, max_tokens=1), **shown("alice"))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await shared.generate(request_of(PROMPT, max_tokens=1), **shown("alice"))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 async def test_the_stacks_own_store_lets_only_the_stack_in(tmp_path: Path) -> None:
