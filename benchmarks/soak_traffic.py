@@ -166,7 +166,7 @@ class Traffic:
         """Look a stream up, sometimes with a lease, and read what was told, or all of it."""
         hashes = stream_hashes(stream)
         told = len(hashes)
-        leased: list[float] = []
+        leased: list[Event] = []
         if source.random() < 0.5:
             lease_ms = source.choice([0, LEASE_MS])
 
@@ -176,7 +176,8 @@ class Traffic:
                 told = len(found.blocks)
                 event["told"], event["degraded"] = told, found.degraded
                 if lease_ms and not found.degraded:
-                    leased.append(event["t0"])
+                    event["strata"] = [list(block.strata) for block in found.blocks]
+                    leased.append(event)
 
             await self._recorded("lookup", name, store, look)
         if told:
@@ -190,17 +191,19 @@ class Traffic:
         client: StoreClient,
         stream: int,
         count: int,
-        leased: Sequence[float] = (),
+        leased: Sequence[Event] = (),
     ) -> None:
         wait_ms = 500 if source.random() < 0.1 else 0
         strata = [BASE] if source.random() < 0.2 else [BASE, MID]
 
         async def call(event: Event) -> None:
             event["timeout_s"] = TIMEOUT_S + wait_ms / 1000
-            blocks = [{"name": str(Name(stream, number))} for number in range(count)]
+            blocks: list[Event] = [{"name": str(Name(stream, n))} for n in range(count)]
             event["blocks"] = blocks
-            if leased:
-                event["leased_t0"] = leased[0]
+            for lease in leased:
+                event["leased_t0"] = lease["t0"]
+                for block, told in zip(blocks, lease["strata"], strict=True):
+                    block["leased"] = told
             pieces = client.get(
                 SCOPE, stream_hashes(stream)[:count], strata, wait_ms=wait_ms, timeout_s=TIMEOUT_S
             )

@@ -14,8 +14,9 @@ What a store promises, and what this checks:
    * ``dram``: until it is evicted or the store ends; nothing is checked.
 
    Both tiers are larger than all streams that are written again, so nothing is evicted there.
-   A block that a Lookup told and leased is delivered to whoever asks within the lease, by every
-   store, the small one included, unless one of the above happened, or the store died.
+   Every stratum that a Lookup told and leased is delivered to whoever asks within the lease, by
+   every store, the small one included, unless one of the above happened, or the store died. (What
+   was shed before, or deleted through another store, a Lookup does not tell.)
 3. *Time*. Every call ends within its deadline and some slack.
 4. *Silence*. A call fails only while its store is killed, paused or cut off, or right after.
 5. *Bounds*. Memory and disk stay within theirs, and no stream of calls dries up without a fault.
@@ -236,7 +237,13 @@ class Validator:
         ):
             return
         self._leased += 1
-        misses = sorted({v[1:] for k, v in block.items() if k.isdecimal() and v.startswith("!")})
+        misses = sorted(
+            {
+                v[1:]
+                for k, v in block.items()
+                if k.isdecimal() and v.startswith("!") and int(k) in block.get("leased", (int(k),))
+            }
+        )
         if misses:
             self._broken("durability", op, f"{block['name']} is {', '.join(misses)}; leased")
 

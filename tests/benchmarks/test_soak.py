@@ -156,6 +156,11 @@ def test_a_broken_lease_is_found_also_where_nothing_else_was_promised() -> None:
     assert broken(first, lost | {"t1": 12}) == []
     assert broken(first, fault("store_kill", 9.6, 9.9, "c"), lost) == []
     assert broken(first, fault("disk_flip", 9.6, 9.6, "c", str(BLOCK)), lost) == []
+    shed = get(10, 11, store="c", leased_t0=9.5)
+    shed["blocks"][0] |= {str(MID): "!evicted", "leased": [BASE]}
+    assert broken(first, shed) == []
+    shed["blocks"][0]["leased"] = [BASE, MID]
+    assert broken(first, shed) == ["durability"]
 
 
 def test_a_hang_and_an_unexplained_error_are_found() -> None:
