@@ -82,6 +82,11 @@ async def test_a_request_needs_a_known_token(
     assert (await model.code()).name == code
 
 
+def test_every_call_of_tenants_is_tried_above() -> None:
+    service = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
+    assert [method.name for method in service.methods] == ["Generate", "GetModel"]
+
+
 ADMIN = [method.name for method in admin_pb2.DESCRIPTOR.services_by_name["Admin"].methods]
 
 
