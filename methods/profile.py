@@ -182,6 +182,9 @@ def read_arrays(path: Path, max_bytes: int) -> dict[str, np.ndarray]:
             entries = archive.infolist()
             if sum(entry.file_size for entry in entries) > max_bytes:
                 raise ProfileError("it is larger than any profile")
+            # A reader allocates what an entry says that it takes in the file.
+            if sum(entry.compress_size for entry in entries) > path.stat().st_size:
+                raise ProfileError("its entries take more than the file has")
             if any(entry.compress_type not in _METHODS for entry in entries):
                 raise ProfileError("it is compressed by an unknown method")
             return {e.filename.removesuffix(".npy"): _read_array(archive.read(e)) for e in entries}

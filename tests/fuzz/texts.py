@@ -67,7 +67,7 @@ def check_text(text: str) -> str:
         read += 1
     except ValueError:
         pass
-    if text.startswith("redis") and SECRET in text and f":{SECRET}@" in text:
+    if text.startswith("redis") and text.count(SECRET) == 1 and f":{SECRET}@" in text:
         assert SECRET not in mask_url(text)
     return "read" if read else "refused"
 

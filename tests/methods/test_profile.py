@@ -254,6 +254,23 @@ def test_an_array_that_tells_another_size_is_refused_before_it_is_allocated(
         tracemalloc.stop()
 
 
+def test_an_entry_that_takes_more_than_the_file_has_is_refused_before_it_is_read(
+    saved: Path, tmp_path: Path
+) -> None:
+    """``zipfile`` allocates as many bytes as the directory says, up to 4 GiB."""
+    data = bytearray(saved.read_bytes())
+    directory = data.index(b"PK\x01\x02")
+    data[directory + 20 : directory + 24] = (1 << 30).to_bytes(4, "little")
+    path = tmp_path / "a.npz"
+    path.write_bytes(data)
+    tracemalloc.start()
+    try:
+        assert "more than the file has" in _refusal(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_other_compressions_are_refused(method: int, profile: Profile, tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
