@@ -2,6 +2,8 @@
 
 import json
 import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -67,14 +69,7 @@ def skipdecode(
     else:
         schedule = SkipDecode.for_speedup(loaded.spec.num_layers, speedup, decay_tokens=answer)
     plan = TuningPlan(prompt, answer, batch, steps, learning_rate, rank, likeness, measured, seed)
-    with Progress(console=console) as bar:
-        bars: dict[str, TaskID] = {}
-
-        def tell(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                bars[stage] = bar.add_task(stage, total=total)
-            bar.update(bars[stage], completed=done, total=total)
-
+    with _told() as tell:
         tuned = run(loaded, schedule, texts, plan, out, tell)
     picture = plot_losses({"loss of held-in text": tuned.losses}, out / "loss.png")
     result = {
@@ -85,6 +80,111 @@ def skipdecode(
     }
     (out / "skipdecode.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
+
+
+@app.command()
+def gate(
+    out: Annotated[Path, typer.Option(help="Folder of the gates; a second run resumes.")],
+    text: Texts = None,
+    examples: Annotated[
+        list[Path] | None,
+        typer.Option("--examples", help='Instead: lines of JSON, {"prompt": ..., "answer": ...}.'),
+    ] = None,
+    model: ModelName = None,
+    keep: Annotated[float, typer.Option(help="Share of tokens to keep, in (0, 1].")] = 0.5,
+    length: Annotated[int, typer.Option(min=128, help="Tokens of a stretch of text.")] = 512,
+    warm_steps: Annotated[
+        int, typer.Option(min=0, help="Updates before, towards what later tokens attend to.")
+    ] = 400,
+    cached: Annotated[int, typer.Option(min=1, help="Stretches that these run on.")] = 24,
+    steps: Annotated[int, typer.Option(min=0, help="Updates through the whole model.")] = 60,
+    batch: Annotated[int, typer.Option(min=1, help="Stretches an update.")] = 1,
+    learning_rate: Annotated[float, typer.Option(min=0, help="At its highest.")] = 2e-4,
+    loss: Annotated[str, typer.Option(help="hinge, linear or absolute.")] = "hinge",
+    weight: Annotated[float, typer.Option(min=0, help="Of the loss of eviction.")] = 4.0,
+    bidirectional: Annotated[bool, typer.Option(help="Gates see what follows, too.")] = False,
+    rank: Annotated[int, typer.Option(min=0, help="Of an adapter that learns with them.")] = 0,
+    measured: Annotated[int, typer.Option(min=1, help="Held-out stretches to measure on.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
+) -> None:
+    """Train the gates that tell which K and V to keep (Attention-Gate); resumes.
+
+    Example: kvstrata tune gate --out ./gates --keep 0.5 --text manual.txt
+    """
+    from kvstrata.cluster.gate_plan import GatePlan, answered, cut
+    from kvstrata.cluster.gate_tuning import tune_gates
+    from kvstrata.cluster.model_check import load_model
+    from kvstrata.cluster.tuning_plot import plot_losses
+
+    plan = GatePlan(
+        length=length,
+        batch=batch,
+        num_steps=steps,
+        learning_rate=learning_rate,
+        keep_rate=keep,
+        loss=loss,  # type: ignore[arg-type]  # the plan refuses what is none
+        weight=weight,
+        warm_steps=warm_steps,
+        num_cached=cached,
+        bidirectional=bidirectional,
+        rank=rank,
+        num_measured=measured,
+        seed=seed,
+    )
+    pairs = [_pairs(path) for path in examples or ()]
+    texts = [] if pairs else _texts(text)
+    loaded = load_model(model, "float32")
+    groups = [[answered(loaded, *pair) for pair in group] for group in pairs]
+    groups += [cut(loaded, one, plan) for one in texts]
+    names = [path.name for path in (examples or text or ())] or ["the Python standard library"]
+    note = f"{loaded.name}; {', '.join(names)}"
+    with _told() as tell:
+        tuned = tune_gates(loaded, groups, plan, out, tell, note)
+    curves = {"loss before": tuned.warm_losses, "loss": tuned.losses, "kept": tuned.keep_rates}
+    curves = {name: curve for name, curve in curves.items() if curve}
+    picture = plot_losses(curves, out / "gates.png") if curves else None
+    result = {
+        "gates": str(out),
+        "gates_id": tuned.gates.gates_id,
+        "plot": str(picture),
+        "measured": {name: asdict(found) for name, found in tuned.measured.items()},
+        "kept": {name: found.kept_fraction for name, found in tuned.measured.items()},
+    }
+    (out / "gates.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+@contextmanager
+def _told() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar for each stage that is told."""
+    with Progress(console=console) as bar:
+        bars: dict[str, TaskID] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = bar.add_task(stage, total=total)
+            bar.update(bars[stage], completed=done, total=total)
+
+        yield tell
+
+
+def _pairs(path: Path) -> list[tuple[str, str]]:
+    """Return the prompts and answers in a file.
+
+    Raises:
+        ConfigurationError: It cannot be read, or a line is no example.
+    """
+    pairs = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            example = json.loads(line)
+            pairs.append((str(example["prompt"]), str(example["answer"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigurationError(
+                f"{path}, line {number} is no example: {error}"[:200],
+                'give lines of JSON: {"prompt": "...", "answer": "..."}',
+            ) from error
+    return pairs
 
 
 def _texts(paths: list[Path] | None) -> list[str]:

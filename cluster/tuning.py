@@ -87,7 +87,7 @@ class Tuner:
         Raises:
             ArithmeticError: A loss is no number; what the file remembers is from before.
         """
-        self._resume()
+        self.resume()
         total = self._schedule.num_steps
         for step in range(len(self.losses), total):
             tell("training", step, total)
@@ -122,22 +122,27 @@ class Tuner:
         save_file(tensors, temporary, facts)
         temporary.replace(self._state)
 
-    def _resume(self) -> None:
-        """Take up what the file remembers, if it is of the same training and whole."""
+    def resume(self) -> bool:
+        """Take up what the file remembers, if it is of the same training and whole.
+
+        Returns:
+            Whether it did.
+        """
         if not self._state.is_file():
-            return
+            return False
         try:
             with safe_open(self._state, "pt") as file:
                 facts = file.metadata() or {}
                 if facts.get("identity") != self._identity:
-                    return
+                    return False
                 losses = [float(loss) for loss in json.loads(facts["losses"])]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             self._restore(tensors, len(losses))
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             logger.warning("%s is damaged, so training starts anew: %s", self._state, error)
-            return
+            return False
         self.losses = losses
+        return True
 
     def _restore(self, tensors: Mapping[str, torch.Tensor], num_steps: int) -> None:
         wanted = {}

@@ -40,3 +40,13 @@ def test_it_adds_to_what_is_there() -> None:
     add_row_saliency(case.queries[1:], lse[1:], alone, 1, case.scaling, firsts[1:], sums)
     assert torch.equal(sums[0], once[0])
     torch.testing.assert_close(sums[1], 2 * once[1])
+
+
+def test_h8_the_weights_of_a_row_add_up_to_one() -> None:
+    case = Case([20, 40], dim=8, group=3)
+    _, lse = step_rows(case.queries, *case.new, case.step, 1, case.scaling)
+    sums = torch.zeros(2, 2, 2, 48)
+    add_row_saliency(
+        case.queries, lse, case.step, 1, case.scaling, torch.zeros(2, dtype=torch.int32), sums
+    )
+    torch.testing.assert_close(sums[:, 1].sum(-1), torch.ones(2, 2), rtol=1e-5, atol=1e-5)
