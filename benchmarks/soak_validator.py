@@ -18,7 +18,8 @@ What a store promises, and what this checks:
    every store, the small one included, unless one of the above happened, or the store died. (What
    was shed before, or deleted through another store, a Lookup does not tell.)
 3. *Time*. Every call ends within its deadline and some slack.
-4. *Silence*. A call fails only while its store is killed, paused or cut off, or right after.
+4. *Silence*. A call fails only while its store is killed, paused or cut off, or right after; never
+   by a defect of ours.
 5. *Bounds*. Memory and disk stay within theirs, and no stream of calls dries up without a fault.
 """
 
@@ -267,7 +268,10 @@ class Validator:
         for op in self._ops:
             if op["error"] == "DeadlineError" and stood_still:
                 continue
-            if op["error"] and not cut_off[op["store"]].touch(op["t0"], op["t1"], RECOVERY_S):
+            excused = cut_off[op["store"]].touch(op["t0"], op["t1"], RECOVERY_S)
+            if op["error"] == "InternalError":  # a defect of ours, whatever else fails
+                self._broken("silence", op, f"a defect: {op.get('message')}")
+            elif op["error"] and not excused:
                 what = f"failed while all was well: {op['error']}: {op.get('message')}"
                 self._broken("silence", op, what)
             for block in op["blocks"] if op["op"] == "put" else ():

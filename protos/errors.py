@@ -231,6 +231,9 @@ _BY_STATUS: dict[grpc.StatusCode, type[KVStrataError]] = {
     grpc.StatusCode.INTERNAL: InternalError,
     grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
 }
+# What grpcio says, with INTERNAL, where a stream ends under a write: the connection was cut, or the
+# server stopped (grpc/grpc issue 36066).
+_CUT = "Internal error from Core"
 _REMEDIES: dict[grpc.StatusCode, str] = {
     grpc.StatusCode.UNAVAILABLE: "check the address and that the server runs",
     grpc.StatusCode.DEADLINE_EXCEEDED: "raise the timeout or ask for fewer tokens",
@@ -268,6 +271,8 @@ def from_rpc_error(error: grpc.RpcError, peer: str = "") -> KVStrataError:
     if sent is not None:
         return sent
     code: grpc.StatusCode = error.code()
+    if code is grpc.StatusCode.INTERNAL and error.details() == _CUT:
+        code = grpc.StatusCode.UNAVAILABLE
     kind = _BY_STATUS.get(code, InternalError)
     where = f"{peer}: " if peer else ""
     return kind(f"{where}{code.name}: {error.details() or 'no details'}", _REMEDIES.get(code, ""))

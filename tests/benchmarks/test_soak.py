@@ -171,6 +171,8 @@ def test_a_hang_and_an_unexplained_error_are_found() -> None:
     assert broken(failed, fault("store_kill", 1, 4, "a")) == []
     assert broken(failed, fault("store_kill", 1, 4, "b")) == ["silence"]
     assert broken(failed, fault("redis_kill", 1, 4)) == ["silence"]
+    defect = op("put", 2, 3, error="InternalError")
+    assert broken(defect, fault("store_kill", 1, 4, "a")) == ["silence"]
     refused = put(0, 1)
     refused["blocks"][0] |= {"outcome": "rejected", "reason": "tokens"}
     assert broken(refused) == ["silence"]

@@ -191,6 +191,19 @@ async def test_unreadable_details_count_as_a_bare_status(
     assert error.message == "NOT_FOUND: bare"
 
 
+def test_a_stream_that_is_cut_under_a_write_is_unavailable() -> None:
+    cut = grpc.aio.AioRpcError(
+        grpc.StatusCode.INTERNAL,
+        grpc.aio.Metadata(),
+        grpc.aio.Metadata(),
+        details="Internal error from Core",
+    )
+    error = from_rpc_error(cut, "store:1")
+    assert type(error) is errors.UnavailableError
+    assert error.message == "store:1: UNAVAILABLE: Internal error from Core"
+    assert "check the address" in error.remedy
+
+
 async def test_an_address_without_a_server_is_unavailable() -> None:
     async with open_channel("127.0.0.1:1") as channel:
         with pytest.raises(grpc.aio.AioRpcError) as failure:
