@@ -36,7 +36,7 @@ T = TypeVar("T")
 BASE, MID, EXACT = 1, 2, 4
 SCOPE = ScopeDigest(b"s" * 16)
 SUBSETS = ({BASE: 500}, {BASE: 500, MID: 300}, {EXACT: 900})
-THINK = max(1, min(50, int(os.environ.get("KVSTRATA_FUZZ", 20_000)) // 20_000))
+THINK = max(1, min(10, int(os.environ.get("KVSTRATA_FUZZ", 20_000)) // 20_000))
 
 numbers = st.integers(0, 7)
 few = st.integers(0, 2)
