@@ -17,7 +17,7 @@ RUN_CLEAN := export TMPDIR=$$(mktemp -d /tmp/kvt-XXXXXX) && trap 'rm -rf "$$TMPD
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint fmt types farm proto soak fuzz aot e2e peers-codec size clean
+.PHONY: help install demo test lint fmt types farm proto soak fuzz aot e2e peers-codec peers-methods size clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9%_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9%_-]+):.*## /\1\t/' \
@@ -84,6 +84,10 @@ bench-%: benchmarks/bench_%.py install ## run one benchmark: make bench-<claim>
 
 peers-codec: install ## install the codecs that bench-codec compares with
 	$(PIP) -e '.[peers]' --no-build-isolation
+
+peers-methods: peers-codec ## install kvpress, which bench-methods compares with
+	$(PIP) --no-deps 'kvpress==0.5.5'
+	$(PIP) cachetools datasets
 
 size: ## hand-written lines per room, and the change against BASE (main)
 	@base=$$(git rev-parse --verify --quiet $(BASE)); \

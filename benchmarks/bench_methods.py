@@ -38,12 +38,13 @@ CONTINUATION = 256
 TEXTS = ("technical", "genesis", "alice", "play", "faq", "quotes")
 LINED = ("technical", "genesis", "alice", "play")
 # By prompt length: texts, and texts with lists.
-PLAN = {
+FULL = {
     1536: (TEXTS, LINED),
     512: (TEXTS[:3], ()),
     4096: (("technical", "genesis", "alice"), ("play",)),
 }
-QUICK = {1536: (("technical", "genesis"), ("alice",))}
+PLAN = {1536: (("technical", "genesis", "faq"), ("alice",))}
+QUICK = {1536: (("technical",), ())}
 QUICK_BUDGETS = (0.5, 0.2)
 OTHER_BUDGETS = (0.5, 0.2)  # at lengths other than the first
 PACKAGES = ("transformers", "kvpress", "optimum-quanto", "hqq", "numba")
@@ -57,11 +58,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="folder, GGUF file or hub id (default: SmolLM2-135M)")
     parser.add_argument("--schemes", default="", metavar="A,B", help="default: all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="three contexts, two budgets")
+    parser.add_argument("--contexts", type=int, metavar="N", help="the first N; default: all")
+    parser.add_argument("--quick", action="store_true", help="one context, two budgets")
+    parser.add_argument("--full", action="store_true", help="all lengths and budgets: hours")
+    parser.add_argument(
+        "--add", action="store_true", help="to the rows in results/, with --schemes"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per row")
     parser.add_argument("--no-save", action="store_true", help="leave results/ as it is")
     options = parser.parse_args(arguments)
-    options.no_save |= options.quick or bool(options.schemes) or bool(options.model)
+    partial = bool(options.schemes) and not options.add
+    options.no_save |= options.quick or partial or bool(options.model)
     return options
 
 
@@ -95,13 +102,18 @@ def schemes_of(
     codecs, missing = methods_catalogue.other_codecs(options.seed)
     if not has_kvpress:
         missing |= dict.fromkeys(methods_kvpress.PRESSES, methods_kvpress.INSTALL)
+    taus = methods_catalogue.TAUS if options.full else methods_catalogue.SHORT_TAUS
     every = [
+        methods_catalogue.whole(),
         *methods_catalogue.eviction(budgets, options.seed, has_kvpress=has_kvpress),
+        *methods_catalogue.gated(model.gates, budgets),
         *methods_catalogue.coded(model.profile, budgets),
-        *methods_catalogue.zipvl(methods_catalogue.TAUS),
+        *methods_catalogue.zipvl(taus),
         *codecs,
     ]
     names = [name for name in options.schemes.split(",") if name]
+    if not options.full:
+        every = [s for s in every if methods_catalogue.is_short(s)]
     unknown = set(names) - {scheme.name for scheme in every}
     if unknown:
         raise ValueError(f"no scheme {', '.join(sorted(unknown))}")
@@ -164,8 +176,9 @@ def main() -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     note = Console(stderr=True)
     model = Model.load(options.model)
-    plan = QUICK if options.quick else PLAN
-    budgets = QUICK_BUDGETS if options.quick else methods_catalogue.BUDGETS
+    plan = FULL if options.full else QUICK if options.quick else PLAN
+    budgets = methods_catalogue.BUDGETS if options.full else methods_catalogue.SHORT_BUDGETS
+    budgets = QUICK_BUDGETS if options.quick else budgets
     try:
         schemes, missing = schemes_of(model, options, budgets)
     except ValueError as error:
@@ -176,6 +189,7 @@ def main() -> int:
     found_contexts, short = contexts(model.tokenizer, plan, options.seed)
     for sentence in short:
         note.print(f"left out: {sentence}")
+    found_contexts = found_contexts[: options.contexts]
     first = next(iter(plan))
     fewer = [s for s in schemes if s.budget in (1.0, *OTHER_BUDGETS)]
     jobs = [(t, schemes if len(t.context.prompt) == first else fewer) for t in found_contexts]
@@ -184,6 +198,8 @@ def main() -> int:
     for done, part in enumerate(run(model, jobs, options), start=1):
         measured += part
         found = rows(measured, model.name)
+        if options.add:
+            found = records.joined("methods", found, ("method", "budget", "tokens"))
         if not options.no_save:
             facts = records.machine(*PACKAGES)
             facts |= {"model": model.name, "seed": options.seed, "left_out": [*missing, *short]}

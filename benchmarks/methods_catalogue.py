@@ -10,15 +10,20 @@ from methods_schemes import (
     SINKS,
     Coded,
     Evicted,
+    Gated,
     MethodScheme,
     Unbudgeted,
     by_chance,
+    by_gate,
     by_peer,
     evenly,
+    everything,
     h2o,
     sparse,
 )
 
+from kvstrata.methods.attention_gate import AttentionGate
+from kvstrata.methods.gate_weights import GateWeights
 from kvstrata.methods.h2o import H2O
 from kvstrata.methods.pipeline import Pipeline
 from kvstrata.methods.presets import Method, from_preset, from_settings
@@ -29,6 +34,8 @@ from kvstrata.protos.inference_pb2 import MethodSettings
 
 BUDGETS = (0.8, 0.65, 0.5, 0.35, 0.3, 0.2, 0.1)
 TAUS = (0.99, 0.975, 0.96, 0.9)
+SHORT_BUDGETS = (0.5, 0.3, 0.2)
+SHORT_TAUS = (0.975, 0.9)
 CACHE_PEERS = ("quanto-4", "quanto-2", "hqq-4", "zipcache", "kivi-4", "kivi-2")
 
 
@@ -52,6 +59,21 @@ def eviction(budgets: Sequence[float], seed: int, *, has_kvpress: bool) -> list[
         if has_kvpress:
             schemes += [Evicted(name, budget, by_peer(name, budget)) for name in PRESSES]
     return schemes
+
+
+def whole() -> MethodScheme:
+    """Return what all others are measured against: every token, as it is."""
+    return Evicted("uncompressed", 1.0, everything)
+
+
+def gated(gates: GateWeights | None, budgets: Sequence[float]) -> list[MethodScheme]:
+    """Return trained gates as they are served, and as an order of tokens at every budget."""
+    if gates is None:
+        return []
+    ordered = [
+        Evicted("attention-gate order", budget, by_gate(budget), peer=False) for budget in budgets
+    ]
+    return [Gated(AttentionGate(gates=gates.gates_id), gates.keep_rate), *ordered]
 
 
 def coded(profile: Profile | None, budgets: Sequence[float]) -> list[MethodScheme]:
@@ -88,6 +110,13 @@ def coded(profile: Profile | None, budgets: Sequence[float]) -> list[MethodSchem
 def zipvl(taus: Sequence[float]) -> list[MethodScheme]:
     """Return ZipVL's sparse prefill, the rest kept or evicted."""
     return [sparse(tau, rest) for tau in taus for rest in ("low_bit", "evict")]  # type: ignore[arg-type]
+
+
+def is_short(scheme: MethodScheme) -> bool:
+    """Return whether a scheme is measured without ``--full``."""
+    if scheme.name in ("h2o-sinks", "uniform", "h2o + small", "zipcache blocks shared"):
+        return False
+    return not (scheme.peer and scheme.budget == 0.3)
 
 
 def other_codecs(seed: int) -> tuple[list[MethodScheme], dict[str, str]]:

@@ -15,12 +15,15 @@ from typing import Protocol
 import torch
 from codec_schemes import Prefilled, ProbedCache, Scheme, Stored
 
+from kvstrata.engine.attention import AttendOver
 from kvstrata.engine.cache import SequenceCache
 from kvstrata.engine.kept_cache import KeptCache
 from kvstrata.engine.model import Model
 from kvstrata.engine.selecting_sequence import SelectingSequence
 from kvstrata.engine.sequence import PROBE_FRACTION, RunningSequence
+from kvstrata.methods.attention_gate import AttentionGate
 from kvstrata.methods.exact import ExactCodec
+from kvstrata.methods.gate_weights import GateWeights
 from kvstrata.methods.h2o import H2O
 from kvstrata.methods.pipeline import Pipeline
 from kvstrata.methods.presets import PUBLISHED as ZIPCACHE
@@ -43,10 +46,12 @@ class Observed(Prefilled):
     Attributes:
         scores: Of all rows.
         peer_scores: By name, float (L, H, n), larger is kept: what other projects make of it.
+        gates: float (L, H, n), larger is kept; None where the model has no gates.
     """
 
     scores: TokenScores
     peer_scores: dict[str, torch.Tensor] = field(default_factory=dict)
+    gates: torch.Tensor | None = None
 
     @classmethod
     def observe(cls, model: Model, ids: list[int]) -> "Observed":
@@ -58,7 +63,7 @@ class Observed(Prefilled):
             pass
         keys = cache.read(0, len(ids))[0]
         scores = TokenScores.of(cache.queries, cache.positions, keys, model.attention_scaling)
-        return cls(model, ids, cache, scores)
+        return cls(model, ids, cache, scores, gates=_gates(model, ids))
 
     def scores_of(self, rows: torch.Tensor | None) -> TokenScores:
         """Return the scores by some of the rows; by the last 10 % for None, as without stages."""
@@ -76,6 +81,29 @@ class Observed(Prefilled):
         """Return (L, H, n)."""
         layers, heads, num_tokens = self.scores.saliency.shape
         return layers, heads, num_tokens
+
+
+@torch.inference_mode()
+def _gates(model: Model, ids: list[int]) -> torch.Tensor | None:
+    """Return what the model's gates say of tokens that all attend to each other."""
+    if model.gates is None:
+        return None
+    noting = _Noting(model.gates)
+    model.forward_through(noting, ids, num_logits=1)
+    return torch.stack(noting.found)
+
+
+class _Noting(AttendOver):
+    """The state of a normal pass that writes down what gates say of its tokens."""
+
+    def __init__(self, gates: GateWeights) -> None:
+        super().__init__(lambda *given: given[2:])
+        self._gates = gates
+        self.found: list[torch.Tensor] = []
+
+    def observe(self, layer: int, hidden: torch.Tensor) -> None:
+        """Note a layer's gates, (H, n)."""
+        self.found.append(self._gates.gate_of(layer, hidden).T)
 
 
 class MethodScheme(Protocol):
@@ -223,6 +251,60 @@ class Sparse:
         marks = 0 if kept.all() else kept.numel()
         cache = KeptCache(sequence._dense, kept)
         return Stored(cache, int(kept.sum()) * width + marks, seconds, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """Attention-Gate as it is served: the prompt is run again, and gates act before attention.
+
+    Attributes:
+        stage: Its gates and threshold.
+        budget: What the gates were trained to keep.
+    """
+
+    stage: AttentionGate
+    budget: float
+    name: str = "attention-gate"
+    peer: bool = False
+
+    def store(self, prompt: Observed) -> Stored:
+        """Run the prompt and drop what its gates drop; see ``MethodScheme.store``."""
+        num_blocks = (len(prompt.ids) - 1) // BLOCK_TOKENS
+        method = Method(PUBLISHED, pipeline=Pipeline.of(self.stage))
+        sequence = SelectingSequence(prompt.model, method, prompt.ids)
+        start = time.perf_counter()
+        for _ in sequence.compute(num_blocks * BLOCK_TOKENS):
+            pass
+        sequence.extend(prompt.ids[num_blocks * BLOCK_TOKENS :])
+        seconds = time.perf_counter() - start
+        assert sequence.selected is not None
+        kept = sequence.kept_fraction * prompt.scores.saliency.numel()
+        width = 2 * prompt.model.spec.head_dim * BF16_BITS
+        return Stored(
+            sequence.selected, round(kept) * width + prompt.scores.saliency.numel(), seconds, 0.0
+        )
+
+
+def everything(prompt: Observed) -> torch.Tensor:
+    """Return all tokens."""
+    return torch.ones(prompt.shape, dtype=torch.bool)
+
+
+def by_gate(budget: float) -> Choose:
+    """Return what gates value most in each head, and the sinks.
+
+    Half of the budget is what is recent, as H2O's is: gates do not know where a prompt ends.
+    """
+
+    def choose(prompt: Observed) -> torch.Tensor:
+        assert prompt.gates is not None
+        num_tokens = len(prompt.ids)
+        order = prompt.gates.clone()
+        order[..., :SINKS] = 2.0
+        order[..., num_tokens - int(num_tokens * budget / 2) :] = 2.0
+        return largest(order, int(num_tokens * budget + 1e-9))
+
+    return choose
 
 
 def sparse(tau: float, rest: Rest) -> Sparse:

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,3 +39,11 @@ def save(name: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     path.write_text(f'{head}\n "rows": [\n{lines}\n ]\n}}\n')
     return path
+
+
+def joined(name: str, rows: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the rows saved as ``name``, those with equal ``keys`` replaced, and the new ones."""
+    path = FOLDER / f"{name}.json"
+    saved = json.loads(path.read_text())["rows"] if path.is_file() else []
+    ours = {tuple(row[key] for key in keys) for row in rows}
+    return [row for row in saved if tuple(row[key] for key in keys) not in ours] + rows

@@ -47,7 +47,7 @@ def test_the_wheel_holds_the_rooms_and_nothing_else(wheel: Path):
     on_disk = {
         f"kvstrata/{path.relative_to(ROOT)}"
         for room in ROOMS
-        for pattern in (*CONTENT, "profiles/*")
+        for pattern in (*CONTENT, "profiles/*", "gates/*")
         for path in (ROOT / room).glob(pattern)
     }
     with zipfile.ZipFile(wheel) as archive:

@@ -17,7 +17,7 @@ from kvstrata.methods.framing import SealedBlock
 from kvstrata.methods.gate_weights import GATES, GateError
 from kvstrata.methods.h2o import H2O
 from kvstrata.methods.pipeline import Pipeline
-from kvstrata.methods.presets import Method
+from kvstrata.methods.presets import Method, from_preset
 from kvstrata.methods.profile import Profile
 from kvstrata.methods.stage_settings import with_gates
 from kvstrata.methods.zipcache import ZipCache
@@ -242,6 +242,16 @@ def test_g8_a_head_caches_what_its_gate_keeps_and_what_is_protected(models, prof
             assert positions == [*gated_ones, *range(128, len(PROMPT) + 3)]
     whole = Method(codec_of("calibrated", profile))
     assert sum(b.num_bytes for b in sealed) < sum(b.num_bytes for b in cold(model, whole)[1])
+
+
+def test_the_shipped_gates_are_those_of_the_default_model(smollm2: Model):
+    assert smollm2.gates is not None
+    method = from_preset("attention-gate", smollm2.profile, smollm2.gates)
+    sentence = "The cache holds the keys and values of every block once. "
+    prompt = smollm2.tokenizer.encode(sentence * 20)[:150]
+    sequence, sealed = cold(smollm2, method, prompt)
+    assert len(sealed) == 2
+    assert 0.1 < sequence.kept_fraction < 0.9
 
 
 def test_gates_of_another_model_are_no_gates(models, profile):
