@@ -25,6 +25,7 @@ class CommitWaits:
         self._look = look
         self._is_shared = is_shared
         self._polling: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     async def commit(self, key: BlockKey, until: float) -> str:
         """Return "committed", "writer_gone", "draining"; "wait_expired" at loop time ``until``."""
@@ -53,7 +54,7 @@ class CommitWaits:
             return await news
 
     async def _poll(self) -> None:
-        while keys := self._arrivals.waited_for():
+        while not self._is_closed and (keys := self._arrivals.waited_for()):
             for key, is_committed in zip(keys, await self._look(keys), strict=True):
                 if is_committed:
                     self._arrivals.committed(key)
@@ -61,6 +62,7 @@ class CommitWaits:
 
     async def close(self) -> None:
         """End what runs. Idempotent."""
+        self._is_closed = True
         if self._polling is not None:
             self._polling.cancel()
             await asyncio.gather(self._polling, return_exceptions=True)

@@ -25,6 +25,7 @@ RECEIVED_BYTES = "received_bytes_total"  # tenant
 SENT_BYTES = "sent_bytes_total"  # tenant
 WAITS = "waits_total"  # tenant, outcome
 OPENED = "opened_blocks_total"  # tenant, state
+DELETIONS = "deletions_total"  # outcome
 UNFINISHED = "unfinished_blocks_total"  # tenant, reason
 ATTACHED = "attached_blocks_total"  # tenant, outcome
 LOOKUPS = "lookups_total"  # tenant

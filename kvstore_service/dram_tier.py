@@ -6,6 +6,7 @@ from itertools import islice
 
 from google.protobuf.message import DecodeError
 
+from kvstrata.kvstore_service.ancestry import Ancestry
 from kvstrata.kvstore_service.cold_half import SHED_ORDER, ColdHalf
 from kvstrata.kvstore_service.commit_rule import BASE
 from kvstrata.kvstore_service.eviction import EvictionPolicy, Exempt
@@ -43,6 +44,7 @@ class DramTier:
 
     name = "dram"
     resident = True
+    shared = False
 
     def __init__(
         self,
@@ -84,7 +86,9 @@ class DramTier:
         block = self._blocks.get(key)
         return block is not None and all(stratum in block for stratum in strata)
 
-    async def put(self, key: BlockKey, frames: Mapping[int, bytes]) -> list[BlockKey]:
+    async def put(
+        self, key: BlockKey, frames: Mapping[int, bytes], standing: Ancestry | None = None
+    ) -> list[BlockKey]:
         """Replace the block; see ``Tier.put``."""
         num_bytes, old_bytes = _size(frames), _size(self._blocks.get(key, {}))
         header = _read_header(frames)

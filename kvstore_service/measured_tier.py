@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
+from kvstrata.kvstore_service.ancestry import Ancestry
 from kvstrata.kvstore_service.counters import TIER_BYTES, TIER_SECONDS, Counters
 from kvstrata.kvstore_service.tier import StratumSizes, Tier
 from kvstrata.kvstore_service.wrapped_tier import WrappedTier
@@ -47,10 +48,12 @@ class MeasuredTier(WrappedTier):
         self._moved(frames, "read")
         return frames
 
-    async def put(self, key: BlockKey, frames: Mapping[int, bytes]) -> list[BlockKey]:
+    async def put(
+        self, key: BlockKey, frames: Mapping[int, bytes], standing: Ancestry | None = None
+    ) -> list[BlockKey]:
         """See ``Tier.put``."""
         with self._timed("put"):
-            victims = await self.inner.put(key, frames)
+            victims = await self.inner.put(key, frames, standing)
         self._moved(frames, "written")
         return victims
 

@@ -18,6 +18,7 @@ HELP = {
     "sent_bytes_total": "Bytes of blocks sent, by caller's tenant.",
     "waits_total": "Gets that waited for a block to be committed, by outcome.",
     "opened_blocks_total": "Openings of blocks to write them segment by segment, by state.",
+    "deletions_total": "Deletions told by another store process, by what became of them.",
     "unfinished_blocks_total": "Opened blocks that their writer did not finish, by reason.",
     "attached_blocks_total": "Blocks that an Attach asked for, by how they ended.",
     "lookups_total": "Lookups, by caller's tenant.",

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
+from kvstrata.kvstore_service.ancestry import Ancestry
 from kvstrata.kvstore_service.block_changes import BlockChanges
 from kvstrata.kvstore_service.lease_table import LeaseTable
 from kvstrata.kvstore_service.object_index import ObjectIndex
@@ -51,6 +52,7 @@ class ObjectTier:
 
     name = "object"
     resident = False
+    shared = True
 
     def __init__(
         self,
@@ -151,7 +153,9 @@ class ObjectTier:
                 return held
             return await self._listing.find(key)
 
-    async def put(self, key: BlockKey, frames: Mapping[int, bytes]) -> list[BlockKey]:
+    async def put(
+        self, key: BlockKey, frames: Mapping[int, bytes], standing: Ancestry | None = None
+    ) -> list[BlockKey]:
         """Replace the block; the service has it when this returns. See ``Tier.put``."""
         assert frames, "a block without strata"
         self._service.refuse_if_down()

@@ -50,6 +50,7 @@ class RedisConnection:
         self.is_cluster = is_cluster(url)
         self._slots = asyncio.Semaphore(max_connections)
         self._probe: asyncio.Task[None] | None = None
+        self._is_closed = False
         self._detail = ""
         try:
             self._redis = make_client(url, ClientLimits(timeout_s, max_connections))
@@ -116,7 +117,7 @@ class RedisConnection:
             self._probe = asyncio.create_task(self._probe_until_up())
 
     async def _probe_until_up(self) -> None:
-        while True:
+        while not self._is_closed:  # the client may turn a cancellation into a time-out
             await asyncio.sleep(self._probe_s)
             with contextlib.suppress(RedisError, OSError):
                 await self._redis.ping()
@@ -126,6 +127,7 @@ class RedisConnection:
 
     async def close(self) -> None:
         """Close every connection and stop probing. Idempotent."""
+        self._is_closed = True
         if self._probe is not None:
             self._probe.cancel()
             await asyncio.gather(self._probe, return_exceptions=True)

@@ -3,16 +3,21 @@
 A block's values are ``kvs:{<scope>.<block hash>}:<stratum>``; the tag in braces keeps them in one
 slot of a cluster, so one MULTI writes them. Every value has a time to live that each read renews.
 The accounting is in ``redis_scripts``; it may say too much (Redis evicted a value by itself) and is
-corrected when seen.
+corrected when seen. It also says what goes first under pressure: FINE, then MID, of the colder half
+of the blocks, then blocks, the last of a prompt first.
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import functools
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from redis.exceptions import ResponseError
+from redis.exceptions import NoScriptError, ResponseError
 
 from kvstrata.kvstore_service import redis_scripts as scripts
+from kvstrata.kvstore_service.ancestry import Ancestry, ancestry
 from kvstrata.kvstore_service.redis_connection import RedisConnection
 from kvstrata.kvstore_service.tier import StratumSizes, TierUnavailableError, TierUsage
 from kvstrata.protos.errors import CapacityError
@@ -27,6 +32,7 @@ STRATA = (
     Stratum.STRATUM_EXACT,
 )
 _MAX_RESERVE_ROUNDS = 64
+Shed = tuple[BlockKey, int, int]  # a block, the stratum that it loses, and its bytes
 
 
 def value_key(key: BlockKey, stratum: int) -> str:
@@ -51,10 +57,15 @@ class RedisTier:
         capacity_bytes: Bound on the frames' bytes, the same in every process that shares the Redis.
         ttl_s: How long an unused block stays.
         max_stratum_bytes: No value beyond this is read.
+
+    Attributes:
+        connection: The way to Redis.
+        on_shed: Called with the bytes of refinements that this process shed.
     """
 
     name = "redis"
     resident = False
+    shared = True
 
     def __init__(
         self,
@@ -64,22 +75,25 @@ class RedisTier:
         ttl_s: float,
         max_stratum_bytes: int,
     ) -> None:
-        self._connection = connection
+        self.connection = connection
         self._capacity_bytes = capacity_bytes
         self._ttl_ms = int(ttl_s * 1000)
         self._max_stratum_bytes = max_stratum_bytes
         self._evictions = 0
+        self.on_shed: Callable[[int], None] = _ignore
 
     async def get(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
         """Return the strata that are here, each in one bounded read; see ``Tier.get``."""
         member = key.encode()
-        async with self._connection.use() as redis:
+        async with self.connection.use() as redis:
             pipe = self._ask_for(redis, key, strata)
             pipe.hget(scripts.SIZES_KEY, member)
             for name in _value_keys(key):
                 pipe.pexpire(name, self._ttl_ms)
-            pipe.eval(scripts.TOUCH, len(scripts.INDEX_KEYS), *scripts.INDEX_KEYS, member)
+            pipe.execute_command("EVALSHA", *_call(scripts.TOUCH, member))
             replies = await pipe.execute(raise_on_error=False)
+        if isinstance(replies[-1], NoScriptError):
+            await self._eval(scripts.TOUCH, member)
         found = _values(strata, replies)
         recorded = _parse_entry(replies[len(strata)])
         if any(stratum in recorded and stratum not in found for stratum in strata):
@@ -88,7 +102,7 @@ class RedisTier:
 
     async def examine(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
         """Return what ``get`` would, no time to live renewed; see ``Tier.examine``."""
-        async with self._connection.use() as redis:
+        async with self.connection.use() as redis:
             replies = await self._ask_for(redis, key, strata).execute(raise_on_error=False)
         return _values(strata, replies)
 
@@ -99,12 +113,15 @@ class RedisTier:
             pipe.getrange(value_key(key, stratum), 0, self._max_stratum_bytes)
         return pipe
 
-    async def put(self, key: BlockKey, frames: Mapping[int, bytes]) -> list[BlockKey]:
+    async def put(
+        self, key: BlockKey, frames: Mapping[int, bytes], standing: Ancestry | None = None
+    ) -> list[BlockKey]:
         """Replace the block in one MULTI; see ``Tier.put``."""
         entry = _entry({stratum: len(frame) for stratum, frame in frames.items()})
+        entry += _suffix(standing or ancestry(key, frames))
         victims = await self._reserve(key, entry)
         try:
-            async with self._connection.use() as redis:
+            async with self.connection.use() as redis:
                 pipe = redis.pipeline(transaction=True)
                 for stratum in STRATA:
                     if stratum in frames:
@@ -121,17 +138,19 @@ class RedisTier:
     async def _reserve(self, key: BlockKey, entry: str) -> list[BlockKey]:
         victims: list[BlockKey] = []
         for _ in range(_MAX_RESERVE_ROUNDS):
-            status, *pairs = await self._eval(
+            status, *losses = await self._eval(
                 scripts.RESERVE, key.encode(), entry, self._capacity_bytes, self._ttl_ms
             )
             if status == 1:
                 return victims
             if status == 2:
                 break
-            gone = [BlockKey.decode(member.decode()) for member in pairs[::2]]
-            await self._unlink(gone)
-            self._evictions += int(await self._eval(scripts.FORGET, *pairs))
+            gone, shed = _losses(losses)
+            await self._unlink(gone, shed)
+            self._evictions += int(await self._eval(scripts.FORGET, *losses))
             victims += gone
+            if shed:
+                self.on_shed(sum(num_bytes for _, _, num_bytes in shed))
         raise CapacityError(
             f"tier redis of {self._capacity_bytes} bytes has no room for block {key.encode()}",
             "raise the store's --redis-bytes, or unpin blocks",
@@ -143,10 +162,10 @@ class RedisTier:
         """Return strata and sizes; see ``Tier.contains``. A second round trip only after losses."""
         if not keys:
             return []
-        async with self._connection.use() as redis:
+        async with self.connection.use() as redis:
             pipe = redis.pipeline(transaction=False)
             pipe.hmget(scripts.SIZES_KEY, [key.encode() for key in keys])
-            if self._connection.is_cluster:  # a block's keys share a slot, those of several do not
+            if self.connection.is_cluster:  # a block's keys share a slot, those of several do not
                 for key in keys:
                     pipe.execute_command("EXISTS", *_value_keys(key))
             else:
@@ -159,7 +178,7 @@ class RedisTier:
 
     async def _reconcile(self, keys: Sequence[BlockKey]) -> list[StratumSizes]:
         """Make the accounting of ``keys`` say what is there, and return it."""
-        async with self._connection.use() as redis:
+        async with self.connection.use() as redis:
             pipe = redis.pipeline(transaction=False)
             for key in keys:
                 for name in _value_keys(key):
@@ -187,14 +206,14 @@ class RedisTier:
 
     async def drop(self, key: BlockKey, stratum: int) -> None:
         """Forget one stratum; see ``Tier.drop``."""
-        async with self._connection.use() as redis:
+        async with self.connection.use() as redis:
             await redis.unlink(value_key(key, stratum))
         await self._reconcile([key])
 
     async def keys(self, limit: int) -> list[BlockKey]:
         """Return keys, most recently used first; see ``Tier.keys``."""
-        async with self._connection.use() as redis:
-            members: Any = await redis.zrevrange(scripts.LRU_KEY, 0, limit - 1)
+        async with self.connection.use() as redis:
+            members: Any = await redis.zrevrange(scripts.USED_KEY, 0, limit - 1)
         return [BlockKey.decode(member.decode()) for member in members]
 
     async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> None:
@@ -205,7 +224,7 @@ class RedisTier:
     async def unpin(self, keys: Sequence[BlockKey]) -> None:
         """End pins; see ``Tier.unpin``."""
         if keys:
-            async with self._connection.use() as redis:
+            async with self.connection.use() as redis:
                 await redis.zrem(scripts.PINS_KEY, *(key.encode() for key in keys))
 
     async def lease(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
@@ -230,9 +249,12 @@ class RedisTier:
 
     async def check_integrity(self) -> None:
         """Compare the accounting with the values; see ``Tier.check_integrity``."""
-        async with self._connection.use() as redis:
+        async with self.connection.use() as redis:
             sizes: Any = await redis.hgetall(scripts.SIZES_KEY)
-            order: Any = await redis.zrange(scripts.LRU_KEY, 0, -1)
+            order: Any = await redis.zrange(scripts.ORDER_KEY, 0, -1)
+            used: Any = await redis.zrange(scripts.USED_KEY, 0, -1)
+            kids: Any = await redis.hgetall(scripts.KIDS_KEY)
+            mid: Any = await redis.zrange(scripts.MID_KEY, 0, -1)
             values = {name.decode() async for name in redis.scan_iter("kvs:{*.*}:*")}
             entries = {member.decode(): entry for member, entry in sizes.items()}
             total = int(entries.pop(scripts.TOTAL_FIELD, b"0"))
@@ -242,30 +264,41 @@ class RedisTier:
                 named |= {value_key(key, s): n for s, n in _parse_entry(entry).items()}
             lengths = {name: await redis.strlen(name) for name in values}
         assert named == lengths, f"redis accounts {named}, holds {lengths}"
-        assert {member.decode() for member in order} == set(entries), (
-            "the least-recently-used order does not name the blocks"
-        )
+        for what, members in (("order", order), ("times of use", used)):
+            known = {member.decode() for member in members}
+            assert known == set(entries), f"redis's {what} does not name the blocks"
+        parents = Counter(parent for m, e in entries.items() if (parent := _parent(m, e)))
+        counted = {member.decode(): int(n) for member, n in kids.items() if member}
+        assert counted == parents, f"redis counts {counted}, blocks have {parents}"
+        refined = {m for m, e in entries.items() if {1, 2} <= _parse_entry(e).keys() and b"@" in e}
+        assert {member.decode() for member in mid if member} == refined, "redis sheds others' MID"
         assert total == sum(lengths.values()), f"redis accounts {total} bytes"
         assert total <= self._capacity_bytes, f"redis holds {total} of {self._capacity_bytes} bytes"
 
     async def close(self) -> None:
         """Close the connection."""
-        await self._connection.close()
+        await self.connection.close()
 
     async def _eval(self, script: str, *args: Any) -> Any:
-        async with self._connection.use() as redis:
+        async with self.connection.use() as redis:
             try:
-                return await redis.eval(script, len(scripts.INDEX_KEYS), *scripts.INDEX_KEYS, *args)
+                try:
+                    return await redis.evalsha(*_call(script, *args))
+                except NoScriptError:
+                    number = len(scripts.INDEX_KEYS)
+                    return await redis.eval(script, number, *scripts.INDEX_KEYS, *args)
             except ResponseError as error:
                 if "OOM" in str(error):
                     raise CapacityError("redis is out of memory", tier=self.name) from error
                 raise
 
-    async def _unlink(self, keys: Sequence[BlockKey]) -> None:
-        async with self._connection.use() as redis:
+    async def _unlink(self, keys: Sequence[BlockKey], shed: Sequence[Shed] = ()) -> None:
+        async with self.connection.use() as redis:
             pipe = redis.pipeline(transaction=False)
             for key in keys:
                 pipe.execute_command("UNLINK", *_value_keys(key))
+            for key, stratum, _ in shed:
+                pipe.execute_command("UNLINK", value_key(key, stratum))
             await pipe.execute()
 
 
@@ -286,8 +319,49 @@ def _entry(sizes: Mapping[int, int]) -> str:
     return f"{sum(sizes.values())} {parts}"
 
 
+def _suffix(found: Ancestry | None) -> str:
+    """Return what ``redis_scripts`` stores of where a block stands; nothing if it is unknown."""
+    if found is None:
+        return ""
+    return f" @{found.depth}:{found.parent.block_hash.hex() if found.parent else ''}"
+
+
 def _parse_entry(entry: Any) -> StratumSizes:
     if not isinstance(entry, bytes):
         return {}
-    pairs = (part.split(b":") for part in entry.split()[1:])
+    pairs = (part.split(b":") for part in entry.split()[1:] if not part.startswith(b"@"))
     return {int(stratum): int(size) for stratum, size in pairs}
+
+
+def _parent(member: str, entry: bytes) -> str:
+    """Return the member of the block before; empty if there is none."""
+    parent = entry.partition(b"@")[2].partition(b":")[2].decode()
+    return f"{member.partition('.')[0]}.{parent}" if parent else ""
+
+
+def _losses(reply: Sequence[Any]) -> tuple[list[BlockKey], list[Shed]]:
+    """Return the blocks and the single strata that are to go."""
+    gone: list[BlockKey] = []
+    shed: list[Shed] = []
+    for member, _, stratum, num_bytes in zip(*(iter(reply),) * 4, strict=True):
+        key = BlockKey.decode(member.decode())
+        if stratum:
+            shed.append((key, int(stratum), int(num_bytes)))
+        else:
+            gone.append(key)
+    whole = set(gone)
+    return gone, [each for each in shed if each[0] not in whole]
+
+
+@functools.cache
+def _sha(script: str) -> str:
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+
+
+def _call(script: str, *args: Any) -> tuple[Any, ...]:
+    """Return the arguments of EVALSHA."""
+    return _sha(script), len(scripts.INDEX_KEYS), *scripts.INDEX_KEYS, *args
+
+
+def _ignore(num_bytes: int) -> None:
+    """Nobody listens."""

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
+from kvstrata.kvstore_service.ancestry import Ancestry, ancestry
 from kvstrata.kvstore_service.counters import SEALS, Counters
 from kvstrata.kvstore_service.key_ring import KeyRing
 from kvstrata.kvstore_service.namespace import ScopeOwners
@@ -81,7 +82,9 @@ class SealedTier(WrappedTier):
     def _count(self, outcome: str) -> None:
         self._counters.add(SEALS, tier=self.name, outcome=outcome)
 
-    async def put(self, key: BlockKey, frames: Mapping[int, bytes]) -> list[BlockKey]:
+    async def put(
+        self, key: BlockKey, frames: Mapping[int, bytes], standing: Ancestry | None = None
+    ) -> list[BlockKey]:
         """Seal and put; see ``Tier.put``.
 
         Raises:
@@ -98,9 +101,10 @@ class SealedTier(WrappedTier):
                 )
             session = self._ring.sealing(owner)
             if session is not None:
+                standing = standing or ancestry(key, frames)
                 frames = {s: seal(session, key, s, frame) for s, frame in frames.items()}
                 self._counters.add(SEALS, len(frames), tier=self.name, outcome="sealed")
-        victims = await self.inner.put(key, frames)
+        victims = await self.inner.put(key, frames, standing)
         self._unreadable.pop(key, None)
         return victims
 

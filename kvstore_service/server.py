@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grpc_health.v1 import health
 
 from kvstrata.kvstore_service.admin_service import AdminService
 from kvstrata.kvstore_service.config import StoreConfig
-from kvstrata.kvstore_service.counters import Counters
+from kvstrata.kvstore_service.counters import DELETIONS, SHED_BYTES, Counters
 from kvstrata.kvstore_service.dram_tier import DramTier
 from kvstrata.kvstore_service.encryption import Encryption
 from kvstrata.kvstore_service.measured_tier import MeasuredTier
@@ -18,6 +19,7 @@ from kvstrata.kvstore_service.pin_table import Clock
 from kvstrata.kvstore_service.ports import Ports, open_ports
 from kvstrata.kvstore_service.quota import Quotas
 from kvstrata.kvstore_service.redis_connection import RedisConnection
+from kvstrata.kvstore_service.redis_deletions import RedisDeletions
 from kvstrata.kvstore_service.redis_tier import RedisTier
 from kvstrata.kvstore_service.service import StoreService
 from kvstrata.kvstore_service.ssd_tier import SsdTier
@@ -111,9 +113,17 @@ async def start_store(config: StoreConfig, clock: Clock = time.monotonic) -> Run
     tenants = Tenants(config.tenants)
     counters = Counters()
     encryption = Encryption(tenants, config.key_file, counters)
-    measured = [MeasuredTier(tier, counters) for tier in await _lower_tiers(config)]
-    lower = [encryption.around(tier) for tier in measured]
-    store = BlockStore(DramTier(config.dram_bytes, clock), lower, clock, counters=counters)
+    tiers = await _lower_tiers(config, counters)
+    deletions = _deletions(tiers, counters)
+    store = BlockStore(
+        DramTier(config.dram_bytes, clock),
+        [encryption.around(MeasuredTier(tier, counters)) for tier in tiers],
+        clock,
+        counters=counters,
+        deletions=deletions,
+    )
+    if deletions is not None:
+        deletions.follow(store.forget_deleted)
     try:
         quotas = Quotas(store.counters, clock)
         return await _serve(config, store, tenants, quotas, encryption)
@@ -122,11 +132,13 @@ async def start_store(config: StoreConfig, clock: Clock = time.monotonic) -> Run
         raise
 
 
-async def _lower_tiers(config: StoreConfig) -> list[Tier]:
+async def _lower_tiers(config: StoreConfig, counters: Counters) -> list[Tier]:
     tiers: list[Tier] = []
     try:
         if config.redis_url:
-            tiers.append(await _redis_tier(config, config.redis_url))
+            redis = await _redis_tier(config, config.redis_url)
+            redis.on_shed = lambda size: counters.add(SHED_BYTES, size, tier="redis")
+            tiers.append(redis)
         if config.ssd_path:
             tiers.append(await _ssd_tier(config, config.ssd_path))
         if config.object_url:
@@ -136,6 +148,16 @@ async def _lower_tiers(config: StoreConfig) -> list[Tier]:
             await tier.close()
         raise
     return tiers
+
+
+def _deletions(tiers: Sequence[Tier], counters: Counters) -> RedisDeletions | None:
+    """Return how processes that share a Redis learn of each other's deletions."""
+    for tier in tiers:
+        if isinstance(tier, RedisTier):
+            deletions = RedisDeletions(tier.connection)
+            deletions.on_missed = lambda: counters.add(DELETIONS, outcome="missed")
+            return deletions
+    return None
 
 
 async def _redis_tier(config: StoreConfig, url: str) -> RedisTier:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Self
 
+from kvstrata.kvstore_service.ancestry import Ancestry
 from kvstrata.kvstore_service.block_changes import BlockChanges
 from kvstrata.kvstore_service.lease_table import LeaseTable
 from kvstrata.kvstore_service.pin_table import Clock, PinTable
@@ -55,6 +56,7 @@ class SsdTier:
 
     name = "ssd"
     resident = False
+    shared = False
 
     def __init__(
         self,
@@ -196,7 +198,9 @@ class SsdTier:
                 logger.warning("ssd block is gone", extra={"block_key": file.key.encode()})
             return frames or {}
 
-    async def put(self, key: BlockKey, frames: Mapping[int, bytes]) -> list[BlockKey]:
+    async def put(
+        self, key: BlockKey, frames: Mapping[int, bytes], standing: Ancestry | None = None
+    ) -> list[BlockKey]:
         """Replace the block; it is on disk when this returns. See ``Tier.put``.
 
         Raises:

@@ -19,6 +19,7 @@ from kvstrata.kvstore_service.commit_rule import (
 )
 from kvstrata.kvstore_service.commit_waits import CommitWaits
 from kvstrata.kvstore_service.counters import Counters
+from kvstrata.kvstore_service.deletion import Deletion, DeletionFeed
 from kvstrata.kvstore_service.departures import ADMIN, QUOTA, Departures
 from kvstrata.kvstore_service.dram_tier import DramTier
 from kvstrata.kvstore_service.lower_reader import LowerReader, Piece, Read
@@ -56,6 +57,7 @@ class BlockStore:
         clock: Monotonic seconds, for pins.
         max_behind_bytes: Bound, per tier, on blocks that it gets later.
         counters: Where everything is counted; its own without it.
+        deletions: How other processes learn what was deleted here; nobody does without it.
 
     Attributes:
         on_changed: Called with blocks that were put or deleted.
@@ -68,6 +70,7 @@ class BlockStore:
         clock: Clock = time.monotonic,
         max_behind_bytes: int = 256 << 20,
         counters: Counters | None = None,
+        deletions: DeletionFeed | None = None,
     ) -> None:
         self.dram = dram
         self.tiers: tuple[Tier, ...] = (dram, *lower)
@@ -83,6 +86,7 @@ class BlockStore:
             tier.name: WriteBehind(tier, self._write_behind, self.counters, max_behind_bytes)
             for tier in lower
         }
+        self._deletion = Deletion(self.tiers, self._behind, self.counters, deletions)
 
     async def put(
         self, key: BlockKey, frames: Mapping[int, bytes], durability: str = ""
@@ -344,17 +348,23 @@ class BlockStore:
         self._lower.forget(keys)
         self.on_changed(keys)
         for tier in tiers:
-            if tier.name in self._behind:
-                await self._behind[tier.name].forget(keys)
-            try:
-                await tier.delete(keys)
-            except TierUnavailableError:
-                self.counters.add(names.TIER_ERRORS, tier=tier.name)
+            await self._deletion.delete(tier, keys)
+        if not tier_name and reason != QUOTA:
+            await self._deletion.tell(keys)
         if reason in (ADMIN, QUOTA):
             self.departures.evicted(gone, tier_name, reason)
         else:
             self.departures.note(gone, tier_name, reason)
         return len(gone)
+
+    async def forget_deleted(self, keys: Sequence[BlockKey]) -> None:
+        """Forget blocks that another process deleted: what only this one holds of them."""
+        for key in keys:
+            self.pins.remove(key)
+        self._lower.forget(keys)
+        self.on_changed(keys)
+        await self._deletion.follow(keys)
+        self.departures.note(keys, "", "deleted")
 
     async def flush(self, timeout_s: float) -> bool:
         """Wait until every tier has got what it is to get; False when the time was over first."""
@@ -363,6 +373,7 @@ class BlockStore:
 
     async def close(self) -> None:
         """Close every tier. Idempotent."""
+        await self._deletion.close()
         await asyncio.gather(*(queue.close() for queue in self._behind.values()))
         await self.waits.close()
         await self._lower.close()

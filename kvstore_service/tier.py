@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvstrata.kvstore_service.ancestry import Ancestry
 from kvstrata.protos.errors import UnavailableError
 from kvstrata.protos.identity import BlockKey
 
@@ -57,6 +58,8 @@ class Tier(Protocol):
     name: str
     resident: bool
     """Whether bytes cannot change unseen: process memory. Others are verified at each read."""
+    shared: bool
+    """Whether other store processes read and write the same blocks."""
 
     async def get(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
         """Return those of ``strata`` that are here and count it as a use of the block.
@@ -72,10 +75,13 @@ class Tier(Protocol):
         """
         ...
 
-    async def put(self, key: BlockKey, frames: Mapping[int, bytes]) -> list[BlockKey]:
+    async def put(
+        self, key: BlockKey, frames: Mapping[int, bytes], standing: Ancestry | None = None
+    ) -> list[BlockKey]:
         """Replace the block by ``frames``, all at once: a reader sees all of them or none.
 
-        Idempotent. Evicts as many other blocks as needed and returns those.
+        Idempotent. Evicts as many other blocks as needed and returns those. Where the block stands
+        in its prompt the frames say, or ``standing`` if they are sealed.
 
         Raises:
             CapacityError: Larger than the tier, or than pinned blocks leave of it; nothing changed.

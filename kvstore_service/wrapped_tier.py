@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from kvstrata.kvstore_service.ancestry import Ancestry
 from kvstrata.kvstore_service.tier import StratumSizes, Tier, TierUsage
 from kvstrata.protos.identity import BlockKey
 
@@ -17,6 +18,7 @@ class WrappedTier:
         self.inner = inner
         self.name = inner.name
         self.resident = inner.resident
+        self.shared = inner.shared
 
     async def get(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
         """See ``Tier.get``."""
@@ -26,9 +28,11 @@ class WrappedTier:
         """See ``Tier.examine``."""
         return await self.inner.examine(key, strata)
 
-    async def put(self, key: BlockKey, frames: Mapping[int, bytes]) -> list[BlockKey]:
+    async def put(
+        self, key: BlockKey, frames: Mapping[int, bytes], standing: Ancestry | None = None
+    ) -> list[BlockKey]:
         """See ``Tier.put``."""
-        return await self.inner.put(key, frames)
+        return await self.inner.put(key, frames, standing)
 
     async def contains(self, keys: Sequence[BlockKey]) -> list[StratumSizes | None]:
         """See ``Tier.contains``."""

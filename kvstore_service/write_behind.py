@@ -1,4 +1,4 @@
-"""Writes that a tier gets after they were acknowledged, or when it is back: a bounded queue."""
+"""Changes that a tier gets after they were acknowledged, or when it is back: a bounded queue."""
 
 import asyncio
 import contextlib
@@ -18,13 +18,15 @@ Frames = Mapping[int, bytes]
 Write = Callable[[Tier, BlockKey, Frames], Awaitable[None]]
 
 _RETRY_S = 0.5
+MAX_DELETIONS = 1_000_000  # about 200 MB
 
 
 class WriteBehind:
     """Blocks on their way to one tier, oldest first, one at a time. One event loop owns it.
 
     A tier that does not answer is tried again until it does; what does not fit meanwhile is dropped
-    and counted, the oldest first. Nothing that was forgotten is written afterwards.
+    and counted, the oldest first. Nothing that was forgotten is written afterwards. Deletions wait
+    in the same queue and are never dropped for a block.
 
     Args:
         tier: Where to.
@@ -38,10 +40,12 @@ class WriteBehind:
         self._write = write
         self._counters = counters
         self._max_bytes = max_bytes
-        self._waiting: OrderedDict[BlockKey, Frames] = OrderedDict()
+        self._waiting: OrderedDict[BlockKey, Frames | None] = OrderedDict()  # None: to be deleted
+        self._num_deletions = 0
         self._num_bytes = 0
         self._current: BlockKey | None = None
         self._worker: asyncio.Task[None] | None = None
+        self._is_closed = False
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -58,14 +62,28 @@ class WriteBehind:
             self._count("dropped")
             return False
         while self._num_bytes + size > self._max_bytes:
-            self._remove(next(iter(self._waiting)))
+            self._remove(next(k for k, waiting in self._waiting.items() if waiting is not None))
             self._count("dropped")
         self._waiting[key] = frames
         self._num_bytes += size
+        self._wake()
+        return True
+
+    def submit_deletion(self, key: BlockKey) -> bool:
+        """Have the block deleted when the tier answers; False, and counted, if too many wait."""
+        self._remove(key)
+        if self._num_deletions >= MAX_DELETIONS:
+            self._count("deletion_dropped")
+            return False
+        self._waiting[key] = None
+        self._num_deletions += 1
+        self._wake()
+        return True
+
+    def _wake(self) -> None:
         self._idle.clear()
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
-        return True
 
     async def forget(self, keys: Sequence[BlockKey]) -> None:
         """Let none of these blocks be written any more; waits for one that is being written."""
@@ -83,6 +101,7 @@ class WriteBehind:
 
     async def close(self) -> None:
         """Stop; what still waits is dropped and counted. Idempotent."""
+        self._is_closed = True
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
@@ -91,15 +110,19 @@ class WriteBehind:
             extra = {"tier": self._tier.name, "blocks": len(self._waiting)}
             logger.warning("blocks never reached a tier", extra=extra)
         self._waiting.clear()
-        self._num_bytes = 0
+        self._num_bytes = self._num_deletions = 0
 
     async def _work(self) -> None:
-        while self._waiting:
+        while self._waiting and not self._is_closed:  # a client may swallow a cancellation
             key, frames = next(iter(self._waiting.items()))
             self._current = key
             try:
-                await self._write(self._tier, key, frames)
-                outcome = "written"
+                if frames is None:
+                    await self._tier.delete([key])
+                    outcome = "deleted"
+                else:
+                    await self._write(self._tier, key, frames)
+                    outcome = "written"
             except TierUnavailableError:
                 self._current = None  # not being written: may be forgotten while it waits
                 await asyncio.sleep(_RETRY_S)
@@ -108,13 +131,19 @@ class WriteBehind:
                 outcome = "no_room"
             finally:
                 self._current = None
-            if self._waiting.get(key) is frames:  # neither forgotten nor replaced meanwhile
-                self._remove(key)
+            if key in self._waiting and self._waiting[key] is frames:
+                self._remove(key)  # neither forgotten nor replaced meanwhile
             self._count(outcome)
         self._idle.set()
 
     def _remove(self, key: BlockKey) -> None:
-        self._num_bytes -= _size(self._waiting.pop(key, {}))
+        if key not in self._waiting:
+            return
+        frames = self._waiting.pop(key)
+        if frames is None:
+            self._num_deletions -= 1
+        else:
+            self._num_bytes -= _size(frames)
 
     def _count(self, outcome: str, amount: int = 1) -> None:
         self._counters.add(names.WRITTEN_BEHIND, amount, tier=self._tier.name, outcome=outcome)

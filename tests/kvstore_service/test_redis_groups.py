@@ -119,7 +119,7 @@ async def test_a_failover_by_sentinel_goes_on_with_the_new_master(group: Sentine
 
 async def test_tls_and_a_password_with_every_special_character(tls_url: str) -> None:
     tier = make_tier(tls_url, timeout_s=5)
-    await tier._connection.check()
+    await tier.connection.check()
     await tier.put(key(1), {1: bytes(1 << 20), 2: b"mid"})
     found = await tier.get(key(1), [1, 2])
     assert found == {1: bytes(1 << 20), 2: b"mid"}

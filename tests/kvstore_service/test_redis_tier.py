@@ -94,7 +94,7 @@ async def test_lost_accounting_is_rebuilt_from_the_values(tier: RedisTier, direc
 
 async def test_a_lost_order_of_use_still_allows_eviction(tier: RedisTier, direct: Any) -> None:
     await tier.put(key(1), {1: bytes(900)})
-    await direct.delete(scripts.LRU_KEY)
+    await direct.delete(scripts.ORDER_KEY)
     assert await tier.put(key(2), {1: bytes(900)}) == [key(1)]
     await tier.check_integrity()
 
