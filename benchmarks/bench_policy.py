@@ -33,8 +33,10 @@ from kvstrata.kvstore_service.eviction import EvictionPolicy
 from kvstrata.kvstore_service.eviction_gittins import GittinsPolicy
 from kvstrata.kvstore_service.eviction_lru import LruPolicy
 from kvstrata.kvstore_service.eviction_s3fifo import S3FifoPolicy
+from kvstrata.kvstore_service.slots import Slots
+from kvstrata.kvstore_service.testing import KeyedPolicy
 
-POLICIES: dict[str, Callable[[], EvictionPolicy[int]]] = {
+POLICIES: dict[str, Callable[[Slots, Sequence[int]], EvictionPolicy]] = {
     "lru": LruPolicy,
     "s3-fifo": S3FifoPolicy,
     "ours": GittinsPolicy,
@@ -70,7 +72,7 @@ class Replays:
             if policy == OPTIMUM:
                 known = optimum(self.requests, num_blocks)
             else:
-                known = replay(POLICIES[policy](), self.requests, num_blocks)
+                known = replay(KeyedPolicy(POLICIES[policy]), self.requests, num_blocks)
             self._hits[policy, num_blocks] = known
         return known
 

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 from policy_trace import Request
 
-from kvstrata.kvstore_service.eviction import EvictionPolicy
+from kvstrata.kvstore_service.testing import KeyedPolicy
 
 NEVER = 1 << 62
 
 
-def replay(policy: EvictionPolicy[int], requests: Sequence[Request], num_blocks: int) -> list[int]:
+def replay(policy: KeyedPolicy[int], requests: Sequence[Request], num_blocks: int) -> list[int]:
     """Return the hits of each request with room for ``num_blocks`` blocks."""
     held: set[int] = set()
     hits = []

@@ -21,7 +21,13 @@ from google.protobuf.message import DecodeError
 from kvstrata.kvstore_service.attachment import AttachedBlock, AttachedSegment, Attachment
 from kvstrata.kvstore_service.block_writer import BlockWriter, PutOutcome, outcome_of
 from kvstrata.kvstore_service.data_codec import PutPart, decode_get_reply, encode_put_request
-from kvstrata.kvstore_service.found import FetchedStratum, FoundBlock, GetAssembly, LookupResult
+from kvstrata.kvstore_service.found import (
+    FetchedStratum,
+    FoundBlock,
+    FoundBlocks,
+    GetAssembly,
+    LookupResult,
+)
 from kvstrata.kvstore_service.retrieved import Retrieved, retrieve_request, retrieved
 from kvstrata.kvstore_service.wire import key_message, key_of, size_messages, stratum_enum
 from kvstrata.protos import kvstore_pb2 as pb
@@ -127,8 +133,7 @@ class StoreClient:
             scope=scope, block_hashes=b"".join(hashes), lease_ms=int(lease_s * 1000)
         )
         reply = await self._call(self._stub.Lookup, request)
-        blocks = (FoundBlock(tuple(b.strata), b.bytes, b.tier) for b in reply.blocks)
-        return LookupResult(tuple(blocks), reply.degraded, reply.pending)
+        return LookupResult(FoundBlocks(reply), reply.degraded, reply.pending)
 
     async def put(
         self,

@@ -1,23 +1,25 @@
 """The first tier: blocks in this process's memory."""
 
-from collections import OrderedDict
+import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 
-from google.protobuf.message import DecodeError
+import numpy as np
+import numpy.typing as npt
 
-from kvstrata.kvstore_service.ancestry import Ancestry
+from kvstrata.kvstore_service.ancestry import Ancestry, ancestry
+from kvstrata.kvstore_service.block_run import BlockRun
+from kvstrata.kvstore_service.block_table import BlockTable
 from kvstrata.kvstore_service.cold_half import SHED_ORDER, ColdHalf
 from kvstrata.kvstore_service.commit_rule import BASE
 from kvstrata.kvstore_service.eviction import EvictionPolicy, Exempt
 from kvstrata.kvstore_service.eviction_gittins import GittinsPolicy
-from kvstrata.kvstore_service.lease_table import LeaseTable
+from kvstrata.kvstore_service.held_frames import Held, HeldFrames
 from kvstrata.kvstore_service.pin_table import Clock, PinTable
+from kvstrata.kvstore_service.slot_leases import SlotLeases
+from kvstrata.kvstore_service.slots import NONE, Slots
 from kvstrata.kvstore_service.tier import StratumSizes, TierUsage
-from kvstrata.protos.errors import CapacityError, CorruptFrameError
-from kvstrata.protos.frame import PRELUDE_BYTES, head_size
-from kvstrata.protos.frame_pb2 import FrameHeader
-from kvstrata.protos.identity import HASH_BYTES, BlockHash, BlockKey
+from kvstrata.protos.errors import CapacityError
+from kvstrata.protos.identity import BlockKey
 
 
 class DramTier:
@@ -30,13 +32,14 @@ class DramTier:
     are never shed: nothing says what they mean.
 
     One event loop owns it; no method awaits, so each is atomic. Frames are kept as they come, one
-    allocation each, so there is no arena that could fragment.
+    allocation each, so there is no arena that could fragment. What is known of a block lies in
+    columns (``slots.py``) at the slot that ``BlockTable`` gives it.
 
     Args:
-        capacity_bytes: The bound on the frames' bytes; Python's own overhead and the policy's come
-            on top, about 2 KiB a block.
-        clock: Monotonic seconds, for pins.
-        policy: Decides which blocks go; its own, and new. ``GittinsPolicy`` without it.
+        capacity_bytes: The bound on the frames' bytes; the index and the policy come on top, about
+            170 bytes a block, and Python's 33 bytes a frame.
+        clock: Monotonic seconds, for pins and leases.
+        policy: Makes what decides which blocks go.
 
     Attributes:
         on_shed: Called with each block that lost a refinement under pressure, and its bytes.
@@ -49,17 +52,19 @@ class DramTier:
     def __init__(
         self,
         capacity_bytes: int,
-        clock: Clock | None = None,
-        policy: EvictionPolicy[BlockKey] | None = None,
+        clock: Clock = time.monotonic,
+        policy: Callable[[Slots, Sequence[int]], EvictionPolicy] = GittinsPolicy,
     ) -> None:
         self._capacity_bytes = capacity_bytes
-        self._policy = GittinsPolicy[BlockKey]() if policy is None else policy
-        self._blocks: OrderedDict[BlockKey, dict[int, bytes]] = OrderedDict()
-        self._cold = ColdHalf()
-        self._num_bytes = 0
+        self._table = BlockTable()
+        self._policy = policy(self._table, self._table.fingerprints)
+        self._held = HeldFrames(self._table)
+        self._cold = ColdHalf(self._table)
+        self._used = self._table.column("Q")
+        self._num_uses = 0
+        self._leases = SlotLeases(self._table, clock)
+        self._pins = PinTable(clock)
         self._evictions = 0
-        self._pins = PinTable(clock) if clock else PinTable()
-        self._leases = LeaseTable(clock) if clock else LeaseTable()
         self.on_shed: Callable[[BlockKey, int], None] = _ignore
 
     async def get(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
@@ -68,146 +73,192 @@ class DramTier:
 
     def peek(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
         """Return what ``get`` returns, without an await."""
-        block = self._blocks.get(key)
-        if block is None:
-            return {}
-        self._blocks.move_to_end(key)
-        self._policy.touch(key)
-        self._cold.read(key)
-        return {stratum: block[stratum] for stratum in strata if stratum in block}
+        slot = self._table.find(key)
+        return self._read(slot, strata) if self._held.holds(slot) else {}
+
+    def peek_all(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes] | None:
+        """Return ``strata`` if all of them are here; else None, and that is no use."""
+        slot = self._table.find(key)
+        if slot == NONE or not self._held.holds_all(slot, strata):
+            return None
+        return self._read(slot, strata)
+
+    def _read(self, slot: int, strata: Sequence[int]) -> dict[int, bytes]:
+        self._num_uses += 1
+        self._used[slot] = self._num_uses
+        self._policy.touch(slot)
+        self._cold.read(slot)
+        return self._held.frames(slot, strata)
 
     async def examine(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
         """Return what ``get`` would, unnoticed; see ``Tier.examine``."""
-        block = self._blocks.get(key, {})
-        return {stratum: block[stratum] for stratum in strata if stratum in block}
-
-    def holds(self, key: BlockKey, strata: Sequence[int]) -> bool:
-        """Return whether all of ``strata`` are here; no use of the block."""
-        block = self._blocks.get(key)
-        return block is not None and all(stratum in block for stratum in strata)
+        slot = self._table.find(key)
+        return self._held.frames(slot, strata) if self._held.holds(slot) else {}
 
     async def put(
         self, key: BlockKey, frames: Mapping[int, bytes], standing: Ancestry | None = None
     ) -> list[BlockKey]:
         """Replace the block; see ``Tier.put``."""
-        num_bytes, old_bytes = _size(frames), _size(self._blocks.get(key, {}))
-        header = _read_header(frames)
-        victims: list[BlockKey] | None = None
-        if num_bytes <= self._capacity_bytes:
-            self._policy.insert(key, _parent(key, header), num_bytes)
-            victims = self._make_room(
-                self._num_bytes - old_bytes + num_bytes - self._capacity_bytes,
-                lambda other: other == key or self._is_exempt(other),
-            )
-            if victims is None and key in self._blocks:
-                self._policy.resize(key, old_bytes)
-            elif victims is None:
-                self._policy.remove(key)
+        num_bytes = sum(map(len, frames.values()))
+        if num_bytes > self._capacity_bytes:
+            raise self._no_room(key, num_bytes)
+        standing = standing or ancestry(key, frames)
+        slot = self._slot_of(key)
+        old_bytes = self._held.size(slot)
+        parent = standing.parent if standing and not self._held.holds(slot) else None
+        parent_slot = NONE if parent is None else self._slot_of(parent)
+        self._policy.insert(slot, parent_slot, num_bytes)
+        victims = self._make_room(
+            self._held.num_bytes - old_bytes + num_bytes - self._capacity_bytes,
+            lambda other: other == slot or self._is_exempt(other),
+        )
         if victims is None:
-            raise CapacityError(
-                f"tier dram of {self._capacity_bytes} bytes has no room for {num_bytes} bytes",
-                "raise the store's --dram, or unpin blocks",
-                tier=self.name,
-                block_key=key.encode(),
-            )
-        self._blocks[key] = dict(frames)
-        self._blocks.move_to_end(key)
-        self._num_bytes += num_bytes - old_bytes
-        self._cold.put(key, frames if header is not None and BASE in frames else ())
+            if self._held.holds(slot):
+                self._policy.resize(slot, old_bytes)
+            else:
+                self._policy.remove(slot)
+                self._free([slot])
+            raise self._no_room(key, num_bytes)
+        self._held.put(slot, frames)
+        self._num_uses += 1
+        self._used[slot] = self._num_uses
+        self._cold.put(slot, frames if standing is not None and BASE in frames else ())
         return victims
 
-    def _is_exempt(self, key: BlockKey) -> bool:
-        return self._pins.holds(key) or self._leases.holds(key)
+    def _no_room(self, key: BlockKey, num_bytes: int) -> CapacityError:
+        return CapacityError(
+            f"tier dram of {self._capacity_bytes} bytes has no room for {num_bytes} bytes",
+            "raise the store's --dram, or unpin blocks",
+            tier=self.name,
+            block_key=key.encode(),
+        )
 
-    def _make_room(self, excess: int, is_exempt: Exempt[BlockKey]) -> list[BlockKey] | None:
+    def _slot_of(self, key: BlockKey) -> int:
+        """Return the slot of a block, held or not, given it now if it has none."""
+        slot = self._table.find(key)
+        return self._table.add(key) if slot == NONE else slot
+
+    def _free(self, gone: Sequence[int]) -> None:
+        """Give back the slots that nobody needs after these blocks are gone."""
+        for slot in self._policy.leftovers(gone):
+            self._table.remove(slot)
+
+    def _is_exempt(self, slot: int) -> bool:
+        if self._leases.holds(slot):
+            return True
+        return len(self._pins) > 0 and self._pins.holds(self._table.key(slot))
+
+    def _make_room(self, excess: int, is_exempt: Exempt) -> list[BlockKey] | None:
         """Shed and evict ``excess`` bytes; return the evicted. None if impossible: none is gone."""
+        if excess <= 0:
+            return []
         shed = self._shed(excess, is_exempt)
         victims = self._policy.evict(excess - sum(len(f) for _, _, f in shed), is_exempt)
         if victims is None:
-            for key, stratum, frame in shed:
-                self._blocks[key][stratum] = frame
-                self._resized(key, len(frame))
-                self._cold.put(key, self._blocks[key])
+            for slot, stratum, frame in shed:
+                self._held.add(slot, stratum, frame)
+                self._policy.resize(slot, self._held.size(slot))
+                self._cold.put(slot, self._held.strata(slot))
             return None
-        for key, _, frame in shed:
-            self.on_shed(key, len(frame))
-        for victim in victims:
-            self._drop_block(victim)
+        for slot, _, frame in shed:
+            self._held.set_partial(slot, True)
+            self.on_shed(self._table.key(slot), len(frame))
+        keys = [self._table.key(slot) for slot in victims]
+        for slot in victims:
+            self._drop_block(slot)
+        self._free(victims)
         self._evictions += len(victims)
-        return victims
+        return keys
 
-    def _shed(self, excess: int, is_exempt: Exempt[BlockKey]) -> list[tuple[BlockKey, int, bytes]]:
+    def _shed(self, excess: int, is_exempt: Exempt) -> list[tuple[int, int, bytes]]:
         """Take refinements out of cold blocks until ``excess`` bytes are free or none is left."""
-        taken: list[tuple[BlockKey, int, bytes]] = []
-        spared: list[BlockKey] = []
+        taken: list[tuple[int, int, bytes]] = []
+        spared: list[int] = []
         for stratum in SHED_ORDER:
-            while excess > 0 and (key := next(self._cold.holders(stratum), None)) is not None:
-                if is_exempt(key):
-                    spared.append(key)
-                    self._cold.remove(key)
+            while excess > 0 and (slot := self._cold.coldest(stratum)) != NONE:
+                if is_exempt(slot):
+                    spared.append(slot)
+                    self._cold.remove(slot)
                     continue
-                frame = self._blocks[key].pop(stratum)
-                self._cold.shed(key, stratum)
-                self._resized(key, -len(frame))
-                taken.append((key, stratum, frame))
+                self._cold.shed(slot, stratum)
+                frame = self._held.pop(slot, stratum)
+                self._policy.resize(slot, self._held.size(slot))
+                taken.append((slot, stratum, frame))
                 excess -= len(frame)
-        for key in spared:
-            self._cold.put(key, self._blocks[key])
-            self._cold.read(key)
+        for slot in spared:
+            self._cold.put(slot, self._held.strata(slot))
+            self._cold.read(slot)
         return taken
 
-    def _resized(self, key: BlockKey, num_bytes: int) -> None:
-        self._num_bytes += num_bytes
-        self._policy.resize(key, _size(self._blocks[key]))
-
-    def _drop_block(self, key: BlockKey) -> bool:
-        frames = self._blocks.pop(key, None)
-        if frames is None:
-            return False
-        self._num_bytes -= _size(frames)
-        self._cold.remove(key)
-        return True
+    def _drop_block(self, slot: int) -> None:
+        self._held.drop(slot)
+        self._cold.remove(slot)
+        self._leases.forget(slot)
 
     async def contains(self, keys: Sequence[BlockKey]) -> list[StratumSizes | None]:
         """Return strata and sizes; see ``Tier.contains``."""
-        return [self._sizes(key) for key in keys]
+        slots = map(self._table.find, keys)
+        return [self._held.sizes(slot) if self._held.holds(slot) else None for slot in slots]
 
-    def _sizes(self, key: BlockKey) -> StratumSizes | None:
-        frames = self._blocks.get(key)
-        if frames is None:
-            return None
-        return {stratum: len(frame) for stratum, frame in frames.items()}
+    def look(self, keys: Sequence[BlockKey]) -> Held:
+        """Return what is here of each block, in one pass over columns for a ``BlockRun``."""
+        return self._held.look(self._find_all(keys))
+
+    def _find_all(self, keys: Sequence[BlockKey]) -> npt.NDArray[np.int32]:
+        if isinstance(keys, BlockRun):
+            return self._table.find_run(keys.scope, keys.hashes)
+        return np.array([self._table.find(key) for key in keys], np.int32)
+
+    def set_partial(self, key: BlockKey, is_partial: bool) -> None:
+        """Know whether a tier below may hold more strata; a put knows that none does."""
+        slot = self._table.find(key)
+        if self._held.holds(slot):
+            self._held.set_partial(slot, is_partial)
 
     async def delete(self, keys: Sequence[BlockKey]) -> int:
         """Forget blocks; see ``Tier.delete``."""
-        self._leases.forget(keys)
+        gone = []
         for key in keys:
             self._pins.remove(key)
-            self._policy.remove(key)
-        return sum(self._drop_block(key) for key in keys)
+            slot = self._table.find(key)
+            if self._held.holds(slot):
+                self._policy.remove(slot)
+                self._drop_block(slot)
+                self._free([slot])
+                gone.append(slot)
+        return len(gone)
 
     async def drop(self, key: BlockKey, stratum: int) -> None:
         """Forget one stratum; see ``Tier.drop``."""
-        frames = self._blocks.get(key)
-        if frames is None or stratum not in frames:
+        slot = self._table.find(key)
+        if not self._held.holds(slot) or not self._held.holds_all(slot, [stratum]):
             return
-        if len(frames) == 1:
-            self._policy.remove(key)
-            self._drop_block(key)
+        if len(self._held.strata(slot)) == 1:
+            self._policy.remove(slot)
+            self._drop_block(slot)
+            self._free([slot])
             return
-        self._resized(key, -len(frames.pop(stratum)))
+        self._held.pop(slot, stratum)
+        self._policy.resize(slot, self._held.size(slot))
         for lost in SHED_ORDER:
             if stratum in (lost, BASE):
-                self._cold.shed(key, lost)
+                self._cold.shed(slot, lost)
 
     async def keys(self, limit: int) -> list[BlockKey]:
         """Return keys, most recently used first; see ``Tier.keys``."""
-        return list(islice(reversed(self._blocks), limit))
+        if not self._table.capacity:
+            return []
+        slots = self._held.slots()
+        used = np.frombuffer(self._used, np.uint64)[slots]
+        if len(slots) > limit:
+            recent = np.argpartition(used, -limit)[-limit:]
+            slots, used = slots[recent], used[recent]
+        return [self._table.key(int(slot)) for slot in slots[np.argsort(used)[::-1]]]
 
     async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> None:
         """Exempt blocks from eviction; see ``Tier.pin``."""
         for key in keys:
-            if key in self._blocks:
+            if self._held.holds(self._table.find(key)):
                 self._pins.add(key, ttl_s)
 
     async def unpin(self, keys: Sequence[BlockKey]) -> None:
@@ -217,51 +268,31 @@ class DramTier:
 
     async def lease(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
         """Exempt blocks to the end of the lease; see ``Tier.lease``."""
-        here = [key for key in keys if key in self._blocks]
-        self._leases.add(here, ttl_s)
-        return [] if len(here) == len(keys) else [k for k in keys if k not in self._blocks]
+        if not self._table.capacity:
+            return list(keys)
+        slots = self._find_all(keys)
+        is_here = self._held.look(slots).strata > 0
+        self._leases.add(slots[is_here], ttl_s)
+        return [keys[int(i)] for i in np.flatnonzero(~is_here)]
 
     async def usage(self) -> TierUsage:
         """Return what is held; see ``Tier.usage``."""
-        return TierUsage(len(self._blocks), self._num_bytes, self._capacity_bytes, self._evictions)
+        held = self._held
+        return TierUsage(held.num_blocks, held.num_bytes, self._capacity_bytes, self._evictions)
 
     async def check_integrity(self) -> None:
         """Compare the accounting with the blocks; see ``Tier.check_integrity``."""
-        held = sum(_size(frames) for frames in self._blocks.values())
-        assert held == self._num_bytes, f"dram accounts {self._num_bytes} bytes, holds {held}"
+        self._held.check_integrity()
+        held = self._held.num_bytes
         assert held <= self._capacity_bytes, f"dram holds {held} of {self._capacity_bytes} bytes"
-        assert all(self._blocks.values()), "dram holds a block without strata"
-        assert len(self._policy) == len(self._blocks), "the policy knows other blocks than dram"
+        assert len(self._policy) == self._held.num_blocks, "the policy knows other blocks than dram"
         self._policy.check_integrity()
+        self._table.check_integrity()
 
     async def close(self) -> None:
         """Forget everything."""
-        for key in self._blocks:
-            self._policy.remove(key)
-            self._cold.remove(key)
-        self._blocks.clear()
-        self._num_bytes = 0
+        await self.delete(await self.keys(self._held.num_blocks))
 
 
 def _ignore(key: BlockKey, num_bytes: int) -> None:
     """Nobody listens."""
-
-
-def _size(frames: Mapping[int, bytes]) -> int:
-    return sum(map(len, frames.values()))
-
-
-def _read_header(frames: Mapping[int, bytes]) -> FrameHeader | None:
-    """Return what a frame says about its block; None for other bytes. Verified when they came."""
-    frame = next(iter(frames.values()), b"")
-    try:
-        return FrameHeader.FromString(frame[PRELUDE_BYTES : head_size(frame)])
-    except (CorruptFrameError, DecodeError):
-        return None
-
-
-def _parent(key: BlockKey, header: FrameHeader | None) -> BlockKey | None:
-    """Return the block before; None for a first block, whose parent is its scope."""
-    if header is None or len(header.parent_hash) != HASH_BYTES or header.parent_hash == key.scope:
-        return None
-    return BlockKey(key.scope, BlockHash(header.parent_hash))

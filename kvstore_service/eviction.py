@@ -6,46 +6,53 @@ in which order. What a leaf is worth is the 64 tokens that would be computed aga
 that somebody asks; what it costs is its bytes. Blocks whose parent is unknown count as roots.
 """
 
-from collections.abc import Callable, Hashable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
-Key = TypeVar("Key", bound=Hashable)
-Exempt = Callable[[Key], bool]
+Exempt = Callable[[int], bool]
 
 
-class EvictionPolicy(Protocol[Key]):
-    """Knows keys, parents, sizes and uses of the blocks held; never their bytes.
+class EvictionPolicy(Protocol):
+    """Knows slots, parents, sizes and uses of the blocks held; never their bytes.
 
-    Time is counted in calls. Calls that name a block that is not held do nothing.
+    A block is named by its slot, which its owner gives it and keeps for it until ``leftovers``
+    yields it. Time is counted in calls. Calls that name a block that is not held do nothing.
     """
 
-    def insert(self, key: Key, parent: Key | None, num_bytes: int) -> None:
+    def insert(self, slot: int, parent: int, num_bytes: int) -> None:
         """Know the block from now on; a block that is held already is used and gets that size.
 
         Args:
-            key: The block.
-            parent: The block before it, held or not; None for a first or a foreign block.
+            slot: The block.
+            parent: The block before it, held or not; ``NONE`` for a first or a foreign block.
             num_bytes: Its size.
         """
         ...
 
-    def touch(self, key: Key) -> None:
+    def touch(self, slot: int) -> None:
         """Count a use of the block."""
         ...
 
-    def resize(self, key: Key, num_bytes: int) -> None:
+    def resize(self, slot: int, num_bytes: int) -> None:
         """Know the block's new size; no use."""
         ...
 
-    def remove(self, key: Key) -> None:
+    def remove(self, slot: int) -> None:
         """Forget a block that was deleted."""
         ...
 
-    def evict(self, num_bytes: int, is_exempt: Exempt[Key]) -> list[Key] | None:
+    def evict(self, num_bytes: int, is_exempt: Exempt) -> list[int] | None:
         """Forget blocks of at least ``num_bytes`` together, one by one, and return them in order.
 
         Every block goes after its children; an ancestor of an exempt block only when nothing else
         is left. Returns None, and forgets nothing, if all that is not exempt is too little.
+        """
+        ...
+
+    def leftovers(self, gone: Sequence[int]) -> Iterable[int]:
+        """Return the slots that may be used again, once each, now that the blocks ``gone`` are.
+
+        A slot stays taken as long as a child of its block is held: the block may come back.
         """
         ...
 

@@ -8,53 +8,53 @@ Source:
 
 from collections.abc import Sequence
 
-from kvstrata.kvstore_service.eviction import Key
-from kvstrata.kvstore_service.ghost_queue import GhostQueue
-from kvstrata.kvstore_service.leaf_first import Node
+from kvstrata.kvstore_service.ghost_table import GhostTable
 from kvstrata.kvstore_service.leaf_queues import LeafQueues
+from kvstrata.kvstore_service.slots import NONE, Slots
 
 _SMALL, _MAIN = 0, 1
 _SMALL_SHARE = 10  # one part in ten
 _MAX_USES = 3
 
 
-class S3FifoPolicy(LeafQueues[Key]):
+class S3FifoPolicy(LeafQueues):
     """Small queue, main queue, and a ghost queue of keys that left the small one."""
 
-    def __init__(self) -> None:
-        super().__init__(num_groups=2)
-        self._ghosts = GhostQueue()
+    def __init__(self, slots: Slots, fingerprints: Sequence[int]) -> None:
+        super().__init__(slots, fingerprints, num_groups=2)
+        self._ghosts = GhostTable()
 
-    def _admitted(self, node: Node[Key]) -> None:
-        node.stamp = self._clock
-        node.place = _MAIN if self._ghosts.pop(node.key) is not None else _SMALL
+    def _admitted(self, slot: int) -> None:
+        self._stamp[slot] = self._clock
+        came_back = self._ghosts.pop(self._fingerprints[slot], self._clock) is not None
+        self._place[slot] = _MAIN if came_back else _SMALL
+        self._ghosts.grow(len(self))
 
-    def _used(self, node: Node[Key]) -> None:
-        node.uses = min(node.uses + 1, _MAX_USES)
+    def _used(self, slot: int) -> None:
+        self._uses[slot] = min(self._uses[slot] + 1, _MAX_USES)
 
-    def _coldest(self) -> Node[Key] | None:
+    def _coldest(self) -> int:
         while True:
             is_small_full = _SMALL_SHARE * self._group_bytes[_SMALL] >= sum(self._group_bytes)
             group = _SMALL if is_small_full else _MAIN
-            node = self._oldest(group)
-            if node is None:
+            slot = self._oldest(group)
+            if slot == NONE:
                 group = _SMALL + _MAIN - group
-                node = self._oldest(group)
-            if node is None:
-                return None
+                slot = self._oldest(group)
+            if slot == NONE:
+                return NONE
             self._pop(group)
-            if group == _SMALL and node.uses > 1:
-                self._regroup(node, _MAIN)
-                node.uses = 0
-            elif group == _MAIN and node.uses:
-                node.uses -= 1
+            if group == _SMALL and self._uses[slot] > 1:
+                self._regroup(slot, _MAIN)
+                self._uses[slot] = 0
+            elif group == _MAIN and self._uses[slot]:
+                self._uses[slot] -= 1
             else:
-                return node
-            node.stamp = self._clock
-            self._enqueue(node)
+                return slot
+            self._stamp[slot] = self._clock
+            self._enqueue(slot)
 
-    def _evicted(self, nodes: Sequence[Node[Key]]) -> None:
-        for node in nodes:
-            if node.place == _SMALL:
-                self._ghosts.add(node.key, 0)
-        self._ghosts.shrink(len(self._nodes))
+    def _evicted(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            if self._place[slot] == _SMALL:
+                self._ghosts.add(self._fingerprints[slot], self._clock, 0, self._clock)

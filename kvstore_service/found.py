@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from kvstrata.kvstore_service.data_codec import GetPart
 from kvstrata.kvstore_service.frame_assembly import FrameAssembly
@@ -20,6 +21,46 @@ class FoundBlock:
     tier: str
 
 
+class FoundBlocks(Sequence[FoundBlock]):
+    """The blocks of a run, each made when it is asked for.
+
+    Args:
+        reply: The store's answer; columns that disagree are cut to the shortest.
+    """
+
+    def __init__(self, reply: pb.LookupReply) -> None:
+        self._strata, self._tiers = reply.strata, reply.tiers
+        self._num_bytes = reply.block_bytes
+        self._tier_names = reply.tier_names
+        self._length = min(map(len, (self._strata, self._tiers, self._num_bytes)))
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> FoundBlock: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[FoundBlock]: ...
+
+    def __getitem__(self, index: "int | slice") -> "FoundBlock | Sequence[FoundBlock]":
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._length))]
+        position = range(self._length)[index]
+        tier = self._tiers[position]
+        name = self._tier_names[tier] if tier < len(self._tier_names) else ""
+        return FoundBlock(_STRATA[self._strata[position]], self._num_bytes[position], name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+
+_STRATA = [tuple(s for s in range(8) if mask >> s & 1) for mask in range(256)]
+
+
 @dataclass(frozen=True, slots=True)
 class LookupResult:
     """The longest run of committed blocks.
@@ -30,7 +71,7 @@ class LookupResult:
         pending: Blocks right after the run that somebody writes now.
     """
 
-    blocks: tuple[FoundBlock, ...]
+    blocks: Sequence[FoundBlock]
     degraded: bool
     pending: int = 0
 

@@ -2,116 +2,109 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Generic
 
-from kvstrata.kvstore_service.eviction import Exempt, Key
+from kvstrata.kvstore_service.eviction import Exempt
+from kvstrata.kvstore_service.slots import NONE, Slots
 
-
-class Node(Generic[Key]):
-    """One held block.
-
-    Attributes:
-        stamp: When it, or a child that is gone, was used last, or what the policy orders by.
-        uses: Uses since it came, as far as the policy counts.
-        place: Where it waits as a leaf; the policy says what the number means.
-        is_held: False once it was given up.
-        is_queued: Whether the policy has an entry of it among the leaves.
-    """
-
-    __slots__ = ("is_held", "is_queued", "key", "num_bytes", "parent", "place", "stamp", "uses")
-
-    def __init__(self, key: Key, parent: Key | None, num_bytes: int) -> None:
-        self.key = key
-        self.parent = parent
-        self.num_bytes = num_bytes
-        self.stamp = self.uses = self.place = 0
-        self.is_held = True
-        self.is_queued = False
+_HELD, _QUEUED = 1, 2
 
 
-class LeafFirst(ABC, Generic[Key]):
+class LeafFirst(ABC):
     """Keeps ``EvictionPolicy``'s contract; a policy says how leaves wait and which is next.
 
     A block gets an entry among the leaves when it becomes one. The entry may outlive that: one
-    whose block got a child or is gone is dropped when it is met, so that a use costs O(1).
+    whose block got a child or is gone is dropped when it is met, so that a use costs O(1). A slot
+    that is used again keeps the entry that it has. 26 bytes a block, entries and ghosts on top.
+
+    Args:
+        slots: Who gives the slots, and columns beside them.
+        fingerprints: Column of 64 bits of each block's hash, to know one that comes back.
     """
 
-    def __init__(self) -> None:
-        self._nodes: dict[Key, Node[Key]] = {}
-        self._children: dict[Key, int] = {}
+    def __init__(self, slots: Slots, fingerprints: Sequence[int]) -> None:
+        self._fingerprints = fingerprints
+        self._state = slots.column("B")
+        self._parent = slots.column("i")
+        self._children = slots.column("I")
+        self._bytes = slots.column("I")
+        self._stamp = slots.column("Q")
+        """When the block, or a child that is gone, was used last, or what the policy orders by."""
+        self._uses = slots.column("B")
+        """Uses since it came, as far as the policy counts."""
+        self._place = slots.column("i")
+        """Where it waits as a leaf; the policy says what the number means."""
+        self._size = 0
         self._clock = 0
 
     @abstractmethod
-    def _admitted(self, node: Node[Key]) -> None:
+    def _admitted(self, slot: int) -> None:
         """Set up a new block."""
 
     @abstractmethod
-    def _used(self, node: Node[Key]) -> None:
+    def _used(self, slot: int) -> None:
         """Count a use."""
 
     @abstractmethod
-    def _add_entry(self, node: Node[Key]) -> None:
+    def _add_entry(self, slot: int) -> None:
         """Let a block that became a leaf wait."""
 
     @abstractmethod
-    def _coldest(self) -> Node[Key] | None:
-        """Take the leaf that should go next out of the waiting ones; None without any."""
+    def _coldest(self) -> int:
+        """Take the leaf that should go next out of the waiting ones; ``NONE`` without any."""
 
     @abstractmethod
-    def _entries(self) -> Sequence[Node[Key]]:
-        """Return the nodes of all entries, stale ones too."""
+    def _entries(self) -> Sequence[int]:
+        """Return the slots of all entries, stale ones too."""
 
-    def _evicted(self, nodes: Sequence[Node[Key]]) -> None:
+    def _evicted(self, slots: Sequence[int]) -> None:  # noqa: B027
         """Learn which blocks are gone for good."""
 
-    def _resized(self, node: Node[Key], change: int) -> None:
-        """Learn that the bytes held of ``node`` change, also when it comes and goes."""
+    def _resized(self, slot: int, change: int) -> None:  # noqa: B027
+        """Learn that the bytes held of the block change, also when it comes and goes."""
 
-    def insert(self, key: Key, parent: Key | None, num_bytes: int) -> None:
+    def insert(self, slot: int, parent: int, num_bytes: int) -> None:
         """See ``EvictionPolicy.insert``."""
         self._clock += 1
-        node = self._nodes.get(key)
-        if node is not None:
-            self._used(node)
-            self.resize(key, num_bytes)
+        if self._state[slot] & _HELD:
+            self._used(slot)
+            self.resize(slot, num_bytes)
             return
-        node = Node(key, None if parent == key else parent, num_bytes)
-        self._admitted(node)
-        self._link(node)
+        self._parent[slot] = NONE if parent == slot else parent
+        self._bytes[slot] = num_bytes
+        self._uses[slot] = 0
+        self._admitted(slot)
+        self._link(slot)
 
-    def touch(self, key: Key) -> None:
+    def touch(self, slot: int) -> None:
         """See ``EvictionPolicy.touch``."""
         self._clock += 1
-        node = self._nodes.get(key)
-        if node is not None:
-            self._used(node)
+        if self._state[slot] & _HELD:
+            self._used(slot)
 
-    def resize(self, key: Key, num_bytes: int) -> None:
+    def resize(self, slot: int, num_bytes: int) -> None:
         """See ``EvictionPolicy.resize``."""
-        node = self._nodes.get(key)
-        if node is not None:
-            self._resized(node, num_bytes - node.num_bytes)
-            node.num_bytes = num_bytes
+        if self._state[slot] & _HELD:
+            self._resized(slot, num_bytes - self._bytes[slot])
+            self._bytes[slot] = num_bytes
 
-    def remove(self, key: Key) -> None:
+    def remove(self, slot: int) -> None:
         """See ``EvictionPolicy.remove``."""
-        node = self._nodes.get(key)
-        if node is not None:
-            self._unlink(node)
+        if self._state[slot] & _HELD:
+            self._unlink(slot)
 
-    def evict(self, num_bytes: int, is_exempt: Exempt[Key]) -> list[Key] | None:
+    def evict(self, num_bytes: int, is_exempt: Exempt) -> list[int] | None:
         """See ``EvictionPolicy.evict``. An exempt leaf that is met counts as used."""
-        taken: list[Node[Key]] = []
-        spared: list[Node[Key]] = []
-        hidden: list[Node[Key]] = []
+        taken: list[int] = []
+        spared: list[int] = []
+        hidden: list[int] = []
         while num_bytes > 0:
-            node = self._coldest()
-            if node is not None and is_exempt(node.key):
-                spared.append(node)
-            elif node is not None:
-                self._unlink(node)
-                taken.append(node)
-                num_bytes -= node.num_bytes
+            slot = self._coldest()
+            if slot != NONE and is_exempt(slot):
+                spared.append(slot)
+            elif slot != NONE:
+                self._unlink(slot)
+                taken.append(slot)
+                num_bytes -= self._bytes[slot]
             elif spared:
                 # Only ancestors of exempt blocks are left: they surface once those are hidden.
                 for exempt in spared:
@@ -120,66 +113,85 @@ class LeafFirst(ABC, Generic[Key]):
                 spared = []
             else:
                 break
-        for node in hidden:
-            self._link(node)
-        for node in (*spared, *hidden):
-            node.stamp = self._clock
-            self._enqueue(node)
+        for slot in hidden:
+            self._link(slot)
+        for slot in (*spared, *hidden):
+            self._stamp[slot] = self._clock
+            self._enqueue(slot)
         if num_bytes > 0:
-            for node in reversed(taken):
-                self._link(node)
+            for slot in reversed(taken):
+                self._link(slot)
             return None
         self._evicted(taken)
-        return [node.key for node in taken]
+        return taken
 
-    def _link(self, node: Node[Key]) -> None:
-        node.is_held = True
-        self._nodes[node.key] = node
-        self._resized(node, node.num_bytes)
-        if node.parent is not None:
-            self._children[node.parent] = self._children.get(node.parent, 0) + 1
-        self._enqueue(node)
+    def leftovers(self, gone: Sequence[int]) -> set[int]:
+        """See ``EvictionPolicy.leftovers``."""
+        touched = {*gone, *(self._parent[slot] for slot in gone)} - {NONE}
+        unused = {s for s in touched if not (self._state[s] & _HELD or self._children[s])}
+        for slot in unused:
+            self._parent[slot] = NONE
+        return unused
 
-    def _unlink(self, node: Node[Key]) -> None:
-        """Take ``node`` out; its parent, if that was the last child, is a leaf of the same age."""
-        node.is_held = False
-        del self._nodes[node.key]
-        self._resized(node, -node.num_bytes)
-        if node.parent is None:
+    def _link(self, slot: int) -> None:
+        self._state[slot] |= _HELD
+        self._size += 1
+        self._resized(slot, self._bytes[slot])
+        parent = self._parent[slot]
+        if parent != NONE:
+            self._children[parent] += 1
+        self._enqueue(slot)
+
+    def _unlink(self, slot: int) -> None:
+        """Take the block out; its parent, if that was the last child, is a leaf of the same age."""
+        self._state[slot] &= ~_HELD
+        self._size -= 1
+        self._resized(slot, -self._bytes[slot])
+        parent = self._parent[slot]
+        if parent == NONE:
             return
-        siblings = self._children[node.parent] - 1
-        if siblings:
-            self._children[node.parent] = siblings
-            return
-        del self._children[node.parent]
-        parent = self._nodes.get(node.parent)
-        if parent is not None:
-            parent.stamp = max(parent.stamp, node.stamp)
+        self._children[parent] -= 1
+        if not self._children[parent] and self._state[parent] & _HELD:
+            self._stamp[parent] = max(self._stamp[parent], self._stamp[slot])
             self._enqueue(parent)
 
-    def _enqueue(self, node: Node[Key]) -> None:
-        if not node.is_queued and not self._is_stale(node):
-            node.is_queued = True
-            self._add_entry(node)
+    def _enqueue(self, slot: int) -> None:
+        state = self._state[slot]
+        if state == _HELD and not self._children[slot]:
+            self._state[slot] = state | _QUEUED
+            self._add_entry(slot)
 
-    def _is_stale(self, node: Node[Key]) -> bool:
-        """Whether an entry of ``node`` means nothing: it is gone, or no leaf."""
-        return not node.is_held or node.key in self._children
+    def _is_queued(self, slot: int) -> bool:
+        """Whether the policy has an entry of the block among the leaves."""
+        return bool(self._state[slot] & _QUEUED)
+
+    def _dequeued(self, slot: int) -> None:
+        """Know that the block has no entry any more."""
+        self._state[slot] &= ~_QUEUED
+
+    def _is_held(self, slot: int) -> bool:
+        return bool(self._state[slot] & _HELD)
+
+    def _is_stale(self, slot: int) -> bool:
+        """Whether an entry of the block means nothing: it is gone, or no leaf."""
+        return not self._state[slot] & _HELD or self._children[slot] > 0
 
     def __len__(self) -> int:
         """Return the number of blocks known."""
-        return len(self._nodes)
+        return self._size
 
     def check_integrity(self) -> None:
         """See ``EvictionPolicy.check_integrity``."""
-        children: dict[Key, int] = {}
-        for node in self._nodes.values():
-            assert node.is_held, f"{node.key} is known but not held"
-            if node.parent is not None:
-                children[node.parent] = children.get(node.parent, 0) + 1
-        assert children == self._children, "the policy miscounts children"
-        queued = [node.key for node in self._entries() if node.is_held]
-        waiting = set(queued)
-        assert len(queued) == len(waiting), "a block waits twice"
-        lost = self._nodes.keys() - self._children.keys() - waiting
+        held = [slot for slot, state in enumerate(self._state) if state & _HELD]
+        assert len(held) == self._size, "the policy miscounts blocks"
+        children: dict[int, int] = {}
+        for slot in held:
+            if self._parent[slot] != NONE:
+                children[self._parent[slot]] = children.get(self._parent[slot], 0) + 1
+        known = {slot: count for slot, count in enumerate(self._children) if count}
+        assert children == known, "the policy miscounts children"
+        entries = list(self._entries())
+        assert len(entries) == len(set(entries)), "a block waits twice"
+        assert all(self._is_queued(slot) for slot in entries), "an entry is not known"
+        lost = {slot for slot in held if not self._children[slot]} - set(entries)
         assert not lost, f"{len(lost)} leaves wait nowhere"

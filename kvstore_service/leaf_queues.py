@@ -13,68 +13,72 @@ import heapq
 from abc import ABC
 from collections.abc import Sequence
 
-from kvstrata.kvstore_service.eviction import Key
-from kvstrata.kvstore_service.leaf_first import LeafFirst, Node
+from kvstrata.kvstore_service.leaf_first import LeafFirst
+from kvstrata.kvstore_service.slots import NONE, Slots
 
 _SLACK = 64  # stale entries that a queue may always have
 
 
-class LeafQueues(LeafFirst[Key], ABC):
-    """``num_groups`` queues of leaves; ``Node.place`` says which, ``Node.stamp`` where in it."""
+class LeafQueues(LeafFirst, ABC):
+    """``num_groups`` queues of leaves; ``_place`` says which, ``_stamp`` where in it."""
 
-    def __init__(self, num_groups: int = 1) -> None:
-        super().__init__()
-        self._queues: list[list[tuple[int, int, Node[Key]]]] = [[] for _ in range(num_groups)]
+    def __init__(self, slots: Slots, fingerprints: Sequence[int], num_groups: int = 1) -> None:
+        super().__init__(slots, fingerprints)
+        self._queues: list[list[tuple[int, int, int]]] = [[] for _ in range(num_groups)]
         self._group_bytes = [0] * num_groups
         self._num_pushed = 0  # orders entries of equal stamps
 
-    def _resized(self, node: Node[Key], change: int) -> None:
-        self._group_bytes[node.place] += change
+    def _resized(self, slot: int, change: int) -> None:
+        self._group_bytes[self._place[slot]] += change
 
-    def _regroup(self, node: Node[Key], group: int) -> None:
-        """Let ``node`` wait in another queue from now on; its entry follows by itself."""
-        if node.is_held:
-            self._group_bytes[node.place] -= node.num_bytes
-            self._group_bytes[group] += node.num_bytes
-        node.place = group
+    def _regroup(self, slot: int, group: int) -> None:
+        """Let the block wait in another queue from now on; its entry follows by itself."""
+        if self._is_held(slot):
+            self._group_bytes[self._place[slot]] -= self._bytes[slot]
+            self._group_bytes[group] += self._bytes[slot]
+        self._place[slot] = group
 
-    def _add_entry(self, node: Node[Key]) -> None:
-        queue = self._queues[node.place]
-        heapq.heappush(queue, self._entry(node))
-        if len(queue) > 2 * len(self._nodes) + _SLACK:
+    def _add_entry(self, slot: int) -> None:
+        queue = self._queues[self._place[slot]]
+        heapq.heappush(queue, self._entry(slot))
+        if len(queue) > 2 * len(self) + _SLACK:
             # Blocks that are deleted, not evicted, would pile up.
-            self._queues[node.place] = [entry for entry in queue if entry[2].is_held]
-            heapq.heapify(self._queues[node.place])
+            for entry in queue:
+                if not self._is_held(entry[2]):
+                    self._dequeued(entry[2])
+            queue[:] = [entry for entry in queue if self._is_queued(entry[2])]
+            heapq.heapify(queue)
 
-    def _entry(self, node: Node[Key]) -> tuple[int, int, Node[Key]]:
+    def _entry(self, slot: int) -> tuple[int, int, int]:
         self._num_pushed += 1
-        return node.stamp, self._num_pushed, node
+        return self._stamp[slot], self._num_pushed, slot
 
-    def _oldest(self, group: int) -> Node[Key] | None:
+    def _oldest(self, group: int) -> int:
         """Return the oldest leaf of a group, still in its queue."""
         queue = self._queues[group]
         while queue:
-            stamp, _, node = queue[0]
-            if self._is_stale(node) or node.place != group:
+            stamp, _, slot = queue[0]
+            if self._is_stale(slot) or self._place[slot] != group:
                 self._pop(group)
-                self._enqueue(node)
-            elif node.stamp != stamp:
-                heapq.heapreplace(queue, self._entry(node))
+                self._enqueue(slot)
+            elif self._stamp[slot] != stamp:
+                heapq.heapreplace(queue, self._entry(slot))
             else:
-                return node
-        return None
+                return slot
+        return NONE
 
     def _pop(self, group: int) -> None:
         """Take the first entry out of a queue."""
-        heapq.heappop(self._queues[group])[2].is_queued = False
+        self._dequeued(heapq.heappop(self._queues[group])[2])
 
-    def _entries(self) -> Sequence[Node[Key]]:
-        return [node for queue in self._queues for _, _, node in queue]
+    def _entries(self) -> Sequence[int]:
+        return [slot for queue in self._queues for _, _, slot in queue]
 
     def check_integrity(self) -> None:
         """See ``EvictionPolicy.check_integrity``."""
         super().check_integrity()
         group_bytes = [0] * len(self._queues)
-        for node in self._nodes.values():
-            group_bytes[node.place] += node.num_bytes
+        for slot, num_bytes in enumerate(self._bytes):
+            if self._is_held(slot):
+                group_bytes[self._place[slot]] += num_bytes
         assert group_bytes == self._group_bytes, "the policy miscounts bytes"

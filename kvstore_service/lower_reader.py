@@ -57,36 +57,31 @@ class LowerReader:
         self._counters = counters
         self._departures = departures
         self._flights: dict[tuple[BlockKey, int], asyncio.Task[Read]] = {}
-        self._partial: set[BlockKey] = set()
         dram.on_shed = self._shed
 
     def _shed(self, key: BlockKey, num_bytes: int) -> None:
         self._counters.add(names.SHED_BYTES, num_bytes, tier=self._dram.name)
-        self._partial.add(key)
-
-    def is_partial(self, key: BlockKey) -> bool:
-        """Return whether dram may hold fewer strata of the block than a tier below."""
-        return key in self._partial
 
     def forget(self, keys: Sequence[BlockKey]) -> None:
         """Let no read that is under way promote what it finds: the blocks have changed."""
         for key in keys:
-            self._partial.discard(key)
+            self._dram.set_partial(key, False)
             for stratum in ALL_STRATA:
                 self._flights.pop((key, stratum), None)
 
     def evicted(self, tier: Tier, victims: Sequence[BlockKey]) -> None:
         """Remember blocks that ``tier`` gave up to make room, so that their misses can say so."""
-        if tier is self._dram:
-            self._partial.difference_update(victims)
         self._departures.evicted(victims, tier.name, CAPACITY)
 
     def read_resident(self, key: BlockKey, strata: Sequence[int]) -> Read | None:
         """Return what ``read`` would if dram has it all and it is of one writing; else None."""
-        if (BASE not in strata and EXACT not in strata) or not self._dram.holds(key, strata):
+        if BASE not in strata and EXACT not in strata:
+            return None
+        held = self._dram.peek_all(key, strata)
+        if held is None:
             return None
         tier = self._dram.name
-        return {s: Piece(frame, tier) for s, frame in self._dram.peek(key, strata).items()}
+        return {s: Piece(frame, tier) for s, frame in held.items()}
 
     async def read(self, key: BlockKey, strata: Sequence[int]) -> Read:
         """Return each wanted stratum of one writing, or why it is missing."""
@@ -116,7 +111,7 @@ class LowerReader:
                 if self._dram.peek(key, [BASE]):  # not deleted meanwhile
                     with contextlib.suppress(CapacityError):
                         self.evicted(self._dram, await self._dram.put(key, frames))
-                        self._partial.add(key)
+                        self._dram.set_partial(key, True)
                 return read
         return {}
 
@@ -222,7 +217,7 @@ class LowerReader:
             victims = await self._dram.put(key, {**held, **frames})
         except CapacityError:
             return
-        self._partial.add(key)
+        self._dram.set_partial(key, True)
         self.evicted(self._dram, victims)
 
     async def close(self) -> None:

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from kvstrata.kvstore_service.block_run import BlockRun
 from kvstrata.protos.call_context import DEFAULT_TENANT
 from kvstrata.protos.errors import CorruptFrameError
 from kvstrata.protos.frame import under_scope
@@ -59,6 +60,10 @@ class Namespace:
         if self.owners is not None:
             self.owners.note(stored, self.owner or DEFAULT_TENANT)
         return stored
+
+    def run(self, keys: BlockRun) -> BlockRun:
+        """Return the stored keys of a requested run."""
+        return BlockRun(self.scope(keys.scope), keys.hashes)
 
     def keys(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
         """Return the stored key of each requested one."""

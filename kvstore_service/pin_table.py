@@ -19,6 +19,10 @@ class PinTable:
         self._pins: dict[BlockKey, tuple[float, int]] = {}
         self._sweep_at = 1024
 
+    def __len__(self) -> int:
+        """Return the number of pins, those included that are over and were not looked at since."""
+        return len(self._pins)
+
     def add(self, key: BlockKey, ttl_s: float, num_bytes: int = 0) -> None:
         """Pin ``key`` for at least ``ttl_s`` from now; ``num_bytes`` is for the accounting."""
         deadline = self._clock() + ttl_s

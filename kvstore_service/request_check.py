@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from kvstrata.kvstore_service.block_run import BlockRun
 from kvstrata.kvstore_service.wire import key_of
 from kvstrata.protos import kvstore_pb2 as pb
 from kvstrata.protos.errors import InvalidRequestError, LimitError
@@ -10,7 +11,6 @@ from kvstrata.protos.identity import (
     HASH_BYTES,
     BlockKey,
     ScopeDigest,
-    split_hashes,
 )
 
 
@@ -30,7 +30,7 @@ def parse_keys(messages: Sequence[pb.BlockKey], max_keys: int) -> list[BlockKey]
     return [parse_key(message) for message in messages]
 
 
-def parse_hashes(scope: bytes, joined: bytes, max_keys: int) -> list[BlockKey]:
+def parse_hashes(scope: bytes, joined: bytes, max_keys: int) -> BlockRun:
     """Return the keys of a scope and concatenated block hashes.
 
     Raises:
@@ -39,7 +39,7 @@ def parse_hashes(scope: bytes, joined: bytes, max_keys: int) -> list[BlockKey]:
     """
     _check_count(len(joined) // HASH_BYTES, max_keys)
     try:
-        return [BlockKey(ScopeDigest(scope), block_hash) for block_hash in split_hashes(joined)]
+        return BlockRun(ScopeDigest(scope), joined)
     except ValueError as error:
         raise InvalidRequestError(str(error), "send scope and hashes as 16 bytes each") from error
 

@@ -58,7 +58,7 @@ class Wanted:
     """
 
     scope: ScopeDigest
-    keys: list[BlockKey]
+    keys: Sequence[BlockKey]
     queries: list[Query]
     top_k: int
     chunk: int

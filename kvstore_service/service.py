@@ -26,9 +26,9 @@ from kvstrata.kvstore_service.request_check import (
     parse_strata,
 )
 from kvstrata.kvstore_service.retrieve_handler import RetrieveHandler
-from kvstrata.kvstore_service.store import BlockStore, Presence
+from kvstrata.kvstore_service.store import BlockStore
 from kvstrata.kvstore_service.tenants import Tenant, Tenants
-from kvstrata.kvstore_service.wire import key_message, stratum_enum
+from kvstrata.kvstore_service.wire import key_message
 from kvstrata.kvstore_service.workload import Workload
 from kvstrata.protos import kvstore_pb2 as pb
 from kvstrata.protos.errors import (
@@ -115,13 +115,16 @@ class StoreService(KVStoreServicer):
     async def Lookup(self, request: pb.LookupRequest, context: Any) -> pb.LookupReply:  # noqa: N802
         """Tell the longest run of committed blocks."""
         keys = parse_hashes(request.scope, request.block_hashes, self._limits.max_hashes)
-        keys = self._admit(context).namespace.keys(keys)
+        keys = self._admit(context).namespace.run(keys)
         with self._workload.call():
             lease_ms = min(request.lease_ms, self._limits.max_lease_ms)
-            found, degraded = await self._store.lookup(keys, lease_ms / 1000)
+            found = await self._store.lookup(keys, lease_ms / 1000)
         return pb.LookupReply(
-            blocks=map(_block_info, found),
-            degraded=degraded,
+            strata=found.strata,
+            tiers=found.tiers,
+            block_bytes=found.num_bytes,
+            tier_names=[tier.name for tier in self._store.tiers],
+            degraded=found.degraded,
             pending=self._store.arrivals.num_pending(keys[len(found) :]),
         )
 
@@ -269,7 +272,7 @@ class StoreService(KVStoreServicer):
             wait_until = asyncio.get_running_loop().time() + wait_s if wait_s else 0.0
             reads = read_ahead(
                 self._store,
-                namespace.keys(keys),
+                namespace.run(keys),
                 strata,
                 wait_until,
                 self._quotas.of(tenant),
@@ -331,11 +334,4 @@ def _refused(error: ThrottledError) -> pb.PutReply:
         key=key_message(BlockKey.decode(error.metadata["block_key"])),
         outcome=pb.PUT_OUTCOME_REJECTED,
         reason=f"throttled: {error.message}",
-    )
-
-
-def _block_info(presence: Presence) -> pb.BlockInfo:
-    sizes = {stratum: size for _, held in reversed(presence) for stratum, size in held.items()}
-    return pb.BlockInfo(
-        strata=map(stratum_enum, sorted(sizes)), bytes=sum(sizes.values()), tier=presence[0][0]
     )

@@ -24,6 +24,7 @@ from kvstrata.kvstore_service.departures import ADMIN, QUOTA, Departures
 from kvstrata.kvstore_service.dram_tier import DramTier
 from kvstrata.kvstore_service.lower_reader import LowerReader, Piece, Read
 from kvstrata.kvstore_service.pin_table import Clock, PinTable
+from kvstrata.kvstore_service.run_lookup import FoundRun, RunLookup
 from kvstrata.kvstore_service.tier import StratumSizes, Tier, TierUnavailableError
 from kvstrata.kvstore_service.write_behind import WriteBehind
 from kvstrata.protos.errors import CapacityError, InvalidRequestError
@@ -81,6 +82,7 @@ class BlockStore:
         self.waits = CommitWaits(self.arrivals, self._are_present, is_shared=bool(lower))
         self.departures = Departures(self.counters)
         self.on_changed: Callable[[Sequence[BlockKey]], None] = _ignore
+        self._runs = RunLookup(dram, lower, self.counters)
         self._lower = LowerReader(dram, tuple(lower), self.counters, self.departures)
         self._behind = {
             tier.name: WriteBehind(tier, self._write_behind, self.counters, max_behind_bytes)
@@ -202,57 +204,13 @@ class BlockStore:
                     presence.append((tier.name, sizes))
         return found, degraded
 
-    async def lookup(
-        self, keys: Sequence[BlockKey], lease_s: float = 0.0
-    ) -> tuple[list[Presence], bool]:
-        """Return the presence of the longest run of blocks, and whether a tier did not answer.
-
-        One round trip below: only blocks that dram does not hold whole are asked for. A lease on
-        those takes another one; what went meanwhile is not told.
-        """
+    async def lookup(self, keys: Sequence[BlockKey], lease_s: float = 0.0) -> FoundRun:
+        """Return the longest run of blocks, leased on demand; see ``RunLookup.find``."""
         self.counters.add(names.LOOKUPS)
-        found: list[Presence] = []
-        for sizes in await self.dram.contains(keys):
-            found.append([(self.dram.name, sizes)] if sizes else [])
-        doubtful = [i for i, key in enumerate(keys) if not found[i] or self._lower.is_partial(key)]
-        degraded = False
-        for tier in self.tiers[1:] if doubtful else ():
-            try:
-                held = await tier.contains([keys[i] for i in doubtful])
-            except TierUnavailableError:
-                self.counters.add(names.TIER_ERRORS, tier=tier.name)
-                degraded = True
-                continue
-            for i, sizes in zip(doubtful, held, strict=True):
-                if sizes:
-                    found[i].append((tier.name, sizes))
-        run = _run(found)
-        if lease_s:
-            degraded |= await self._lease(keys[:run], found, lease_s)
-            run = _run(found[:run])
-        self.counters.add(names.LOOKUP_BLOCKS, run, result="hit")
-        self.counters.add(names.LOOKUP_BLOCKS, len(keys) - run, result="miss")
-        return found[:run], degraded
-
-    async def _lease(self, keys: Sequence[BlockKey], found: list[Presence], ttl_s: float) -> bool:
-        """Lease blocks wherever they were found; take out of ``found`` what could not be leased.
-
-        Returns whether a tier did not answer.
-        """
-        degraded = False
-        for tier in self.tiers:
-            here = [i for i in range(len(keys)) if any(n == tier.name for n, _ in found[i])]
-            wanted = [keys[i] for i in here]
-            try:
-                missing = await tier.lease(wanted, ttl_s) if wanted else []
-            except (TierUnavailableError, CapacityError):
-                self.counters.add(names.TIER_ERRORS, tier=tier.name)
-                missing, degraded = wanted, True
-            gone = set(missing)
-            for i in here if gone else ():
-                if keys[i] in gone:
-                    found[i] = [(name, sizes) for name, sizes in found[i] if name != tier.name]
-        return degraded
+        found = await self._runs.find(keys, lease_s)
+        self.counters.add(names.LOOKUP_BLOCKS, len(found), result="hit")
+        self.counters.add(names.LOOKUP_BLOCKS, len(keys) - len(found), result="miss")
+        return found
 
     def get_resident(self, key: BlockKey, strata: Sequence[int]) -> Read | None:
         """Return what ``get`` would if that takes no wait, since dram has it all; else None."""
@@ -379,10 +337,6 @@ class BlockStore:
         await self._lower.close()
         for tier in self.tiers:
             await tier.close()
-
-
-def _run(found: Sequence[Presence]) -> int:
-    return next((i for i, presence in enumerate(found) if not is_present(presence)), len(found))
 
 
 def _ignore(keys: Sequence[BlockKey]) -> None:

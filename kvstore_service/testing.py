@@ -8,18 +8,22 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 from kvstrata.kvstore_service.config import StoreConfig
+from kvstrata.kvstore_service.eviction import EvictionPolicy
 from kvstrata.kvstore_service.redis_binary import find_redis_server, free_port
 from kvstrata.kvstore_service.server import RunningStore, start_store
+from kvstrata.kvstore_service.slots import NONE, Slots
 from kvstrata.kvstore_service.wire import stratum_enum
 from kvstrata.protos.errors import ConfigurationError
 from kvstrata.protos.frame import encode_frame, encoding_id
 from kvstrata.protos.frame_pb2 import FrameHeader, RopeForm, Stratum
 from kvstrata.protos.identity import BLOCK_TOKENS, BlockKey, ScopeDigest, block_hash
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class ManualClock:
@@ -35,6 +39,92 @@ class ManualClock:
     def advance(self, seconds: float) -> None:
         """Let ``seconds`` pass."""
         self.now_s += seconds
+
+
+class KeyedPolicy(Generic[Key]):
+    """An eviction policy over any keys, driven as the dram tier drives it over slots.
+
+    Args:
+        make: The policy's class.
+        fingerprint: 64 bits of a key's hash.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Slots, Sequence[int]], EvictionPolicy],
+        fingerprint: Callable[[Key], int] | None = None,
+    ) -> None:
+        self._slots = Slots()
+        self._fingerprints = self._slots.column("Q")
+        self._fingerprint = fingerprint or _hash_of
+        self._keys = self._slots.object_column()
+        self._slot_of: dict[Key, int] = {}
+        self._held: set[Key] = set()
+        self.policy = make(self._slots, self._fingerprints)
+
+    def _slot(self, key: Key) -> int:
+        if key not in self._slot_of:
+            slot = self._slot_of[key] = self._slots.take()
+            self._keys[slot] = key
+            self._fingerprints[slot] = self._fingerprint(key)
+        return self._slot_of[key]
+
+    def insert(self, key: Key, parent: Key | None, num_bytes: int) -> None:
+        """Know the block."""
+        is_new = key not in self._held
+        self._held.add(key)
+        above = self._slot(parent) if is_new and parent is not None else NONE
+        self.policy.insert(self._slot(key), above, num_bytes)
+
+    def touch(self, key: Key) -> None:
+        """Count a use."""
+        if key in self._held:
+            self.policy.touch(self._slot(key))
+
+    def resize(self, key: Key, num_bytes: int) -> None:
+        """Know the new size."""
+        if key in self._held:
+            self.policy.resize(self._slot(key), num_bytes)
+
+    def remove(self, key: Key) -> None:
+        """Forget the block."""
+        if key in self._held:
+            self.policy.remove(self._slot(key))
+            self._held.remove(key)
+            self._free([self._slot(key)])
+
+    def evict(self, num_bytes: int, is_exempt: Callable[[Key], bool]) -> list[Key] | None:
+        """Return whom to evict; None if all that is not exempt is too little."""
+        keys = self._keys
+        gone = self.policy.evict(num_bytes, lambda slot: is_exempt(keys[slot]))
+        if gone is None:
+            return None
+        victims: list[Key] = [keys[slot] for slot in gone]
+        self._held.difference_update(victims)
+        self._free(gone)
+        return victims
+
+    def _free(self, gone: Sequence[int]) -> None:
+        for slot in self.policy.leftovers(gone):
+            del self._slot_of[self._keys[slot]]
+            self._keys[slot] = None
+            self._slots.give_back(slot)
+
+    def uses(self, key: Key) -> int:
+        """Return the uses that the policy counts of a block that is held."""
+        return int(self.policy._uses[self._slot_of[key]])  # type: ignore[attr-defined]
+
+    def __len__(self) -> int:
+        """Return the number of blocks known."""
+        return len(self.policy)
+
+    def check_integrity(self) -> None:
+        """Raise ``AssertionError`` unless the policy agrees with itself."""
+        self.policy.check_integrity()
+
+
+def _hash_of(key: Hashable) -> int:
+    return hash(key) * 0x9E3779B97F4A7C15 & (1 << 64) - 1
 
 
 class LocalStore:

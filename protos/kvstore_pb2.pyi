@@ -59,25 +59,21 @@ class LookupRequest(_message.Message):
     lease_ms: int
     def __init__(self, scope: _Optional[bytes] = ..., block_hashes: _Optional[bytes] = ..., lease_ms: _Optional[int] = ...) -> None: ...
 
-class BlockInfo(_message.Message):
-    __slots__ = ("strata", "bytes", "tier")
-    STRATA_FIELD_NUMBER: _ClassVar[int]
-    BYTES_FIELD_NUMBER: _ClassVar[int]
-    TIER_FIELD_NUMBER: _ClassVar[int]
-    strata: _containers.RepeatedScalarFieldContainer[_frame_pb2.Stratum]
-    bytes: int
-    tier: str
-    def __init__(self, strata: _Optional[_Iterable[_Union[_frame_pb2.Stratum, str]]] = ..., bytes: _Optional[int] = ..., tier: _Optional[str] = ...) -> None: ...
-
 class LookupReply(_message.Message):
-    __slots__ = ("blocks", "degraded", "pending")
-    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("degraded", "pending", "strata", "tiers", "block_bytes", "tier_names")
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
     PENDING_FIELD_NUMBER: _ClassVar[int]
-    blocks: _containers.RepeatedCompositeFieldContainer[BlockInfo]
+    STRATA_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TIER_NAMES_FIELD_NUMBER: _ClassVar[int]
     degraded: bool
     pending: int
-    def __init__(self, blocks: _Optional[_Iterable[_Union[BlockInfo, _Mapping]]] = ..., degraded: _Optional[bool] = ..., pending: _Optional[int] = ...) -> None: ...
+    strata: bytes
+    tiers: bytes
+    block_bytes: _containers.RepeatedScalarFieldContainer[int]
+    tier_names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, degraded: _Optional[bool] = ..., pending: _Optional[int] = ..., strata: _Optional[bytes] = ..., tiers: _Optional[bytes] = ..., block_bytes: _Optional[_Iterable[int]] = ..., tier_names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StratumSize(_message.Message):
     __slots__ = ("stratum", "frame_bytes")

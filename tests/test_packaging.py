@@ -36,11 +36,12 @@ def test_no_room_has_a_bare_name(cwd: str, run_outside: Callable[..., str], tmp_
 
 def test_the_store_and_the_client_never_load_torch(run_outside: Callable[..., str]):
     script = """
-import sys, kvstrata.client.kvstrata, kvstrata.kvstore_service.command
-import kvstrata.kvstore_service.server
+import sys, kvstrata.client.kvstrata, kvstrata.client.kvctl
 print(sorted({"numpy", "ray", "torch", "transformers"} & set(sys.modules)))
+import kvstrata.kvstore_service.command, kvstrata.kvstore_service.server
+print(sorted({"ray", "torch", "transformers"} & set(sys.modules)))
 """
-    assert run_outside(sys.executable, "-P", "-c", script) == "[]\n"
+    assert run_outside(sys.executable, "-P", "-c", script) == "[]\n[]\n"
 
 
 def test_the_wheel_holds_the_rooms_and_nothing_else(wheel: Path):

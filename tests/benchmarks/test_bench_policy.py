@@ -15,7 +15,7 @@ from policy_replay import optimum, replay
 from policy_trace import DEFAULT, Request, num_distinct, read_trace
 
 from kvstrata.kvstore_service.dram_tier import DramTier
-from kvstrata.kvstore_service.testing import sample_block
+from kvstrata.kvstore_service.testing import KeyedPolicy, sample_block
 from kvstrata.protos.identity import CacheScope
 
 SCRIPT = Path(bench_policy.__file__)
@@ -114,7 +114,10 @@ async def test_the_tier_hits_what_the_replay_hits():
         for block in request.blocks[run:]:
             await tier.put(*padded[block])
         hits.append(run)
-    assert hits == replay(bench_policy.POLICIES["ours"](), requests, num_blocks)
+    keyed = KeyedPolicy[int](
+        bench_policy.POLICIES["ours"], lambda block: hash(padded[block][0].block_hash) % (1 << 64)
+    )
+    assert hits == replay(keyed, requests, num_blocks)
 
 
 def test_the_size_at_half_of_the_optimum_is_where_lru_gets_there():

@@ -7,7 +7,9 @@ import pytest
 
 from kvstrata.kvstore_service.cold_half import ColdHalf
 from kvstrata.kvstore_service.dram_tier import DramTier
+from kvstrata.kvstore_service.eviction_gittins import GittinsPolicy
 from kvstrata.kvstore_service.eviction_lru import LruPolicy
+from kvstrata.kvstore_service.slots import Slots
 from kvstrata.kvstore_service.testing import sample_block
 from kvstrata.protos.errors import CapacityError
 from kvstrata.protos.identity import BlockHash, BlockKey, ScopeDigest
@@ -129,9 +131,9 @@ async def test_a_block_that_lost_its_base_is_not_shed_to_nothing(scope: ScopeDig
         await tier.check_integrity()
 
 
-@pytest.mark.parametrize("policy", [None, LruPolicy[BlockKey]()], ids=["ours", "lru"])
+@pytest.mark.parametrize("policy", [GittinsPolicy, LruPolicy], ids=["ours", "lru"])
 async def test_the_last_block_of_a_chain_goes_first(
-    scope: ScopeDigest, policy: LruPolicy[BlockKey] | None
+    scope: ScopeDigest, policy: type[GittinsPolicy | LruPolicy]
 ) -> None:
     chain = blocks(scope, 8, {BASE: 400}, chained=True)
     tier = DramTier(size(chain), policy=policy)
@@ -143,18 +145,18 @@ async def test_the_last_block_of_a_chain_goes_first(
     assert in_chain
 
 
-def test_the_hot_half_is_of_what_was_read_last(scope: ScopeDigest) -> None:
-    cold = ColdHalf()
-    keys = [BlockKey(scope, BlockHash(bytes([n]) * 16)) for n in range(6)]
-    for key in keys:
-        cold.put(key, {BASE, MID})
-    for key in keys:
-        cold.read(key)
-    assert list(cold.holders(MID)) == keys[:3]
+def test_the_hot_half_is_of_what_was_read_last() -> None:
+    slots = Slots()
+    cold, blocks = ColdHalf(slots), [slots.take() for _ in range(6)]
+    for block in blocks:
+        cold.put(block, {BASE, MID})
+    for block in blocks:
+        cold.read(block)
+    assert list(cold.holders(MID)) == blocks[:3]
     assert list(cold.holders(FINE)) == []
-    cold.remove(keys[0])
-    cold.shed(keys[1], MID)
-    assert list(cold.holders(MID)) == [keys[2]]
+    cold.remove(blocks[0])
+    cold.shed(blocks[1], MID)
+    assert list(cold.holders(MID)) == [blocks[2]]
 
 
 async def test_memory_does_not_grow_with_churn(scope: ScopeDigest) -> None:

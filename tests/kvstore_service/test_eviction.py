@@ -10,11 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvstrata.kvstore_service.eviction import EvictionPolicy
 from kvstrata.kvstore_service.eviction_gittins import GittinsPolicy
 from kvstrata.kvstore_service.eviction_lru import LruPolicy
 from kvstrata.kvstore_service.eviction_s3fifo import S3FifoPolicy
-from kvstrata.kvstore_service.ghost_queue import GhostQueue
+from kvstrata.kvstore_service.ghost_table import GhostTable
 from kvstrata.kvstore_service.reuse_ages import (
     NUM_BUCKETS,
     ReuseAges,
@@ -22,11 +21,12 @@ from kvstrata.kvstore_service.reuse_ages import (
     bucket_begin,
     gittins,
 )
+from kvstrata.kvstore_service.testing import KeyedPolicy
 
-POLICIES: dict[str, Callable[[], EvictionPolicy[int]]] = {
-    "lru": LruPolicy,
-    "s3-fifo": S3FifoPolicy,
-    "gittins": GittinsPolicy,
+POLICIES: dict[str, Callable[[], KeyedPolicy[int]]] = {
+    "lru": lambda: KeyedPolicy(LruPolicy),
+    "s3-fifo": lambda: KeyedPolicy(S3FifoPolicy),
+    "gittins": lambda: KeyedPolicy(GittinsPolicy),
 }
 KEYS = st.integers(0, 39)
 
@@ -41,14 +41,14 @@ def nobody(key: int) -> bool:
 
 
 @pytest.fixture(params=POLICIES)
-def policy(request: pytest.FixtureRequest) -> EvictionPolicy[int]:
+def policy(request: pytest.FixtureRequest) -> KeyedPolicy[int]:
     return POLICIES[request.param]()
 
 
 class PolicyMachine(RuleBasedStateMachine):
     """The model is a dict of sizes; ``parent_of`` says who is below whom."""
 
-    make: Callable[[], EvictionPolicy[int]]
+    make: Callable[[], KeyedPolicy[int]]
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,20 +116,20 @@ def test_every_policy_agrees_with_the_model(name: str) -> None:
     case().runTest()
 
 
-def test_a_chain_goes_last_block_first(policy: EvictionPolicy[int]) -> None:
+def test_a_chain_goes_last_block_first(policy: KeyedPolicy[int]) -> None:
     for key in range(10):
         policy.insert(key, key - 1 if key else None, 1)
     assert policy.evict(4, nobody) == [9, 8, 7, 6]
     assert policy.evict(1, lambda key: key == 5) == [4], "the rest goes when a pin is in the way"
 
 
-def test_a_parent_that_comes_after_its_child_is_its_parent(policy: EvictionPolicy[int]) -> None:
+def test_a_parent_that_comes_after_its_child_is_its_parent(policy: KeyedPolicy[int]) -> None:
     policy.insert(2, 1, 1)
     policy.insert(1, None, 1)
     assert policy.evict(2, nobody) == [2, 1]
 
 
-def test_what_cannot_be_freed_changes_nothing(policy: EvictionPolicy[int]) -> None:
+def test_what_cannot_be_freed_changes_nothing(policy: KeyedPolicy[int]) -> None:
     for key in range(6):
         policy.insert(key, key - 1 if key % 3 else None, 2)
     assert policy.evict(11, lambda key: key == 2) is None
@@ -138,7 +138,7 @@ def test_what_cannot_be_freed_changes_nothing(policy: EvictionPolicy[int]) -> No
 
 
 def test_lru_agrees_with_a_list() -> None:
-    source, lru = random.Random(3), LruPolicy[int]()
+    source, lru = random.Random(3), KeyedPolicy[int](LruPolicy)
     order: list[int] = []
     for _ in range(3000):
         key = source.randrange(40)
@@ -155,7 +155,7 @@ def test_lru_agrees_with_a_list() -> None:
 
 
 def test_a_use_of_the_last_block_keeps_the_whole_chain() -> None:
-    lru = LruPolicy[str]()
+    lru = KeyedPolicy[str](LruPolicy)
     for key, parent in (("a", None), ("b", "a"), ("x", None), ("y", "x")):
         lru.insert(key, parent, 1)
     lru.touch("b")
@@ -163,7 +163,7 @@ def test_a_use_of_the_last_block_keeps_the_whole_chain() -> None:
 
 
 def test_s3_fifo_keeps_what_was_used_twice_and_what_came_back() -> None:
-    s3 = S3FifoPolicy[int]()
+    s3 = KeyedPolicy[int](S3FifoPolicy)
     for key in range(20):
         s3.insert(key, None, 1)
     for _ in range(2):
@@ -173,7 +173,7 @@ def test_s3_fifo_keeps_what_was_used_twice_and_what_came_back() -> None:
     assert s3.evict(13, nobody) == [*range(6, 19)]
 
 
-def hits_in_flood(policy: EvictionPolicy[int], capacity: int = 1000) -> float:
+def hits_in_flood(policy: KeyedPolicy[int], capacity: int = 1000) -> float:
     """Share of hits on 200 hot blocks, one of them read after every 8 blocks read only once.
 
     Between two reads of a hot block lie 1,600 others, more than fit. Counted once that is learned.
@@ -194,19 +194,19 @@ def hits_in_flood(policy: EvictionPolicy[int], capacity: int = 1000) -> float:
 
 
 def test_a_flood_of_one_hit_blocks_does_not_wash_out_the_hot_ones() -> None:
-    assert hits_in_flood(LruPolicy()) == 0
-    assert hits_in_flood(GittinsPolicy()) > 0.9
+    assert hits_in_flood(KeyedPolicy(LruPolicy)) == 0
+    assert hits_in_flood(KeyedPolicy(GittinsPolicy)) > 0.9
 
 
 def test_bytes_weigh_against_tokens() -> None:
-    gittins_policy = GittinsPolicy[int]()
+    gittins_policy = KeyedPolicy[int](GittinsPolicy)
     for key in range(40):
         gittins_policy.insert(key, None, 100 if key == 33 else 10)
     assert gittins_policy.evict(1, nobody) == [33]
 
 
 def test_uses_in_quick_succession_are_one() -> None:
-    gittins_policy = GittinsPolicy[int]()
+    gittins_policy = KeyedPolicy[int](GittinsPolicy)
     for key in range(640):
         gittins_policy.insert(key, None, 1)
     for _ in range(5):
@@ -215,11 +215,10 @@ def test_uses_in_quick_succession_are_one() -> None:
     for key in range(640, 700):
         gittins_policy.insert(key, None, 1)
     gittins_policy.touch(600)
-    uses = {key: node.uses for key, node in gittins_policy._nodes.items()}
-    assert (uses[600], uses[5], uses[6]) == (2, 1, 0)
+    assert [gittins_policy.uses(key) for key in (600, 5, 6)] == [2, 1, 0]
 
 
-def test_deleting_without_evicting_leaves_nothing_behind(policy: EvictionPolicy[int]) -> None:
+def test_deleting_without_evicting_leaves_nothing_behind(policy: KeyedPolicy[int]) -> None:
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     for key in range(30_000):
@@ -231,7 +230,7 @@ def test_deleting_without_evicting_leaves_nothing_behind(policy: EvictionPolicy[
     assert grown < 200_000
 
 
-def test_the_metadata_of_a_block_is_bounded(policy: EvictionPolicy[int]) -> None:
+def test_the_metadata_of_a_block_is_bounded(policy: KeyedPolicy[int]) -> None:
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     for key in range(8000):
@@ -243,7 +242,7 @@ def test_the_metadata_of_a_block_is_bounded(policy: EvictionPolicy[int]) -> None
     assert a_block < 1600
 
 
-def seconds_a_call(policy: EvictionPolicy[int], first: int) -> float:
+def seconds_a_call(policy: KeyedPolicy[int], first: int) -> float:
     began = time.perf_counter()
     for key in range(first, first + 2000):
         policy.touch(key - 500)
@@ -253,7 +252,7 @@ def seconds_a_call(policy: EvictionPolicy[int], first: int) -> float:
 
 
 @pytest.mark.slow
-def test_time_does_not_grow_with_the_number_of_blocks(policy: EvictionPolicy[int]) -> None:
+def test_time_does_not_grow_with_the_number_of_blocks(policy: KeyedPolicy[int]) -> None:
     best = {}
     filled = 0
     for size in (10_000, 200_000):
@@ -302,11 +301,42 @@ def test_an_age_before_the_return_is_worth_more_than_a_young_one() -> None:
     assert worth[age_bucket(4000)] > 3 * worth[age_bucket(20_000)]
 
 
-def test_ghosts_are_bounded_oldest_out_first() -> None:
-    ghosts = GhostQueue()
-    for key in range(5):
-        ghosts.add(key, 10 * key)
-    ghosts.add(0, 7)
-    ghosts.shrink(3)
-    assert [ghosts.pop(key) for key in range(5)] == [7, None, None, 30, 40]
+def test_ghosts_keep_their_last_use_until_they_come_back() -> None:
+    ghosts, source = GhostTable(), random.Random(4)
+    ghosts.grow(4000)
+    names = [source.getrandbits(64) for _ in range(1000)]
+    for now, name in enumerate(names):
+        ghosts.add(name, now, now % 4, now)
+    for now, name in enumerate(names):
+        assert ghosts.pop(name, 5000) == (5000 - now, now % 4)
+        assert ghosts.pop(name, 5000) is None
     assert len(ghosts) == 0
+
+
+def test_ghosts_are_bounded_and_the_oldest_go() -> None:
+    ghosts, source = GhostTable(), random.Random(5)
+    ghosts.grow(1000)
+    names = [source.getrandbits(64) for _ in range(5000)]
+    for now, name in enumerate(names):
+        ghosts.add(name, now, 0, now)
+    assert 900 <= len(ghosts) <= 1008
+    known = [ghosts.pop(name, 5000) is not None for name in names]
+    assert sum(known[-500:]) > 450
+    assert sum(known[:3500]) < 100
+
+
+def test_ghosts_stay_where_they_are_found_while_the_table_grows() -> None:
+    ghosts, source = GhostTable(), random.Random(6)
+    names = [source.getrandbits(64) for _ in range(2000)]
+    for now, name in enumerate(names):
+        ghosts.grow(4 * now)
+        ghosts.add(name, now, 1, now)
+    assert sum(ghosts.pop(name, 2000) is not None for name in names) > 1950
+
+
+def test_a_ghost_that_is_used_again_has_one_entry() -> None:
+    ghosts = GhostTable()
+    for now in range(100):
+        ghosts.add(12345 << 40, now, 2, now)
+    assert len(ghosts) == 1
+    assert ghosts.pop(12345 << 40, 100) == (1, 2)

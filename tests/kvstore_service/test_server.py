@@ -55,7 +55,7 @@ def test_a_wrong_redis_is_told_without_its_password_and_with_a_remedy() -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("kvstrata.kvstore_service.server", ("torch", "transformers", "numpy")),
+        ("kvstrata.kvstore_service.server", ("torch", "transformers", "scipy")),
         ("kvstrata.kvstore_service.client", ("torch", "redis", "hiredis", "typer")),
     ],
 )

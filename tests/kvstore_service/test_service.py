@@ -110,7 +110,11 @@ async def test_a_stream_broken_later_keeps_what_was_acknowledged(
     call = stub.Put(stream([*good, pb.PutRequest(data=b"x")]))
     assert (await anext(aiter(call))).outcome == pb.PUT_OUTCOME_COMMITTED
     assert await refusal(call) == ("INVALID_ARGUMENT", "MalformedMessageError")
-    assert (await stub.Lookup(pb.LookupRequest(scope=scope, block_hashes=key.block_hash))).blocks
+    lookup = pb.LookupRequest(scope=scope, block_hashes=key.block_hash)
+    reply = await stub.Lookup(lookup)
+    assert reply.strata == bytes([1 << BASE])
+    assert list(reply.block_bytes) == [len(frames[BASE])]
+    assert [reply.tier_names[tier] for tier in reply.tiers] == ["dram"]
 
 
 async def test_one_message_may_span_several_strata(stub: Any, scope: ScopeDigest) -> None:

@@ -8,7 +8,9 @@ import pytest
 
 from kvstrata.kvstore_service import counters as names
 from kvstrata.kvstore_service.dram_tier import DramTier
+from kvstrata.kvstore_service.held_frames import strata_of
 from kvstrata.kvstore_service.lower_reader import Piece
+from kvstrata.kvstore_service.run_lookup import FoundRun
 from kvstrata.kvstore_service.store import BlockStore
 from kvstrata.kvstore_service.testing import ManualClock, sample_block
 from kvstrata.kvstore_service.tier import StratumSizes, TierUnavailableError, TierUsage
@@ -21,6 +23,7 @@ BASE, MID, FINE, EXACT = 1, 2, 3, 4
 COMMITTED = PutOutcome.PUT_OUTCOME_COMMITTED
 EXISTS = PutOutcome.PUT_OUTCOME_EXISTS
 REJECTED = PutOutcome.PUT_OUTCOME_REJECTED
+NOTHING = FoundRun(b"", b"", [], False)
 
 
 class SlowTier(DramTier):
@@ -133,7 +136,7 @@ async def test_frames_that_disagree_are_rejected_and_nothing_is_stored(
         result = await store.put(key, bad)
         assert (result.outcome, result.reason.split(":")[0]) == (REJECTED, kind)
     assert store.counters.get(names.PUTS, outcome="rejected") == len(wrong)
-    assert await store.lookup([key, other_key]) == ([], False)
+    assert await store.lookup([key, other_key]) == NOTHING
 
 
 async def test_lookup_tells_the_longest_run_in_one_round_trip_below(
@@ -145,10 +148,11 @@ async def test_lookup_tells_the_longest_run_in_one_round_trip_below(
             await store.put(key, frames)
     await store.dram.delete([blocks[1][0], blocks[2][0]])
     slow.num_contains = 0
-    found, degraded = await store.lookup([key for key, _ in blocks])
-    assert [presence[0][0] for presence in found] == ["dram", "slow", "slow", "dram"]
-    assert (slow.num_contains, degraded) == (1, False)
-    assert await store.lookup([]) == ([], False)
+    found = await store.lookup([key for key, _ in blocks])
+    assert [store.tiers[i].name for i in found.tiers] == ["dram", "slow", "slow", "dram"]
+    assert found.num_bytes == [len(frames[BASE]) for _, frames in blocks[:4]]
+    assert (slow.num_contains, found.degraded) == (1, False)
+    assert await store.lookup([]) == NOTHING
 
 
 async def test_lookup_sees_strata_that_only_a_lower_tier_holds(
@@ -158,8 +162,11 @@ async def test_lookup_sees_strata_that_only_a_lower_tier_holds(
     await store.put(key, frames)
     await store.dram.delete([key])
     await store.get(key, [BASE])
-    found, _ = await store.lookup([key])
-    assert [set(sizes) for _, sizes in found[0]] == [{BASE}, {BASE, MID}]
+    assert set((await store.dram.contains([key]))[0] or ()) == {BASE}
+    found = await store.lookup([key])
+    assert [strata_of(mask) for mask in found.strata] == [(BASE, MID)]
+    assert found.num_bytes == [sum(map(len, frames.values()))]
+    assert [store.tiers[i].name for i in found.tiers] == ["dram"]
 
 
 async def test_a_read_from_below_is_promoted(
@@ -243,7 +250,7 @@ async def test_a_refinement_without_its_base_is_a_miss(
     key, frames = sample_block(scope, strata={BASE: 400, MID: 400})
     await slow.put(key, {MID: frames[MID]})
     assert await store.get(key, [MID]) == {MID: "absent"}
-    assert (await store.lookup([key]))[0] == []
+    assert await store.lookup([key]) == NOTHING
 
 
 async def test_a_corrupt_stratum_below_is_a_counted_miss_and_heals_on_put(
@@ -271,8 +278,8 @@ async def test_a_tier_out_of_reach_degrades_and_never_fails(
     assert (result.outcome, result.tiers) == (COMMITTED, ("dram",))
     assert "unplugged" in result.reason
     absent = sample_block(scope, 1)[0]
-    found, degraded = await store.lookup([key, absent])
-    assert (len(found), degraded) == (1, True)
+    found = await store.lookup([key, absent])
+    assert (len(found), found.degraded) == (1, True)
     assert await store.get(absent, [BASE]) == {BASE: "tier_unavailable"}
     assert store.counters.get(names.TIER_ERRORS, tier="slow") >= 3
     slow.is_down = False

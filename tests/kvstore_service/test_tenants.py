@@ -111,7 +111,7 @@ async def scene(store: LocalStore, scope: ScopeDigest) -> AsyncIterator[Scene]:
 
 async def lookup(scene: Scene) -> bool:
     request = kvstore_pb2.LookupRequest(scope=scene.key.scope, block_hashes=scene.key.block_hash)
-    return bool((await scene.call(scene.kvstore.Lookup, request)).blocks)
+    return bool((await scene.call(scene.kvstore.Lookup, request)).strata)
 
 
 async def get(scene: Scene) -> bool:
