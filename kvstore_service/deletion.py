@@ -45,7 +45,11 @@ class Deletion:
         self._feed = feed
 
     async def delete(self, tier: Tier, keys: Sequence[BlockKey]) -> bool:
-        """Forget blocks in a tier; False if it does not answer: it forgets them when it does."""
+        """Forget blocks in a tier; False if it does not answer.
+
+        A tier of this process alone forgets them when it does. What is shared another process may
+        have written again by then, and was promised that it stays.
+        """
         behind = self._behind.get(tier.name)
         if behind is not None:
             await behind.forget(keys)
@@ -53,7 +57,7 @@ class Deletion:
             await tier.delete(keys)
         except TierUnavailableError:
             self._counters.add(TIER_ERRORS, tier=tier.name)
-            if behind is not None:
+            if behind is not None and not tier.shared:
                 for key in keys:
                     behind.submit_deletion(key)
             return False
@@ -69,9 +73,12 @@ class Deletion:
             self._counters.add(DELETIONS, len(keys), outcome="untold")
 
     async def follow(self, keys: Sequence[BlockKey]) -> None:
-        """Forget what only this process holds of blocks that another one deleted."""
+        """Forget what this process's memory holds of blocks that another one deleted.
+
+        Its disk keeps them: it may have acknowledged them after the deletion that is told now.
+        """
         for tier in self._tiers:
-            if not tier.shared:
+            if tier.resident:
                 await self.delete(tier, keys)
             elif tier.name in self._behind:
                 await self._behind[tier.name].forget(keys)

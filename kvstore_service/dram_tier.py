@@ -291,7 +291,7 @@ class DramTier:
 
     async def close(self) -> None:
         """Forget everything."""
-        await self.delete(await self.keys(self._held.num_blocks))
+        await DramTier.delete(self, await self.keys(self._held.num_blocks))
 
 
 def _ignore(key: BlockKey, num_bytes: int) -> None:

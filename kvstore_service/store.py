@@ -316,7 +316,7 @@ class BlockStore:
         return len(gone)
 
     async def forget_deleted(self, keys: Sequence[BlockKey]) -> None:
-        """Forget blocks that another process deleted: what only this one holds of them."""
+        """Forget what this process's memory holds of blocks that another one deleted."""
         for key in keys:
             self.pins.remove(key)
         self._lower.forget(keys)

@@ -160,9 +160,9 @@ class KVStoreServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Delete(self, request, context):
-        """Forgets blocks in every tier, pinned or not. Deleting an absent block is no error. A tier that does
-        not answer forgets them when it does again. Other stores that share a Redis forget what they hold of
-        them by themselves within 100 ms, or when their connection is back.
+        """Forgets blocks in every tier, pinned or not. Deleting an absent block is no error. Other stores that
+        share a Redis forget what their memory holds of them within 100 ms, or when their connection is
+        back; their ssd keeps it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

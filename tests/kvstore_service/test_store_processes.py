@@ -201,23 +201,6 @@ async def test_entries_of_the_stream_that_are_not_ours_change_nothing(
     await pair.until(is_gone)
 
 
-async def test_what_is_deleted_while_redis_hangs_does_not_come_back(
-    pair: Pair, own_redis: RedisServer, scope: ScopeDigest
-) -> None:
-    blocks = prompt(scope, 0, 3)
-    await pair.one.put(blocks)
-    own_redis.pause()
-    try:
-        await pair.one.delete([key for key, _ in blocks])
-    finally:
-        own_redis.resume()
-    assert await pair.stores[0].running.store.flush(SOON_S)
-    assert await length(pair.one, blocks) == 0
-    assert await read(pair.one, blocks) == ["absent"] * 6
-    counters = pair.stores[0].running.store.counters
-    assert counters.get("written_behind_total", tier="redis", outcome="deleted") == 3
-
-
 async def test_after_a_lost_connection_both_know_what_redis_has(
     pair: Pair, own_redis: RedisServer, scope: ScopeDigest
 ) -> None:
