@@ -64,13 +64,13 @@ class Child:
     async def _watch(self) -> None:
         while self.process is not None:
             status = await self.process.wait()
-            extra = {"process": self.name, "status": status}
+            extra = {"child": self.name, "status": status}
             logger.warning("process ended; starting it again", extra=extra)
             await asyncio.sleep(RESTART_PAUSE_S)
             try:
                 self.process = await self._start()
             except Exception:  # whatever it is, the service goes on without it and tries again
-                extra = {"process": self.name}
+                extra = {"child": self.name}
                 logger.exception("process did not come up; trying once more", extra=extra)
 
 

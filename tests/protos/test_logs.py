@@ -151,3 +151,18 @@ def test_messages_of_servers_are_constants(path: Path) -> None:
             where = f"{path}:{node.lineno}"
             assert isinstance(message, ast.Constant), f"{where}: what varies goes to `extra`"
             assert len(node.args) == (2 if node.func.attr == "log" else 1), where
+
+
+TAKEN = {*vars(logging.makeLogRecord({})), "message", "asctime"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_field_has_the_name_of_one_that_every_record_has(path: Path) -> None:
+    """Such a call raises KeyError instead of logging."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        named = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in {"extra", "told"}
+        if named or (isinstance(node, ast.keyword) and node.arg == "extra"):
+            for part in ast.walk(node.value):
+                keys = part.keys if isinstance(part, ast.Dict) else []
+                names = {key.value for key in keys if isinstance(key, ast.Constant)}
+                assert not names & TAKEN, f"{path}:{part.lineno}: {names & TAKEN}"
