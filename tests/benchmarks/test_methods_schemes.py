@@ -12,9 +12,10 @@ from kvstrata.engine import Model
 from kvstrata.methods.attention_gate import AttentionGate
 from kvstrata.methods.gate_weights import GATES, GateWeights
 from tests.benchmarks.test_codec_measures import model
+from tests.engine.test_sequence import one_thread
 from tests.methods.gates import random_gates
 
-__all__ = ["model"]
+__all__ = ["model", "one_thread"]
 IDS = [3 + i * i % 80 for i in range(200)]
 
 

@@ -17,6 +17,9 @@ from kvstrata.engine import Model
 from kvstrata.methods.attention_gate import AttentionGate
 from kvstrata.methods.gate_weights import SUFFIX, load_gates
 from kvstrata.protos.errors import ConfigurationError, InvalidRequestError, LimitError
+from tests.engine.test_sequence import one_thread
+
+__all__ = ["one_thread"]
 
 SENTENCE = "the cache holds keys and values of every block once, and reads them at any precision"
 TEXT = " ".join(random.Random(0).choices(SENTENCE.split(), k=1200))
