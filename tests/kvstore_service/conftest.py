@@ -2,13 +2,21 @@
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from kvstrata.kvstore_service.object_testing import S3Server
 from kvstrata.kvstore_service.testing import RedisServer
 from kvstrata.protos.identity import CacheScope, ScopeDigest
-from tests.kvstore_service.redis_servers import RedisClusterServers, redis_cluster
+from tests.certificates import Authority
+from tests.kvstore_service.redis_servers import (
+    PASSWORD,
+    QUOTED,
+    RedisClusterServers,
+    TlsFront,
+    redis_cluster,
+)
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +51,16 @@ def own_redis() -> Iterator[RedisServer]:
     """A Redis that the test may kill."""
     with RedisServer() as server:
         yield server
+
+
+@pytest.fixture
+def tls_url(tmp_path: Path) -> Iterator[str]:
+    """A Redis behind TLS, with a password of special characters."""
+    authority = Authority(tmp_path)
+    with RedisServer(PASSWORD) as server:
+        front = TlsFront(server.port, authority)
+        yield f"rediss://:{QUOTED}@127.0.0.1:{front.port}/0?ssl_ca_certs={authority.ca}"
+        front.close()
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ from kvstrata.kvstore_service.testing import RedisServer
 from tests.certificates import Authority
 
 NUM_SLOTS = 16384
+PASSWORD = "s3cret/@?"
+QUOTED = "s3cret%2F%40%3F"
 
 
 def until(is_true: Callable[[], bool], timeout_s: float = 30) -> None:

@@ -1,7 +1,7 @@
 """Redis as operators run it: clusters, Sentinel groups, TLS and passwords."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,22 +10,17 @@ from kvstrata.kvstore_service.redis_client import parse_place
 from kvstrata.kvstore_service.redis_connection import RedisConnection
 from kvstrata.kvstore_service.redis_tier import RedisTier
 from kvstrata.kvstore_service.redis_url import mask_url
-from kvstrata.kvstore_service.testing import RedisServer
 from kvstrata.kvstore_service.tier import TierUnavailableError
 from kvstrata.protos.errors import ConfigurationError
 from kvstrata.protos.identity import BlockHash, BlockKey, ScopeDigest
-from tests.certificates import Authority
 from tests.kvstore_service.redis_servers import (
+    PASSWORD,
+    QUOTED,
     RedisClusterServers,
     SentinelGroup,
-    TlsFront,
     redis_cluster,
     sentinel_group,
 )
-
-PASSWORD = "s3cret/@?"
-QUOTED = "s3cret%2F%40%3F"
-
 
 # redis-py forgets to close connections of a cluster whose map it reads anew.
 FORGOTTEN = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -57,15 +52,6 @@ def own_cluster() -> Iterator[RedisClusterServers]:
 def group(tmp_path: Path) -> Iterator[SentinelGroup]:
     with sentinel_group(tmp_path) as made:
         yield made
-
-
-@pytest.fixture
-async def tls_url(tmp_path: Path) -> AsyncIterator[str]:
-    authority = Authority(tmp_path)
-    with RedisServer(PASSWORD) as server:
-        front = TlsFront(server.port, authority)
-        yield f"rediss://:{QUOTED}@127.0.0.1:{front.port}/0?ssl_ca_certs={authority.ca}"
-        front.close()
 
 
 @FORGOTTEN

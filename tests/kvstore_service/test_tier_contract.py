@@ -27,7 +27,11 @@ def key(number: int) -> BlockKey:
     return BlockKey(ScopeDigest(b"s" * 16), BlockHash(number.to_bytes(16, "big")))
 
 
-@pytest.fixture(params=["dram", "redis", "cluster", "ssd", "object-folder", "object-s3"])
+REDIS = ["redis", "cluster", "redis-tls"]  # one server; three masters; TLS and a password
+OTHERS = ["dram", "ssd", "object-folder", "object-s3"]
+
+
+@pytest.fixture(params=[*OTHERS, *REDIS])
 async def tier(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Tier]:
     made: Tier
     if request.param == "dram":
@@ -47,9 +51,13 @@ async def tier(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
             ObjectService(url), capacity_bytes=CAPACITY, max_stratum_bytes=CAPACITY
         ).open()
     else:
-        server: RedisServer | RedisClusterServers = request.getfixturevalue(request.param)
+        if request.param == "redis-tls":
+            url = request.getfixturevalue("tls_url")
+        else:
+            server: RedisServer | RedisClusterServers = request.getfixturevalue(request.param)
+            url = server.url
         made = RedisTier(
-            RedisConnection(server.url),
+            RedisConnection(url),
             capacity_bytes=CAPACITY,
             ttl_s=60,
             max_stratum_bytes=CAPACITY,
