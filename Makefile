@@ -17,7 +17,7 @@ RUN_CLEAN := export TMPDIR=$$(mktemp -d /tmp/kvt-XXXXXX) && trap 'rm -rf "$$TMPD
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint fmt types farm proto soak fuzz aot e2e peers-codec peers-methods size clean
+.PHONY: help install demo test lint fmt types farm proto soak fuzz aot e2e peers peers-codec peers-methods size clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9%_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9%_-]+):.*## /\1\t/' \
@@ -79,8 +79,8 @@ proto: install farm ## regenerate the stubs in protos/ from the .proto files
 	$(PROTOC) --python_out=. --pyi_out=. $(patsubst %,kvstrata/%,$(wildcard protos/*.proto))
 	$(PROTOC) --grpc_python_out=. $(patsubst %,kvstrata/%,$(filter-out %/frame.proto,$(wildcard protos/*.proto)))
 
-bench-%: benchmarks/bench_%.py install ## run one benchmark: make bench-<claim>
-	$(BIN)/python -P $<
+bench-%: benchmarks/bench_%.py install ## run one benchmark: make bench-<claim> ARGS=--quick
+	$(BIN)/python -P $< $(ARGS)
 
 peers-codec: install ## install the codecs that bench-codec compares with
 	$(PIP) -e '.[peers]' --no-build-isolation
@@ -88,6 +88,15 @@ peers-codec: install ## install the codecs that bench-codec compares with
 peers-methods: peers-codec ## install kvpress, which bench-methods compares with
 	$(PIP) --no-deps 'kvpress==0.5.5'
 	$(PIP) cachetools datasets
+
+peers: ## install LMCache and Mooncake in .venv-peers, which bench-store compares with (2 GB)
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install -qq --no-compile -r benchmarks/peers.txt
+	.venv-peers/bin/pip install -qq --no-compile --no-deps lmcache==0.5.6
+	@# Mooncake links to these; on systems without apt install libibverbs and libnl yourself.
+	-mkdir -p .venv-peers/apt && cd .venv-peers/apt && apt-get -qq download \
+		libibverbs1 libnl-3-200 libnl-route-3-200 librdmacm1 libnuma1 && \
+		for package in *.deb; do dpkg -x "$$package" . && rm "$$package"; done
 
 size: ## hand-written lines per room, and the change against BASE (main)
 	@base=$$(git rev-parse --verify --quiet $(BASE)); \
@@ -99,5 +108,5 @@ size: ## hand-written lines per room, and the change against BASE (main)
 	done | awk '{printf "%-16s %6d %+6d\n", $$1, $$2, $$3; n += $$2; d += $$3} END {printf "%-16s %6d %+6d\n", "total", n, d}'
 
 clean: ## remove everything that make creates
-	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

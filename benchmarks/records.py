@@ -31,6 +31,12 @@ def machine(*packages: str) -> dict[str, Any]:
     }
 
 
+def load(name: str) -> list[dict[str, Any]]:
+    """Return the rows of ``results/<name>.json``; none without the file."""
+    path = FOLDER / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
 def save(name: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
     """Write ``results/<name>.json``: ``facts``, then one line per row. Returns the path."""
     FOLDER.mkdir(exist_ok=True)

@@ -8,11 +8,11 @@ import typer
 from kvstrata.client import kvctl_blocks, tables
 from kvstrata.client.admin import Admin
 from kvstrata.client.admin_command import Timeout, show
+from kvstrata.client.plugins import AdminPluginGroup
 from kvstrata.client.terminal import (
     DEFAULT_ADDRESS,
     FAILED,
     Address,
-    ErrorReportingGroup,
     Json,
     TlsCa,
     TlsCert,
@@ -27,7 +27,7 @@ from kvstrata.protos.errors import DeadlineError, InvalidRequestError, Unavailab
 from kvstrata.protos.sizes import parse_size
 
 app = typer.Typer(
-    cls=ErrorReportingGroup,
+    cls=AdminPluginGroup,
     help="Look into a running KVStrata gateway or store, and act on its blocks.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -1,8 +1,8 @@
 """Subcommands that live in other rooms, found as entry points and imported only when they run.
 
-The group is "kvstrata.commands"; an entry's name is the subcommand, its value ("module:attribute")
-a function that typer can read or a ``typer.Typer``. Listing them, as ``kvstrata --help`` does,
-imports none of them.
+The groups are "kvstrata.commands" and "kvctl.commands"; an entry's name is the subcommand, its
+value ("module:attribute") a function that typer can read or a ``typer.Typer``. Listing them, as
+``kvstrata --help`` does, imports none of them.
 """
 
 from importlib.metadata import EntryPoint, entry_points
@@ -15,8 +15,10 @@ from kvstrata.client.terminal import ErrorReportingGroup
 from kvstrata.protos.errors import InternalError
 
 GROUP = "kvstrata.commands"
+ADMIN_GROUP = "kvctl.commands"
 # Known here so that help needs no import of the rooms that do the work.
 HELP = {
+    "bench": "Measure Put, Get and Lookup of a running store.",
     "calibrate": "Fit a model's compression profile.",
     "demo": "Show the cache at work, on this machine.",
     "gateway": "Serve the gateway alone.",
@@ -63,15 +65,23 @@ class LazyCommand(TyperCommand):
 class PluginGroup(ErrorReportingGroup):
     """A command group that continues in the entry points; its own commands win."""
 
+    entries = GROUP
+
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all commands."""
         own = super().list_commands(ctx)
-        return [*own, *sorted(set(entry_points(group=GROUP).names) - set(own))]
+        return [*own, *sorted(set(entry_points(group=self.entries).names) - set(own))]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return the command of that name, unloaded where it lives elsewhere, or None."""
         command = super().get_command(ctx, cmd_name)
         if command is None:
-            for entry in entry_points(group=GROUP, name=cmd_name):
+            for entry in entry_points(group=self.entries, name=cmd_name):
                 return LazyCommand(entry)
         return command
+
+
+class AdminPluginGroup(PluginGroup):
+    """The same for ``kvctl``."""
+
+    entries = ADMIN_GROUP

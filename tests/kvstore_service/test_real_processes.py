@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import json
 import os
-import random
 import subprocess
 import sys
 import time
@@ -188,43 +187,3 @@ async def test_what_vanishes_between_lookup_and_get_is_a_miss_and_no_error(
         assert await length(pair.two, blocks) == 5
         await pair.two.put(blocks)
         assert await length(pair.one, blocks) == 10
-
-
-async def test_every_reader_gets_what_was_promised_while_redis_evicts(
-    own_redis: RedisServer, scope: ScopeDigest
-) -> None:
-    source = random.Random(1)
-    room = 300 * BLOCK_BYTES
-    options = ["--dram", "4KiB", "--redis-bytes", str(room)]  # no block fits into dram
-    written: list[list[Block]] = []
-    promised: list[int] = []
-    async with two_stores(own_redis, *options) as pair:
-
-        async def flood(who: StoreClient, first: int) -> None:
-            for start in range(first, first + 600, 10):
-                blocks = prompt(scope, start, 10)
-                await who.put(blocks)
-                written.append(blocks)
-
-        async def ask(first: StoreClient, second: StoreClient) -> None:
-            await until(lambda: asyncio.sleep(0, len(written) > 10))
-            for _ in range(6):
-                blocks = source.choice(written[-40:])
-                count = await length(first, blocks, lease_s=60)
-                promised.append(count)
-                await asyncio.sleep(source.random() * 0.2)
-                if count:  # nobody else writes it: the other's readers are told the same
-                    assert await length(second, blocks, lease_s=60) == count
-                    assert await read(second, blocks[:count]) == [""] * (2 * count)
-                    assert await read(first, blocks[:count]) == [""] * (2 * count)
-
-        ways = [(pair.one, pair.two), (pair.two, pair.one), (pair.one, pair.two)]
-        async with asyncio.timeout(2 * SOON_S):
-            await asyncio.gather(
-                flood(pair.one, 0), flood(pair.two, 1000), *(ask(*way) for way in ways)
-            )
-        used = int(await pair.redis.hget(scripts.SIZES_KEY, scripts.TOTAL_FIELD) or 0)
-        held = [await length(pair.one, blocks) for blocks in written]
-    assert used <= room + 4 * BLOCK_BYTES
-    assert sum(held) < 10 * len(written)  # it had to evict
-    assert sum(promised) > 0
