@@ -39,7 +39,7 @@ def test_a_tiny_run_prints_rows_with_all_keys():
     command = [sys.executable, "-P", str(SCRIPT), "--json", "--shapes", "tiny", "--ops", "unpack"]
     before = {path: path.stat().st_mtime_ns for path in (SCRIPT.parent / "results").iterdir()}
     done = subprocess.run(
-        [*command, "--blocks", "2", "--rounds", "2"], capture_output=True, text=True, timeout=100
+        [*command, "--blocks", "2", "--rounds", "2"], capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]

@@ -192,7 +192,7 @@ def test_the_process_prints_no_traceback(no_server):
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, "stats"],
         capture_output=True,
-        timeout=100,
+        timeout=240,
         env={**os.environ, "KVSTRATA_ADDRESS": no_server},
     )
     assert done.returncode == 1

@@ -63,7 +63,7 @@ def run(code: str, **env: str) -> list[Any]:
         env={**os.environ, **env},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     found: list[Any] = json.loads(done.stdout)

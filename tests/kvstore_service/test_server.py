@@ -36,7 +36,7 @@ async def test_the_command_serves_until_a_signal(scope: ScopeDigest) -> None:
     async with StoreClient(ready["address"]) as client:
         assert (await client.put([sample_block(scope)]))[0].outcome == "committed"
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=240)
     assert (process.returncode, out) == (0, "")
     assert "store stopped" in err
 
@@ -44,7 +44,7 @@ async def test_the_command_serves_until_a_signal(scope: ScopeDigest) -> None:
 def test_a_wrong_redis_is_told_without_its_password_and_with_a_remedy() -> None:
     url = f"redis://:s3cret@127.0.0.1:{free_port()}/0"
     process = python("-m", "kvstrata.kvstore_service", KVSTRATA_REDIS_URL=url)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 2
     assert out == ""
     assert "redis://***@127.0.0.1" in err
@@ -69,7 +69,7 @@ def test_imports_stay_small(module: str, absent: tuple[str, ...]) -> None:
         "    asyncio.run(main())\n"
         f"print([name for name in {absent!r} if name in sys.modules])"
     )
-    out, err = python("-c", code, module).communicate(timeout=100)
+    out, err = python("-c", code, module).communicate(timeout=240)
     assert out.strip() == "[]", err
 
 

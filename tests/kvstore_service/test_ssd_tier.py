@@ -321,7 +321,7 @@ async def test_a_second_user_of_the_folder_is_refused(
         await open_tier()
     command = [sys.executable, "-P", "-m", "kvstrata.kvstore_service", "--ssd-path", str(folder)]
     run = await asyncio.to_thread(
-        subprocess.run, command, capture_output=True, text=True, timeout=100, check=False
+        subprocess.run, command, capture_output=True, text=True, timeout=240, check=False
     )
     assert run.returncode == 2
     assert "in use by another store" in run.stderr
@@ -490,7 +490,7 @@ async def main():
 asyncio.run(main())
 """
     command = [sys.executable, "-P", "-c", code, str(folder)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert (run.returncode, run.stdout) == (0, "refused\n"), run.stderr
     assert [path.stat().st_size for path in files(folder)] == [50_000]
 

@@ -488,7 +488,7 @@ async def test_a_hangup_reads_the_file_again_and_a_bad_one_changes_nothing(
     assert "the old ones stay" in hang_up()
     assert await knows("eve")
     process.terminate()
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 0
     assert "token-of" not in err
 

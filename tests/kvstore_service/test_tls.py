@@ -117,7 +117,7 @@ async def test_the_command_takes_certificates_and_logs_no_key(
     ready = json.loads(process.stdout.readline())
     await put_and_get(ready["address"], authority.client(mutual=True), scope)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=240)
     assert (process.returncode, out) == (0, "")
     secret = Path(tls.key).read_text().splitlines()[1]
     assert secret not in err

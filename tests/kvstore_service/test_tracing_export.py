@@ -66,7 +66,7 @@ async def test_a_store_exports_spans_under_the_clients_trace(
         with tracing.current("mine") as span:
             await client.put([sample_block(scope)])
     process.send_signal(signal.SIGTERM)
-    _, err = await asyncio.to_thread(process.communicate, timeout=100)
+    _, err = await asyncio.to_thread(process.communicate, timeout=240)
     assert process.returncode == 0
     assert made.services == {"kvstrata-store"}
     (put,) = (s for s in made.spans if s.name == "KVStore/Put")

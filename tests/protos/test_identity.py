@@ -88,7 +88,7 @@ def test_other_processes_agree_whatever_their_environment() -> None:
         for extra in variables
     ]
     expected = [SCOPE_HEX, *BLOCK_HEX]
-    assert [run.communicate(timeout=100)[0].split() for run in runs] == [expected, expected]
+    assert [run.communicate(timeout=240)[0].split() for run in runs] == [expected, expected]
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(CacheScope), ids=lambda field: field.name)
