@@ -120,6 +120,13 @@ def following(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> E
     return extend
 
 
+def alone(
+    _layer: int, _queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Extend nothing: a sequence without a past."""
+    return keys, values
+
+
 class FirstLayerCapturedError(Exception):
     """Stops a forward pass after layer 0's keys and values were captured; never leaves the room."""
 

@@ -123,33 +123,59 @@ class BatchState:
         return torch.cat(outputs, 1)
 
 
-def begin_pass(spans: Sequence[Span]) -> tuple[list[int], AttentionState]:
-    """Begin a pass over all spans.
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Spans laid end to end.
 
-    Returns:
-        The order in which the spans' tokens must lie in the row, as indices of spans, and the state
-        of the pass. Caches of one kind that take one token each stand together.
+    Attributes:
+        token_ids: Of all spans. Caches of one kind that take one token each stand together.
+        positions: Of each token in its sequence.
+        kept: Of each span that wants logits, in the order of the spans, its last token.
+        state: Attends for all of them.
+    """
+
+    token_ids: list[int]
+    positions: list[int]
+    kept: list[int]
+    state: AttentionState
+
+
+def begin_pass(spans: Sequence[Span]) -> Pass:
+    """Begin a pass over all spans.
 
     Raises:
         ValueError: A cache is in two spans, or has no room; nothing that counts as held changed.
     """
     if len({id(span.cache) for span in spans}) < len(spans):
         raise ValueError("a sequence can be in one span of a pass only")
-    steps: dict[Any, list[int]] = {}
+    steps: dict[Any, list[Span]] = {}
+    order: list[Span] = []
     alone = []
-    for index, span in enumerate(spans):
+    for span in spans:
         kind = type(span.cache)
         if len(span.token_ids) == 1 and hasattr(kind, "begin_step"):
-            steps.setdefault(kind, []).append(index)
+            steps.setdefault(kind, []).append(span)
         else:
-            alone.append(index)
-    order: list[int] = []
+            alone.append(span)
     parts: list[tuple[int, AttentionState]] = []
-    for kind, indices in steps.items():
-        caches, rows = [spans[i].cache for i in indices], [spans[i].rows for i in indices]
-        parts.append((len(indices), kind.begin_step(caches, rows)))
-        order += indices
-    for span in (spans[i] for i in alone):
+    for kind, together in steps.items():
+        state = kind.begin_step([s.cache for s in together], [s.rows for s in together])
+        parts.append((len(together), state))
+        order += together
+    for span in alone:
         count = len(span.token_ids)
         parts.append((count, span.cache.begin(count, span.rows)))
-    return order + alone, parts[0][1] if len(parts) == 1 else BatchState(parts)
+    token_ids: list[int] = []
+    positions: list[int] = []
+    last: dict[int, int] = {}
+    for span in [*order, *alone]:
+        first = span.cache.length
+        token_ids += span.token_ids
+        positions += range(first, first + len(span.token_ids))
+        last[id(span)] = len(token_ids) - 1
+    return Pass(
+        token_ids,
+        positions,
+        [last[id(span)] for span in spans if span.wants_logits],
+        parts[0][1] if len(parts) == 1 else BatchState(parts),
+    )

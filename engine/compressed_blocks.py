@@ -55,6 +55,10 @@ class CompressedBlocks:
         """Bytes of the held blocks in the arena."""
         return self.bytes_of(list(self._held))
 
+    def bytes_per_block(self, guess: int) -> int:
+        """Return the mean size of the held blocks; ``guess`` while there is none."""
+        return self.num_bytes // len(self._held) if self._held else guess
+
     @property
     def table_bytes(self) -> int:
         """Bytes of the tables that say where the blocks' parts lie."""

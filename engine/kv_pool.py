@@ -8,8 +8,10 @@ from kvstrata.engine.compressed_blocks import CompressedBlocks
 from kvstrata.engine.first_layer import FirstLayer
 from kvstrata.engine.kv_arena import ArenaFullError, KVArena
 from kvstrata.engine.model import Model
+from kvstrata.engine.row_buffer import RowBuffer
 from kvstrata.kernels.block_pages import Turns
 from kvstrata.kernels.row_pages import PAGE_TOKENS, RowPages
+from kvstrata.kernels.token_rows import TokenTable
 from kvstrata.methods.calibrated import CalibratedCodec
 from kvstrata.methods.calibrated_pages import PageLayout, is_readable_in_place
 from kvstrata.methods.codec import BlockCodec
@@ -19,7 +21,7 @@ MAX_SEQUENCES = 64
 
 
 class KVPool:
-    """One arena, the tables that lead into it, and what sequences share.
+    """One arena, the tables that lead into it, and what sequences share. In host memory.
 
     Attributes:
         model: Whose KV this is.
@@ -45,7 +47,7 @@ class KVPool:
                 f"which take {least}"
             )
         self.model = model
-        self.arena = KVArena(capacity_bytes, page_bytes, model.device)
+        self.arena = KVArena(capacity_bytes, page_bytes)
         heads = (max_sequences, spec.num_layers, spec.num_kv_heads)
         with torch.inference_mode(False):
             self.rows = RowPages(
@@ -67,6 +69,12 @@ class KVPool:
         """Rotation to the first token of block i, for every i."""
         cos, sin = self.model.cos_sin(0, self.model.spec.max_positions)
         return Turns(cos[::BLOCK_TOKENS].contiguous(), sin[::BLOCK_TOKENS].contiguous())
+
+    @cached_property
+    def tokens(self) -> TokenTable:
+        """Layer 0 by token id, for attention."""
+        cos, sin = self.model.cos_sin(0, self.model.spec.max_positions)
+        return TokenTable(self.first_layer.keys, self.first_layer.values, cos, sin)
 
     def turns_of(self, num_blocks: int) -> Turns:
         """Return the first rows of ``turns``."""
@@ -91,6 +99,28 @@ class KVPool:
         tables = sum(blocks.table_bytes for blocks in self._blocks.values())
         shared = self.first_layer.num_bytes if "first_layer" in self.__dict__ else 0
         return self.arena.used_bytes + tables + shared + slots * 4 * pages
+
+    def bytes_for(self, codec: BlockCodec | None, num_tokens: int, num_cached: int = 0) -> int:
+        """Return about how many bytes of the arena a sequence needs, at its most.
+
+        Args:
+            codec: Of its method; None for one whose KV is never held in blocks.
+            num_tokens: Its known tokens.
+            num_cached: How many of them come as stored blocks.
+        """
+        spec = self.model.spec
+        row = RowBuffer.bytes_for(spec, 1)
+        pages = (num_tokens + BLOCK_TOKENS) * row
+        blocks = None if codec is None else self.blocks_of(codec)
+        if blocks is None:  # rows in one piece, and in pages
+            return num_tokens * row + pages
+        compressed = num_tokens // BLOCK_TOKENS * blocks.bytes_per_block(row * BLOCK_TOKENS // 6)
+        return compressed + (num_tokens - num_cached + BLOCK_TOKENS) * row
+
+    @property
+    def growth_bytes(self) -> int:
+        """Bytes that a sequence that generates needs at once when its pages are full."""
+        return self.pages_per_step * self.arena.page_bytes
 
     def take_slot(self) -> int:
         """Return the place of a new sequence in the tables.

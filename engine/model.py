@@ -20,6 +20,7 @@ from kvstrata.engine.attention import (
     CaptureFirstLayer,
     FirstLayerCapturedError,
     LayerRows,
+    alone,
     following,
 )
 from kvstrata.engine.batch import KVCache, Span, begin_pass
@@ -35,6 +36,7 @@ from kvstrata.engine.loading import (
     resolve_dtype,
 )
 from kvstrata.engine.model_tables import gates_of, profile_of
+from kvstrata.engine.packed_decoder import PackedDecoder, can_pack
 from kvstrata.engine.rotary import Rotary
 from kvstrata.engine.spec import KVSpec
 from kvstrata.methods.gate_weights import GateWeights
@@ -79,6 +81,7 @@ class Model:
         self.spec: KVSpec = build_spec(
             hf_model.config, hf_model.dtype, eos_token_ids(hf_model, tokenizer)
         )
+        self._decoder: PackedDecoder | None = None
         self._rotary: Rotary | None = None
         if self.spec.rope == "pre":
             rotary_module = hf_model.base_model.rotary_emb
@@ -114,6 +117,18 @@ class Model:
         hf_model, tokenizer, fingerprint, model_id = load_pretrained(source, dtype, adapter)
         name = Path(find_default_model()[1]).stem if source is None else display_name(source)
         return cls(hf_model, tokenizer, fingerprint, model_id, name=name, device=device)
+
+    def pack(self) -> bool:
+        """Take the weights out of transformers for faster passes, if the family allows it.
+
+        From then on no gradients flow (``forward_once``, ``continue_over``). Idempotent.
+
+        Returns:
+            Whether passes run packed now.
+        """
+        if self._decoder is None and self._rotary is not None and can_pack(self._hf_model):
+            self._decoder = PackedDecoder(self._hf_model, self._rotary, self.spec)
+        return self._decoder is not None
 
     @cached_property
     def profile(self) -> Profile | None:
@@ -195,7 +210,7 @@ class Model:
         Raises:
             ValueError: As for ``forward``.
         """
-        return self.forward_through(AttendOver(_alone, rows=rows), token_ids, num_logits=num_logits)
+        return self.forward_through(AttendOver(alone, rows=rows), token_ids, num_logits=num_logits)
 
     def forward_through(
         self, state: AttentionState, token_ids: Sequence[int], *, num_logits: int = 0
@@ -320,19 +335,9 @@ class Model:
             raise ValueError("a pass needs at least one span")
         for span in spans:
             self._check_tokens(span.token_ids, span.cache.length)
-        order, state = begin_pass(spans)
-        token_ids: list[int] = []
-        positions: list[int] = []
-        last_rows: dict[int, int] = {}
-        for index in order:
-            span = spans[index]
-            first = span.cache.length
-            token_ids += span.token_ids
-            positions += range(first, first + len(span.token_ids))
-            last_rows[index] = len(token_ids) - 1
-        wanted = [last_rows[i] for i, span in enumerate(spans) if span.wants_logits]
-        keep = 0 if all_rows else torch.tensor(wanted, dtype=torch.int64, device=self.device)
-        logits = self._run(token_ids, positions, state, keep)
+        row = begin_pass(spans)
+        keep = 0 if all_rows else torch.tensor(row.kept, dtype=torch.int64, device=self.device)
+        logits = self._run(row.token_ids, row.positions, row.state, keep)
         for span in spans:
             span.cache.advance(len(span.token_ids))
         return logits.to(torch.float32, copy=True)
@@ -370,6 +375,8 @@ class Model:
         state: AttentionState,
         logits_to_keep: int | torch.Tensor,
     ) -> torch.Tensor:
+        if self._decoder is not None:
+            return self._decoder(token_ids, positions, state, logits_to_keep)
         logits: torch.Tensor = self._hf_model(
             input_ids=torch.tensor([token_ids], dtype=torch.int64, device=self.device),
             position_ids=torch.tensor([positions], dtype=torch.int64, device=self.device),
@@ -391,10 +398,3 @@ class Model:
                 f"{len(token_ids)} tokens at position {first} do not fit: the model's limit is "
                 f"{self.spec.max_positions} positions"
             )
-
-
-def _alone(
-    _layer: int, _queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Extend nothing: a sequence without a past."""
-    return keys, values

@@ -16,6 +16,7 @@ from typing import Self
 import torch
 
 from kvstrata.engine.attention import AttentionState, LayerRows
+from kvstrata.engine.kv_arena import ArenaFullError
 from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.paged_states import ChunkState, StepState
 from kvstrata.engine.probes import Probes
@@ -38,6 +39,7 @@ class PagedCache:
         length: Tokens held; the position of the next one.
         blocks: Where blocks of the codec are held; None if it has none here.
         block_rows: The held blocks, in order.
+        block_tokens: int32 (base,), their tokens.
         slot: This sequence's place in the pool's tables.
         probes: Queries that saliency is computed from, while a prompt is computed.
     """
@@ -55,10 +57,10 @@ class PagedCache:
         self.length = 0
         self.blocks = pool.blocks_of(codec)
         self.block_rows: list[int] = []
+        self.block_tokens = torch.zeros(0, dtype=torch.int32)
         self.probes = Probes(pool.model.spec, probe_tokens, pool.model.device)
         self.slot = pool.take_slot()
         self._first_layer = codec.first_layer
-        self._counts_saliency = not codec.lossless
         self._block_end = 0
         self._first_seen = 0
         self._buffer: RowBuffer | None = None
@@ -97,8 +99,9 @@ class PagedCache:
     @property
     def first_counted_row(self) -> int:
         """The row at which the filling block begins, if its saliency is counted; else -1."""
-        is_counted = self._counts_saliency and self.probes.rows is None
-        return self.length // BLOCK_TOKENS * BLOCK_TOKENS - self.base if is_counted else -1
+        if self.probes.rows is not None:
+            return -1
+        return self.length // BLOCK_TOKENS * BLOCK_TOKENS - self.base
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for the next tokens, so that a pass over them cannot fail for want of it.
@@ -175,13 +178,16 @@ class PagedCache:
         assert self.blocks is not None
         num_tokens = len(blocks) * BLOCK_TOKENS
         assert self.num_rows >= num_tokens or not self.num_rows, "blocks overlap rows in part"
-        self.pool.first_layer.learn(self.token_ids[self.base : self.base + num_tokens])
+        tokens = self.token_ids[self.base : self.base + num_tokens]
+        self.pool.first_layer.learn(tokens)
         rows = self.blocks.put(blocks)
         if self.num_rows:
             self._drop_rows(num_tokens)
         else:
             self.length += num_tokens
         self.block_rows += rows
+        held = torch.tensor(tokens, dtype=torch.int32)
+        self.block_tokens = torch.cat([self.block_tokens, held])
 
     def write(
         self,
@@ -237,6 +243,7 @@ class PagedCache:
             kept = length // BLOCK_TOKENS
             self.blocks.release(self.block_rows[kept:])
             del self.block_rows[kept:]
+            self.block_tokens = self.block_tokens[:length].clone()
         self.length = length
         self.probes.truncate(length)
         if self._buffer is None:
@@ -281,8 +288,7 @@ class PagedCache:
         """Return K and V of all held blocks, in one layer, (num_kv_heads, base, D) each."""
         assert self.blocks is not None
         if layer < self._first_layer:
-            ids = torch.tensor(self.token_ids[: self.base], dtype=torch.int64)
-            return self.pool.first_layer.read(ids, 0)
+            return self.pool.first_layer.read(self.block_tokens.long(), 0)
         turns = self.pool.turns_of(len(self.block_rows))
         dtype = self.pool.model.spec.dtype
         return self.blocks.expand(layer - self._first_layer, self.block_rows, turns, dtype)
@@ -345,9 +351,10 @@ class PagedCache:
             self.pool.rows.lengths[self.slot] = 0
             self._buffer = buffer
         elif buffer.capacity < needed:
-            buffer.grow(
-                max(needed, min(2 * buffer.capacity, self.pool.model.spec.max_positions)), count
-            )
+            try:
+                buffer.grow(min(2 * needed, self.pool.model.spec.max_positions), count)
+            except ArenaFullError:
+                buffer.grow(needed, count)
 
     def _drop_rows(self, num_rows: int) -> None:
         """Free the first rows: all of them, or those of whole blocks; the later ones move up."""

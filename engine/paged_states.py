@@ -16,11 +16,12 @@ import torch
 
 from kvstrata.engine.attention import LayerRows
 from kvstrata.engine.compressed_blocks import CompressedBlocks
-from kvstrata.kernels.attend_blocks import Attention, attend_batch, attend_window, merge_attention
+from kvstrata.kernels.attend_blocks import Attention, attend_batch, merge_attention
 from kvstrata.kernels.attend_dense import attend_dense
 from kvstrata.kernels.block_pages import PageTable
 from kvstrata.kernels.row_pages import RowStep, step_rows
 from kvstrata.kernels.row_saliency import add_row_saliency
+from kvstrata.kernels.token_rows import TokenRows, attend_tokens
 
 if TYPE_CHECKING:
     from kvstrata.engine.paged_cache import PagedCache
@@ -99,6 +100,12 @@ class _Group:
     members: list[int]
     index: torch.Tensor
     table: PageTable
+    tokens: TokenRows
+
+
+def _token_rows(sequences: Sequence[torch.Tensor]) -> TokenRows:
+    lengths = torch.tensor([0, *map(len, sequences)])
+    return TokenRows(torch.cat(list(sequences)), lengths.cumsum(0))
 
 
 class _Plan:
@@ -125,7 +132,9 @@ class _Plan:
             assert first.blocks is not None
             table = PageTable.of([self.caches[i].block_rows for i in chosen])
             index = torch.tensor(chosen)
-            groups.append(_Group(first.blocks, first.first_stored_layer, chosen, index, table))
+            tokens = _token_rows([self.caches[i].block_tokens for i in chosen])
+            stored = first.first_stored_layer
+            groups.append(_Group(first.blocks, stored, chosen, index, table, tokens))
         return groups
 
     def attend(
@@ -157,11 +166,7 @@ class _Plan:
         if layer >= group.first_stored_layer:
             pages = group.blocks.layers[layer - group.first_stored_layer]
             return attend_batch(own, pages, group.table, self.pool.turns, scaling)
-        parts = [
-            attend_window(row, *self.caches[i].expanded(layer), scaling)
-            for row, i in zip(own, group.members, strict=True)
-        ]
-        return torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts])
+        return attend_tokens(own, self.pool.tokens, group.tokens, scaling)
 
 
 class StepState:

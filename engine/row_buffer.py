@@ -10,12 +10,13 @@ class RowBuffer:
     """Keys and values of consecutive tokens, post-RoPE, in an extent of the arena.
 
     Attributes:
-        keys: ``spec.dtype``, (num_layers, num_kv_heads, capacity, head_dim).
+        keys: ``spec.dtype``, (num_layers, num_kv_heads, capacity, head_dim). Of now: after an
+            allocation in the arena, read the attribute anew.
         values: As ``keys``.
     """
 
     def __init__(self, spec: KVSpec, arena: KVArena, capacity: int) -> None:
-        """Make room for ``capacity`` rows.
+        """Make room for ``capacity`` rows. The arena may move them when others need room.
 
         Raises:
             ArenaFullError: There is none.
@@ -57,9 +58,14 @@ class RowBuffer:
         self._arena.release(self._extent)
 
     def _make(self, capacity: int) -> tuple[Extent, torch.Tensor, torch.Tensor]:
+        extent = self._arena.allocate(self.bytes_for(self._spec, capacity), self._moved)
+        return extent, *self._rows(extent, capacity)
+
+    def _rows(self, extent: Extent, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         spec = self._spec
-        extent = self._arena.allocate(self.bytes_for(spec, capacity))
-        size = self.bytes_for(spec, capacity)
-        rows = self._arena.view(extent)[:size].view(spec.dtype)
+        rows = self._arena.view(extent)[: self.bytes_for(spec, capacity)].view(spec.dtype)
         keys, values = rows.view(2, spec.num_layers, spec.num_kv_heads, capacity, spec.head_dim)
-        return extent, keys, values
+        return keys, values
+
+    def _moved(self, _distance: int) -> None:
+        self.keys, self.values = self._rows(self._extent, self.capacity)

@@ -82,7 +82,7 @@ def step_rows_numba(
         )  # fmt: skip
 
     for_ranges(work, plan.items, plan.grain)
-    _merge_items(plan.parts, plan.state, plan.sizes, out.view(-1).numpy(), lse.view(-1).numpy())
+    merge_items(plan.parts, plan.state, plan.sizes, out.view(-1).numpy(), lse.view(-1).numpy())
     return out, lse
 
 
@@ -124,7 +124,7 @@ def _sum_four(weights, at, step, memory, rows, dim, out, to):
 
 
 @_part
-def _weigh(scores, at, count):
+def weigh(scores, at, count):
     """Turn a row of scores into weights relative to the largest, which is returned with the sum."""
     padded = -(-count // 16) * 16
     for t in range(count, padded):
@@ -193,7 +193,7 @@ def _attend_items(
                 at = page * 2 * PAGE_TOKENS * dim
                 score_four(q, a, b, c, d, memory, at, dim, scores, t, step)
             for i in range(4):
-                largest, total_weight = _weigh(scores, step * i, count)
+                largest, total_weight = weigh(scores, step * i, count)
                 if i < rows:
                     state[2 * (item * group + j + i)] = largest
                     state[2 * (item * group + j + i) + 1] = total_weight
@@ -222,7 +222,7 @@ def _sum_few(weights, at, step, memory, rows, dim, out, count):
 
 
 @kernel(error_model="numpy")
-def _merge_items(parts, state, sizes, out, lse):
+def merge_items(parts, state, sizes, out, lse):
     """Put the splits of each head together and divide by the sum of weights."""
     _, group, dim, _, splits = sizes
     for pair in range(len(lse) // group):

@@ -145,6 +145,7 @@ _F, _I, _L = floats, ints, lanes
 add = vector_function(_F, (_F, _F), lambda b, x, y: b.fadd(x, y))
 subtract = vector_function(_F, (_F, _F), lambda b, x, y: b.fsub(x, y))
 multiply = vector_function(_F, (_F, _F), lambda b, x, y: b.fmul(x, y))
+divide = vector_function(_F, (_F, _F), lambda b, x, y: b.fdiv(x, y))
 multiply_add = vector_function(
     _F, (_F, _F, _F), lambda b, x, y, z: call(b, "llvm.fma.v16f32", many(_F32), [x, y, z])
 )

@@ -33,6 +33,7 @@ from kvstrata.kernels.block_planes import PlaneLayout, decode_block_planes, enco
 from kvstrata.kernels.byte_planes import merge_bytes, split_bytes
 from kvstrata.kernels.colsum import column_sums
 from kvstrata.kernels.component_basis import ComponentBasis, encode_tokens, expand, product_dtype
+from kvstrata.kernels.decoder_ops import add_rms_norm, rotate_heads, silu_gate
 from kvstrata.kernels.escape_rows import pack_escape_rows
 from kvstrata.kernels.gather import gather_by_mask, scatter_by_mask
 from kvstrata.kernels.mid_rows import pack_mid_rows
@@ -49,6 +50,7 @@ from kvstrata.kernels.rope import rotate
 from kvstrata.kernels.row_pages import PAGE_TOKENS, RowPages, RowStep, step_rows
 from kvstrata.kernels.row_saliency import add_row_saliency
 from kvstrata.kernels.token_masks import TOKENS, token_classes
+from kvstrata.kernels.token_rows import TokenRows, TokenTable, attend_tokens
 from kvstrata.kernels.value_bias import encode_value_bias
 
 # Two of each: with one, arrays of another memory order would have the same types.
@@ -199,6 +201,14 @@ def _attend(dim: int, dtype: torch.dtype) -> None:
     attend_blocks(torch.ones(_HEADS, dim, dtype=dtype), pages, turns, 1.0)
 
 
+def _decoder(dim: int, dtype: torch.dtype, table: torch.Tensor) -> None:
+    x = torch.ones(2, 2 * dim, dtype=dtype)
+    for residual in (None, x):
+        add_rms_norm(x, residual, torch.ones(2 * dim, dtype=dtype), 1e-6)
+    rotate_heads(x.view(2, 2, dim), table, table, torch.zeros(2, dtype=torch.int64))
+    silu_gate(x)
+
+
 def _rows(dim: int, dtype: torch.dtype) -> None:
     memory = torch.zeros(2, 2, PAGE_TOKENS * dim, dtype=dtype)
     tables = torch.arange(2, dtype=torch.int32).view(1, 1, 2, 1)
@@ -206,6 +216,11 @@ def _rows(dim: int, dtype: torch.dtype) -> None:
     row = torch.ones(1, 2, dim, dtype=dtype)
     step = RowStep(pages, torch.zeros(1, dtype=torch.int64))
     _, lse = step_rows(row, row, row, step, 0, 1.0)
+    table = torch.ones(2, dim)
+    _decoder(dim, dtype, table)
+    tokens = TokenRows(torch.zeros(1, dtype=torch.int32), torch.tensor([0, 1]))
+    keys = torch.ones(2, 2, dim, dtype=dtype)
+    attend_tokens(row, TokenTable(keys, keys, table, table), tokens, 1.0)
     firsts, sums = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, 2, PAGE_TOKENS)
     add_row_saliency(row, lse, step, 0, 1.0, firsts, sums)
 

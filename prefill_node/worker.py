@@ -83,6 +83,7 @@ class Worker:
         torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
         self.config = config
         self.model = Model.load(config.model, dtype=config.dtype, device=config.device)
+        self.model.pack()
         spec = self.model.spec
         if config.warm_up and self.model.device.type == "cpu" and spec.head_dim % 16 == 0:
             warm_up((spec.head_dim,), (spec.dtype,), WORKER_OPS)

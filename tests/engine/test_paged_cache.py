@@ -189,8 +189,6 @@ def test_saliency_of_a_filling_block_equals_that_of_kept_queries(
     model: Model, method: Method, pool: KVPool
 ) -> None:
     """Some rows come as a chunk, the others one by one."""
-    if method.codec.lossless:
-        pytest.skip("nothing is counted")
     prompt = prompt_of(127)
     found = []
     for own in (None, pool):

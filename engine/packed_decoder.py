@@ -1,0 +1,188 @@
+"""A Llama-like decoder run from its bare weights: what transformers computes, with far fewer calls.
+
+Made from a transformers model, whose weights it takes over: that model can no longer run itself.
+Q, K and V are one product, gate and up another; norms, rotation and gate are one kernel each. It
+serves the families whose layers are RMSNorm, rotary attention, RMSNorm and a SiLU-gated MLP (Llama,
+Mistral, Qwen2, Qwen3); others run in transformers.
+
+Legend: N tokens of a pass, E hidden size, Q query heads, H KV heads, D head_dim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvstrata.engine.attention import AttentionState
+from kvstrata.engine.layer_inputs import ObservingState
+from kvstrata.engine.packed_linear import PackedLinear
+from kvstrata.engine.rotary import Rotary
+from kvstrata.engine.spec import KVSpec
+from kvstrata.kernels.decoder_ops import add_rms_norm, rotate_heads, silu_gate
+
+PACKED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class _Norm:
+    weight: torch.Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, module: Any) -> "_Norm":
+        return cls(module.weight.detach(), float(module.variance_epsilon))
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    before_attention: _Norm
+    qkv: PackedLinear
+    query_norm: _Norm | None
+    key_norm: _Norm | None
+    output: PackedLinear
+    before_mlp: _Norm
+    gate_up: PackedLinear
+    down: PackedLinear
+    scaling: float
+
+    @classmethod
+    def of(cls, module: Any) -> "_Layer":
+        attention, mlp = module.self_attn, module.mlp
+        query_norm, key_norm = (getattr(attention, f"{name}_norm", None) for name in "qk")
+        return cls(
+            before_attention=_Norm.of(module.input_layernorm),
+            qkv=_packed(attention.q_proj, attention.k_proj, attention.v_proj),
+            query_norm=_Norm.of(query_norm) if query_norm is not None else None,
+            key_norm=_Norm.of(key_norm) if key_norm is not None else None,
+            output=_packed(attention.o_proj),
+            before_mlp=_Norm.of(module.post_attention_layernorm),
+            gate_up=_packed(mlp.gate_proj, mlp.up_proj),
+            down=_packed(mlp.down_proj),
+            scaling=float(attention.scaling),
+        )
+
+
+def can_pack(hf_model: Any) -> bool:
+    """Tell whether ``PackedDecoder`` computes what this transformers model computes."""
+    config = hf_model.config
+    return (
+        config.model_type in PACKED_MODEL_TYPES
+        and getattr(config, "hidden_act", None) == "silu"
+        and hasattr(hf_model, "lm_head")
+    )
+
+
+class PackedDecoder:
+    """The decoder of one model, on the model's device."""
+
+    def __init__(self, hf_model: Any, rotary: Rotary, spec: KVSpec) -> None:
+        """Take over the weights of a model that ``can_pack``; layers of it are emptied."""
+        inner = hf_model.base_model
+        self._rotary = rotary
+        self._sizes = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        self._embedding: torch.Tensor = inner.embed_tokens.weight.detach()
+        self._layers = [_Layer.of(layer) for layer in inner.layers]
+        self._norm = _Norm.of(inner.norm)
+        head = hf_model.lm_head
+        bias = head.bias.detach() if head.bias is not None else None
+        self._head = PackedLinear([head.weight], [bias])
+        if head.weight is not inner.embed_tokens.weight:
+            _empty(head)
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        state: AttentionState,
+        logits_to_keep: int | torch.Tensor,
+    ) -> torch.Tensor:
+        """Run a pass.
+
+        Args:
+            token_ids: Of all tokens, sequence after sequence.
+            positions: Of each token in its sequence.
+            state: Attends, and tells which tokens run which layer.
+            logits_to_keep: The last so many tokens, 0 for all; or int64, which tokens.
+
+        Returns:
+            Logits (kept, vocab_size), of the model's dtype.
+        """
+        device = self._embedding.device
+        at = torch.tensor(positions, dtype=torch.int64)
+        tables = self._rotary.cos_sin(0, max(positions) + 1)
+        hidden = self._embedding[torch.tensor(token_ids, dtype=torch.int64, device=device)]
+        delta: torch.Tensor | None = None
+        for index, layer in enumerate(self._layers):
+            rows = state.rows(index)
+            if rows is None:
+                delta, hidden = self._run(index, layer, delta, hidden, at, tables, state)
+                continue
+            hidden = hidden if delta is None else hidden + delta
+            delta = None
+            if len(rows):
+                own, some = rows.to(device), at[rows]
+                change, base = self._run(index, layer, None, hidden[own], some, tables, state)
+                hidden = hidden.index_copy(0, own, base + change)
+        if isinstance(logits_to_keep, int):
+            kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+            hidden, delta = hidden[kept], None if delta is None else delta[kept]
+        else:
+            hidden = hidden[logits_to_keep]
+            delta = None if delta is None else delta[logits_to_keep]
+        if not len(hidden):
+            return hidden.new_empty(0, self._head.num_outputs)
+        return self._head(self._norm(hidden, delta)[0])
+
+    def _run(
+        self,
+        index: int,
+        layer: _Layer,
+        delta: torch.Tensor | None,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        state: AttentionState,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the layer's MLP adds, and what it adds to.
+
+        ``hidden`` lacks ``delta``, what the layer before added: norms add it on their way.
+        """
+        num_heads, num_kv_heads, head_dim = self._sizes
+        normed, hidden = layer.before_attention(hidden, delta)
+        if isinstance(state, ObservingState):
+            state.observe(index, normed)
+        heads = layer.qkv(normed).unflatten(1, (-1, head_dim))
+        turning = heads[:, : num_heads + num_kv_heads]
+        if layer.query_norm is not None and layer.key_norm is not None:
+            q, k = turning.split([num_heads, num_kv_heads], 1)
+            parts = [
+                norm(part.flatten(0, 1))[0].view(part.shape)
+                for norm, part in ((layer.query_norm, q), (layer.key_norm, k))
+            ]
+            turning = torch.cat(parts, 1)
+        turned = rotate_heads(turning, *tables, positions).transpose(0, 1)
+        values = heads[:, num_heads + num_kv_heads :].transpose(0, 1)
+        out = state.attend(index, turned[:num_heads], turned[num_heads:], values, layer.scaling)
+        added = layer.output(out.transpose(0, 1).reshape(len(hidden), -1))
+        normed, hidden = layer.before_mlp(added, hidden)
+        return layer.down(silu_gate(layer.gate_up(normed))), hidden
+
+
+def _packed(*modules: Any) -> PackedLinear:
+    """Return the modules as one product, and take their weights away."""
+    weights = [module.weight for module in modules]
+    packed = PackedLinear(weights, [module.bias for module in modules])
+    for module in modules:
+        _empty(module)
+    return packed
+
+
+def _empty(module: Any) -> None:
+    module.weight = torch.nn.Parameter(module.weight.new_empty(0), requires_grad=False)

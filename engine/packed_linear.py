@@ -1,0 +1,53 @@
+"""A matrix product with its weight in the layout that the processor likes best.
+
+On a CPU that is oneDNN's blocked layout, which torch.compile uses too: with few rows a product is
+bound by reading the weight, and reads it up to twice as fast so. Measured on two cores, all
+products of SmolLM2 (425 MB in float32, 212 MB in bf16), ms: 1 row 34 plain, 20 packed; 8 rows 41
+and 21; 256 rows 332 and 254; in bf16 16 and 13; 19 and 12; 145 and 134.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own convention)
+
+_ROWS = 8  # what the layout is chosen for; it serves all sizes alike
+_PACKED_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class PackedLinear:
+    """``x @ weight.T + bias``.
+
+    Attributes:
+        num_outputs: Rows of the weight.
+    """
+
+    def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> None:
+        """Put weights (outputs, inputs) under each other, and copy them into the layout."""
+        weight = torch.cat([part.detach() for part in weights])
+        self.num_outputs = weight.shape[0]
+        self._bias = None
+        if any(bias is not None for bias in biases):
+            parts = [
+                weight.new_zeros(len(part)) if bias is None else bias.detach()
+                for part, bias in zip(weights, biases, strict=True)
+            ]
+            self._bias = torch.cat(parts)
+        self._is_packed = False
+        if weight.device.type == "cpu" and weight.dtype in _PACKED_DTYPES and _has_onednn():
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+            self._is_packed = True
+        self._weight = weight
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (rows, outputs) of (rows, inputs)."""
+        if self._is_packed:
+            product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+                x, self._weight, self._bias, "none", [], ""
+            )
+            return product
+        return F.linear(x, self._weight, self._bias)
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(
+        torch.ops.mkldnn, "_reorder_linear_weight"
+    )
