@@ -35,12 +35,13 @@ class MethodSettings:
     own values. What a stage's numbers mean, ``inference.proto`` says.
 
     Attributes:
-        codec: "exact", "fallback", "calibrated" or "zipcache"; may be left out with a stage.
+        codec: "exact", "fallback", "calibrated", "predicted" or "zipcache"; may be left out with a
+            stage.
         sink_tokens: Fallback codec: how many first tokens are kept at 8 bits.
         read_stratum: Finest stratum to read; None reads all that is stored.
         representatives: Layers whose mean keys are stored beside the blocks, so that a store can be
             searched with a query: "all", or such as "5,14"; None stores none.
-        bits: Calibrated codec: stored bits per element to aim at.
+        bits: Calibrated or predicted codec: stored bits per element to aim at.
         attention_gate: Keep flags before attention.
         zipvl: Attention of the prompt over the tokens that matter.
         h2o: Eviction from the running cache.

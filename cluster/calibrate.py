@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from kvstrata.protos.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 console = Console(stderr=True)
 
@@ -24,6 +27,12 @@ def calibrate(
     continuation: Annotated[int, typer.Option(min=32, help="Tokens that follow it.")] = 256,
     samples: Annotated[int, typer.Option(min=1, help="Sampled continuations a stretch.")] = 1,
     rate_segments: Annotated[int, typer.Option(min=1, help="Stretches to measure on.")] = 3,
+    prediction_segments: Annotated[
+        int, typer.Option(min=0, help="Stretches to learn prediction from; 0 for none.")
+    ] = 96,
+    extend: Annotated[
+        bool, typer.Option(help="Only renew the prediction of the model's profile.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal profiles.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
 ) -> None:
@@ -33,6 +42,7 @@ def calibrate(
     """
     from kvstrata.cluster.calibration import CalibrationPlan
     from kvstrata.cluster.calibration import calibrate as run
+    from kvstrata.cluster.calibration import extend as renew
     from kvstrata.cluster.calibration_plot import plot_widths
     from kvstrata.cluster.model_check import load_model
     from kvstrata.engine.storage import profile_folder
@@ -40,7 +50,11 @@ def calibrate(
 
     texts = [_read(path) for path in text]
     loaded = load_model(model, dtype)
-    plan = CalibrationPlan(segments, context, continuation, samples, rate_segments, seed)
+    if extend and loaded.profile is None:
+        raise ConfigurationError("the model has no profile to extend", "leave --extend out")
+    plan = CalibrationPlan(
+        segments, context, continuation, samples, rate_segments, prediction_segments, seed
+    )
     with Progress(console=console) as bar:
         bars: dict[str, TaskID] = {}
 
@@ -49,7 +63,11 @@ def calibrate(
                 bars[stage] = bar.add_task(stage, total=total)
             bar.update(bars[stage], completed=done, total=total)
 
-        path = run(loaded, texts, plan, out or profile_folder(), tell)
+        folder = out or profile_folder()
+        if extend and (present := loaded.profile) is not None:
+            path = renew(loaded, present, texts, plan, folder, tell)
+        else:
+            path = run(loaded, texts, plan, folder, tell)
     profile = load_profile(path)
     picture = plot_widths(profile, path.with_suffix(".png"))
     print(
@@ -58,13 +76,17 @@ def calibrate(
                 "profile": str(path),
                 "profile_id": profile.profile_id,
                 "plot": str(picture),
-                "rates": [
-                    {"threshold": t, "bits": round(b, 4), "kl": round(kl, 6)}
-                    for t, b, kl in profile.rates.tolist()
-                ],
+                "rates": _rows(profile.rates),
+                "predicted_rates": _rows(found.rates) if (found := profile.prediction) else [],
             }
         )
     )
+
+
+def _rows(rates: "np.ndarray") -> list[dict[str, float]]:
+    return [
+        {"threshold": t, "bits": round(b, 4), "kl": round(kl, 6)} for t, b, kl in rates.tolist()
+    ]
 
 
 def _read(path: Path) -> str:

@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,14 @@ import torch
 
 from kvstrata.cluster.quality import compress, kl_divergence, prefilled, teacher_forced
 from kvstrata.engine.cache_statistics import SKIPPED_TOKENS, CacheStatistics, Segment
+from kvstrata.engine.layer_samples import LayerSamples
 from kvstrata.engine.model import Model
 from kvstrata.methods.bit_allocation import VALUE_WEIGHT, allocate
 from kvstrata.methods.calibrated import CalibratedCodec
+from kvstrata.methods.predicted import PredictedCodec
+from kvstrata.methods.prediction_fit import fit_prediction
 from kvstrata.methods.presets import Method
-from kvstrata.methods.profile import SUFFIX, Profile, read_arrays, write_arrays
+from kvstrata.methods.profile import SUFFIX, Profile, SideTables, read_arrays, write_arrays
 from kvstrata.protos.errors import ConfigurationError, InvalidRequestError
 from kvstrata.protos.identity import BLOCK_TOKENS
 
@@ -31,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_STORED_LAYER = 1  # K and V of layer 0 depend on token ids alone and are computed again
 RATE_WIDTHS = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 2.6, 3.4)  # base widths to measure rates at
+PREDICTED_WIDTHS = (0.25, 0.4, 0.55, 0.75, 1.0, 1.3, 1.7, 2.2, 3.0)
+FIT_WIDTH = 1.9  # base width, without prediction, at which layers are decoded to predict others
 RECORDS_PER_SEGMENT = 10
 # Prose hardly ever reads a fact again, so what reading one needs would be stored worst. At the same
 # size, weight 16 halved and halved again what planted facts lose; weights 4 to 64 are much alike.
@@ -55,6 +61,8 @@ class CalibrationPlan:
         continuation: Tokens that follow, along which gradients are taken.
         num_samples: Continuations sampled per segment.
         num_rate_segments: Segments on which sizes and KL are measured.
+        num_prediction_segments: Segments from which layers learn to predict others; 0 for a profile
+            without prediction. They take 2 bytes per stored element of disk while this runs.
         seed: Of everything drawn.
     """
 
@@ -63,6 +71,7 @@ class CalibrationPlan:
     continuation: int = 256
     num_samples: int = 1
     num_rate_segments: int = 3
+    num_prediction_segments: int = 96
     seed: int = 0
 
 
@@ -122,15 +131,18 @@ def gather(
 
 
 def measure_rates(
-    model: Model, profile: Profile, segments: Sequence[Segment], tell: Progress
+    model: Model,
+    codec_at: Callable[[float], CalibratedCodec],
+    thresholds: Sequence[float],
+    segments: Sequence[Segment],
+    tell: Callable[[int, int], None],
 ) -> np.ndarray:
     """Return (threshold, stored bits per element, mean KL) rows, ascending in the threshold."""
-    thresholds = [threshold_of_width(profile, width) for width in RATE_WIDTHS]
     total = np.zeros((len(thresholds), 2))
     spec = model.spec
     for number, segment in enumerate(segments):
         ids = [*segment.context, *segment.continuation[:1]]
-        plain = prefilled(model, Method(CalibratedCodec(profile, thresholds[0])), ids)
+        plain = prefilled(model, Method(codec_at(thresholds[0])), ids)
         held = plain.num_blocks_held * BLOCK_TOKENS
         plain.cache.truncate(held)
         keys, values = (part.clone() for part in plain.cache.read(0, held))
@@ -138,25 +150,25 @@ def measure_rates(
         before = teacher_forced(plain, segment.context, rest)
         elements = held * spec.num_layers * spec.num_kv_heads * spec.head_dim * 2
         for row, threshold in enumerate(thresholds):
-            tell("rates", number * len(thresholds) + row, len(segments) * len(thresholds))
-            plain.method = Method(CalibratedCodec(profile, threshold))
+            tell(number * len(thresholds) + row, len(segments) * len(thresholds))
+            plain.method = Method(codec_at(threshold))
             plain.cache.write(0, keys, values)
             size = compress(plain)
             after = teacher_forced(plain, segment.context, rest)
             total[row] += 8 * size / elements, kl_divergence(before, after)
-    tell("rates", 1, 1)
+    tell(1, 1)
     rows = np.column_stack([thresholds, np.maximum(total / len(segments), 1e-12)])
     return rows[np.argsort(rows[:, 0])]
 
 
-def threshold_of_width(profile: Profile, width: float) -> float:
+def threshold_of_width(keys: SideTables, values: SideTables, width: float) -> float:
     """Return the threshold at which base planes have ``width`` bits per element on average."""
     low, high = 1e-30, 1e30
     for _ in range(120):
         middle = (low * high) ** 0.5
-        keys = allocate(profile.keys["pre"], middle)
-        values = allocate(profile.values, middle, weight=VALUE_WEIGHT)
-        wide = (keys.mean_width + values.mean_width) / 2 > width
+        of_keys = allocate(keys, middle).mean_width
+        of_values = allocate(values, middle, weight=VALUE_WEIGHT).mean_width
+        wide = (of_keys + of_values) / 2 > width
         low, high = (middle, high) if wide else (low, middle)
     return float(f"{middle:.2e}")
 
@@ -172,10 +184,7 @@ def calibrate(
         ConfigurationError: The folder cannot be made.
     """
     _check_plan(model, plan)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"{folder}: {error}"[:200], "give another --out") from error
+    folder = _made(folder)
     stem = model.model_id.hex()
     segments = cut_segments(model.tokenizer, texts, plan, plan.num_segments, seed=0)
     statistics = gather(model, segments, plan, folder / f"{stem}.state.npz", tell)
@@ -188,13 +197,78 @@ def calibrate(
         rates=np.ones((1, 3)),
         note=f"{model.name}; {plan}",
     )
-    rate_segments = cut_segments(
-        model.tokenizer, texts, plan, plan.num_rate_segments, seed=1, with_records=False
+    rates = measure_rates(
+        model,
+        partial(CalibratedCodec, profile),
+        [threshold_of_width(keys["pre"], values, width) for width in RATE_WIDTHS],
+        _rate_segments(model, texts, plan),
+        partial(tell, "rates"),
     )
-    profile = replace(profile, rates=measure_rates(model, profile, rate_segments, tell))
     path = folder / f"{stem}{SUFFIX}"
+    profile = replace(profile, rates=rates)
     profile.save(path)
+    return extend(model, profile, texts, plan, folder, tell)
+
+
+def extend(
+    model: Model,
+    profile: Profile,
+    texts: Sequence[str],
+    plan: CalibrationPlan,
+    folder: Path,
+    tell: Progress,
+) -> Path:
+    """Give ``profile`` new tables for predicting; returns the file's path in ``folder``.
+
+    What was stored without prediction stays readable: its tables are not touched.
+
+    Raises:
+        InvalidRequestError, ConfigurationError: As of ``calibrate``.
+    """
+    _check_plan(model, plan)
+    folder = _made(folder)
+    path = folder / f"{model.model_id.hex()}{SUFFIX}"
+    if not plan.num_prediction_segments:
+        profile = replace(profile, prediction=None)
+        profile.save(path)
+        return path
+    segments = cut_segments(model.tokenizer, texts, plan, plan.num_prediction_segments, seed=0)
+    state = folder / f"{model.model_id.hex()}.samples"
+    samples = LayerSamples(model, FIRST_STORED_LAYER, state, _identity(model, segments, plan))
+    for number in range(samples.num_segments, len(segments)):
+        tell("samples", number, len(segments))
+        samples.add(segments[number])
+    tell("samples", len(segments), len(segments))
+    layers = profile.shape[0]
+    threshold = threshold_of_width(profile.keys["pre"], profile.values, FIT_WIDTH)
+    prediction = fit_prediction(
+        samples.read, profile, threshold, lambda done: tell("prediction", done, layers)
+    )
+    profile = replace(profile, prediction=prediction)
+    rates = measure_rates(
+        model,
+        partial(PredictedCodec, profile),
+        [threshold_of_width(prediction.keys, prediction.values, w) for w in PREDICTED_WIDTHS],
+        _rate_segments(model, texts, plan),
+        partial(tell, "predicted rates"),
+    )
+    profile = replace(profile, prediction=replace(prediction, rates=rates))
+    profile.save(path)
+    samples.remove()
     return path
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"{folder}: {error}"[:200], "give another --out") from error
+    return folder
+
+
+def _rate_segments(model: Model, texts: Sequence[str], plan: CalibrationPlan) -> list[Segment]:
+    count = plan.num_rate_segments
+    return cut_segments(model.tokenizer, texts, plan, count, seed=1, with_records=False)
 
 
 def _check_plan(model: Model, plan: CalibrationPlan) -> None:
@@ -209,6 +283,13 @@ def _check_plan(model: Model, plan: CalibrationPlan) -> None:
             f"{plan.num_segments} segments of {plan.context} tokens are too few for heads of "
             f"{spec.head_dim} channels",
             "give more --segments",
+        )
+    features = 4 * spec.num_kv_heads * spec.head_dim  # two layers of K and V
+    if 0 < plan.num_prediction_segments * (plan.context - SKIPPED_TOKENS) < features:
+        raise InvalidRequestError(
+            f"{plan.num_prediction_segments} segments of {plan.context} tokens are too few to "
+            f"predict from {features} channels",
+            "give more --prediction-segments, or 0",
         )
 
 

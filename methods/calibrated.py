@@ -34,7 +34,7 @@ from kvstrata.kernels.component_basis import ComponentBasis, encode_tokens, expa
 from kvstrata.kernels.escape_rows import pack_escape_rows
 from kvstrata.kernels.mid_rows import pack_mid_rows
 from kvstrata.kernels.token_masks import to_flags, to_mask, token_classes
-from kvstrata.kernels.value_bias import encode_value_bias
+from kvstrata.kernels.value_bias import ValueBias, encode_value_bias
 from kvstrata.methods.bit_allocation import VALUE_WEIGHT, allocate
 from kvstrata.methods.calibrated_segments import SegmentLayout, StoredSide
 from kvstrata.methods.codec import BlockShape, KVBlocks, Segments
@@ -94,45 +94,45 @@ class CalibratedCodec:
 
     def settings(self) -> str:
         """Return the profile, the threshold and the form."""
-        return f"profile={self.profile.profile_id},threshold={self.threshold!r},form={self.form}"
+        return f"profile={self.profile.transform_id},threshold={self.threshold!r},form={self.form}"
 
     @cached_property
-    def _sides(self) -> tuple["_Side", "_Side"]:
+    def sides(self) -> tuple["Side", "Side"]:
+        """Return the transforms and prices of K and of V."""
         return (
-            _Side(self.profile.keys[self.form], self.threshold, weight=1.0),
-            _Side(self.profile.values, self.threshold, weight=VALUE_WEIGHT),
+            Side.of(self.profile.keys[self.form], self.threshold, weight=1.0),
+            Side.of(self.profile.values, self.threshold, weight=VALUE_WEIGHT),
         )
 
     @cached_property
-    def _layout(self) -> SegmentLayout:
-        return SegmentLayout(self.profile.shape[0], *(side.basis.layout for side in self._sides))
+    def layout(self) -> SegmentLayout:
+        """Return where everything lies in a segment."""
+        return SegmentLayout(self.profile.shape[0], *(side.basis.layout for side in self.sides))
 
     def encode(self, blocks: KVBlocks) -> list[Segments]:
         """Return BASE and MID of every block. See ``BlockCodec.encode``."""
-        num_layers, heads, num_blocks, _, dim = blocks.keys.shape
-        if (num_layers, heads, dim) != self.profile.shape:
+        shape = (*blocks.keys.shape[:2], blocks.keys.shape[4])
+        if shape != self.profile.shape:
             raise ValueError(
-                f"blocks have (layers, heads, dim) {(num_layers, heads, dim)}, "
-                f"the profile {self.profile.shape}"
+                f"blocks have (layers, heads, dim) {shape}, the profile {self.profile.shape}"
             )
-        if not num_blocks:
+        if not blocks.keys.shape[2]:
             return []
-        position = blocks.first_position + torch.arange(num_blocks * BLOCK_TOKENS)
-        sinks = (position < SINK_TOKENS).view(num_blocks, BLOCK_TOKENS)
-        kept = torch.ones((), dtype=torch.bool).expand(blocks.saliency.shape)
-        kept = kept if blocks.kept is None else blocks.kept
-        weights = _token_weights(blocks.saliency, kept & ~sinks).flatten(0, 1)
-        kept = kept.flatten(0, 1)
-        keys, values = self._sides
-        base, mid = self._layout.write(
-            keys.encode(blocks.keys.flatten(0, 1), weights, sinks, kept, with_bias=False),
-            values.encode(blocks.values.flatten(0, 1), weights, sinks, kept, with_bias=True),
-            encode_tags(blocks.saliency.mean(1)),
-        )
+        keys, values = self._encode_sides(blocks, TokenChoice.of(blocks))
+        base, mid = self.layout.write(keys, values, encode_tags(blocks.saliency.mean(1)))
         return [
-            {BASE: dict(enumerate(base[n])), MID: dict(enumerate(mid[n]))}
-            for n in range(num_blocks)
+            {BASE: dict(enumerate(base[n])), MID: dict(enumerate(mid[n]))} for n in range(len(base))
         ]
+
+    def _encode_sides(
+        self, blocks: KVBlocks, choice: "TokenChoice"
+    ) -> tuple[StoredSide, StoredSide]:
+        """Return what is stored of K and of V."""
+        keys, values = self.sides
+        return (
+            keys.encode(blocks.keys.flatten(0, 1), choice, with_bias=False),
+            values.encode(blocks.values.flatten(0, 1), choice, with_bias=True),
+        )
 
     def decode(
         self, frames: Sequence[Mapping[Stratum, Frame]], shape: BlockShape
@@ -142,29 +142,34 @@ class CalibratedCodec:
         if (shape.num_kv_heads, shape.head_dim) != (heads, dim):
             raise CorruptFrameError("the blocks are of a model of another shape")
         try:
-            stored = self._layout.read(
+            stored = self.layout.read(
                 [self.segments_of(strata[BASE]) for strata in frames],
                 [self.segments_of(strata[MID]) for strata in frames] if MID in frames[0] else None,
             )
-            keys, values = (
-                side.decode(part, shape.dtype).unflatten(0, (num_layers, heads))
-                for side, part in zip(self._sides, stored, strict=True)
-            )
+            keys, values = self._decode_sides(*stored, shape.dtype)
         except ValueError as error:
             raise CorruptFrameError(str(error)) from error
-        return keys, values
+        size = (num_layers, heads)
+        return keys.unflatten(0, size), values.unflatten(0, size)
+
+    def _decode_sides(
+        self, keys: StoredSide, values: StoredSide, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values, (L * H, N, T, D)."""
+        of_keys, of_values = self.sides
+        return of_keys.decode(keys, dtype), of_values.decode(values, dtype)
 
     def tags(self, frames: Sequence[Mapping[Stratum, Frame]]) -> torch.Tensor:
         """Return the saliency tags. See ``BlockCodec.tags``."""
         segments = [self.segments_of(strata[BASE]) for strata in frames]
-        return read_tags(segments, self._layout.tag_places(segments))
+        return read_tags(segments, self.layout.tag_places(segments))
 
     def kept(
         self, frames: Sequence[Mapping[Stratum, Frame]], shape: BlockShape
     ) -> torch.Tensor | None:
         """Return which tokens are stored. See ``SelectiveCodec``."""
         try:
-            masks = self._layout.read_masks([self.segments_of(strata[BASE]) for strata in frames])
+            masks = self.layout.read_masks([self.segments_of(strata[BASE]) for strata in frames])
         except ValueError as error:
             raise CorruptFrameError(str(error)) from error
         left_out = (masks[0, 0] & masks[1, 0]).unflatten(0, (-1, shape.num_kv_heads))
@@ -173,7 +178,7 @@ class CalibratedCodec:
     @property
     def bases(self) -> tuple[ComponentBasis, ComponentBasis]:
         """Return what keys and values of all stored layers are transformed with."""
-        keys, values = self._sides
+        keys, values = self.sides
         return keys.basis, values.basis
 
     def segments_of(self, frame: Frame) -> list[Buffer]:
@@ -189,55 +194,101 @@ class CalibratedCodec:
         return [segments[layer] for layer in range(self.first_layer, last)]
 
 
-class _Side:
-    """K or V of all layers: the transform, the bits and the prices."""
+@dataclass(frozen=True, slots=True)
+class TokenChoice:
+    """What the choice of escapes and mid tokens depends on.
 
-    def __init__(self, tables: SideTables, threshold: float, *, weight: float) -> None:
+    Attributes:
+        weights: float32 (L * H, N, T), how much each token matters.
+        sinks: bool (N, T); always escapes.
+        kept: bool (L * H, N, T), or what broadcasts to it.
+    """
+
+    weights: torch.Tensor
+    sinks: torch.Tensor
+    kept: torch.Tensor
+
+    @classmethod
+    def of(cls, blocks: KVBlocks) -> "TokenChoice":
+        """Return it for blocks."""
+        num_blocks = blocks.keys.shape[2]
+        position = blocks.first_position + torch.arange(num_blocks * BLOCK_TOKENS)
+        sinks = (position < SINK_TOKENS).view(num_blocks, BLOCK_TOKENS)
+        kept = torch.ones((), dtype=torch.bool).expand(blocks.saliency.shape)
+        kept = kept if blocks.kept is None else blocks.kept
+        weights = _token_weights(blocks.saliency, kept & ~sinks).flatten(0, 1)
+        return cls(weights, sinks, kept.flatten(0, 1))
+
+    def head(self, index: int) -> "TokenChoice":
+        """Return that of one head of L * H."""
+        own = slice(index, index + 1)
+        return TokenChoice(self.weights[own], self.sinks, self.kept[own])
+
+
+@dataclass(frozen=True)
+class Side:
+    """K or V of some heads of some layers, as one row of heads: transform, bits and prices.
+
+    Attributes:
+        basis: The transform.
+        variance: float32 (L * H, D), what its components cost.
+        mid_price: float32 (L * H, 1, 1); a token with a larger weighted error becomes mid.
+        escape_price: And with a still larger one an escape.
+    """
+
+    basis: ComponentBasis
+    variance: torch.Tensor
+    mid_price: torch.Tensor
+    escape_price: torch.Tensor
+
+    @classmethod
+    def of(cls, tables: SideTables, threshold: float, *, weight: float) -> "Side":
+        """Return all heads of tables, with the bits that a threshold buys."""
         bits = allocate(tables, threshold, weight=weight)
         inverse = tables.basis.flatten(0, 1).float()
-        self.variance = tables.variance.flatten(0, 1)
-        self.basis = ComponentBasis(
+        variance = tables.variance.flatten(0, 1)
+        basis = ComponentBasis(
             layout=PlaneLayout(bits.widths.flatten(0, 1), bits.mid_counts.flatten()),
             mean=tables.mean.flatten(0, 1),
             forward=torch.linalg.inv(inverse.double()).float(),
             inverse=inverse,
-            deviation=self.variance.sqrt(),
+            deviation=variance.sqrt(),
         )
-        self.mid_price = bits.mid_price.view(-1, 1, 1)
-        self.escape_price = bits.escape_price.view(-1, 1, 1)
+        return cls(basis, variance, bits.mid_price.view(-1, 1, 1), bits.escape_price.view(-1, 1, 1))
 
-    def encode(
-        self,
-        x: torch.Tensor,
-        weights: torch.Tensor,
-        sinks: torch.Tensor,
-        kept: torch.Tensor,
-        *,
-        with_bias: bool,
-    ) -> StoredSide:
-        """Return what is stored of ``x``, (L * H, N, T, D); ``sinks`` are always escapes."""
+    def encode(self, x: torch.Tensor, choice: TokenChoice, *, with_bias: bool) -> StoredSide:
+        """Return what is stored of ``x``, (L * H, N, T, D)."""
         y, words, error = encode_tokens(x, self.basis, self.variance)
-        score = error * weights
-        escaped = ((score > self.escape_price) | sinks) & kept
-        escape, mid = to_mask(escaped), to_mask((score > self.mid_price) & ~escaped & kept)
-        left_out = to_mask(~kept)
-        bias = None
-        if with_bias:
-            bias = encode_value_bias(
-                y,
-                words,
-                self.basis.layout,
-                weights=weights,
-                base=token_classes(mid, escape).base & ~left_out,
-                deviation=self.basis.deviation,
-            )
+        escape, mid = self.classify(error, choice)
+        left_out = to_mask(~choice.kept)
         return StoredSide(
             escape=escape | left_out,
             mid=mid | left_out,
             words=words,
             escapes=pack_escape_rows(x, escape),
             mid_rows=pack_mid_rows(y, mid, self.basis.layout),
-            bias=bias,
+            bias=self.bias(y, words, choice, escape | mid | left_out) if with_bias else None,
+        )
+
+    def classify(
+        self, error: torch.Tensor, choice: TokenChoice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the masks of escapes and of mid tokens, int64 (L * H, N), by what errors cost."""
+        score = error * choice.weights
+        escaped = ((score > self.escape_price) | choice.sinks) & choice.kept
+        return to_mask(escaped), to_mask((score > self.mid_price) & ~escaped & choice.kept)
+
+    def bias(
+        self, y: torch.Tensor, words: torch.Tensor, choice: TokenChoice, other: torch.Tensor
+    ) -> ValueBias:
+        """Return the mean error of the tokens that are not in the mask ``other``."""
+        return encode_value_bias(
+            y,
+            words,
+            self.basis.layout,
+            weights=choice.weights,
+            base=~other,
+            deviation=self.basis.deviation,
         )
 
     def decode(self, stored: StoredSide, dtype: torch.dtype) -> torch.Tensor:

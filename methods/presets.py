@@ -12,7 +12,8 @@ from kvstrata.methods.fallback import FallbackCodec
 from kvstrata.methods.gate_weights import GateWeights
 from kvstrata.methods.h2o import H2O
 from kvstrata.methods.pipeline import Pipeline, check
-from kvstrata.methods.profile import Profile
+from kvstrata.methods.predicted import PredictedCodec, predicted_codec
+from kvstrata.methods.profile import Profile, threshold_for_bits, threshold_for_kl
 from kvstrata.methods.representatives import parse_choice
 from kvstrata.methods.stage_settings import pipeline_of, with_gates, zipcache_codec
 from kvstrata.methods.zipcache import ZipCache
@@ -108,9 +109,14 @@ PAPERS = {
 }
 # Stored bits per element that the calibrated presets aim at, everything counted.
 PRESET_BITS = {"near-lossless": 2.83, "balanced": 2.22, "small": 1.64}
+# And those that explicit settings of the predicted codec aim at if they name no target.
+PREDICTED_BITS = 1.4
 PRESETS = tuple(sorted((ExactCodec.name, *PRESET_BITS, *PAPERS)))
 MIN_BITS, MAX_BITS = 0.5, 8.0
-CODECS = (CalibratedCodec.name, ExactCodec.name, FallbackCodec.name, ZipCacheCodec.name)
+CODECS = (
+    CalibratedCodec.name, ExactCodec.name, FallbackCodec.name, PredictedCodec.name,
+    ZipCacheCodec.name,
+)  # fmt: skip
 
 
 def from_preset(
@@ -179,8 +185,8 @@ def _codec(settings: MethodSettings, pipeline: Pipeline, profile: Profile | None
     _refuse_foreign(settings, name)
     if name == ExactCodec.name:
         return ExactCodec()
-    if name == CalibratedCodec.name:
-        return _calibrated(settings, profile)
+    if name in (CalibratedCodec.name, PredictedCodec.name):
+        return _calibrated(settings, name, profile)
     if name == ZipCacheCodec.name:
         return ZipCacheCodec(PUBLISHED)
     try:
@@ -194,33 +200,45 @@ def _codec(settings: MethodSettings, pipeline: Pipeline, profile: Profile | None
 def _refuse_foreign(settings: MethodSettings, codec: str) -> None:
     """Raise if a field is set that the codec does not have."""
     takers = {
-        "sink_tokens": FallbackCodec.name,
-        "bits": CalibratedCodec.name,
-        "max_kl": CalibratedCodec.name,
-        "key_form": CalibratedCodec.name,
+        "sink_tokens": (FallbackCodec.name,),
+        "bits": (CalibratedCodec.name, PredictedCodec.name),
+        "max_kl": (CalibratedCodec.name, PredictedCodec.name),
+        "key_form": (CalibratedCodec.name,),
     }
-    for field, taker in takers.items():
+    for field, names in takers.items():
         is_set = bool(settings.key_form) if field == "key_form" else settings.HasField(field)
-        if is_set and codec != taker:
-            raise LimitError(f"codec {codec!r} has no {field}", f"leave it out or use {taker!r}")
+        if is_set and codec not in names:
+            raise LimitError(
+                f"codec {codec!r} has no {field}",
+                f"leave it out or use {' or '.join(map(repr, names))}",
+            )
 
 
-def _calibrated(settings: MethodSettings, profile: Profile | None) -> CalibratedCodec:
+def _calibrated(settings: MethodSettings, name: str, profile: Profile | None) -> CalibratedCodec:
     if profile is None:
         raise UnknownPresetError(
-            "the served model has no profile, which codec 'calibrated' needs",
+            f"the served model has no profile, which codec {name!r} needs",
             "run `kvstrata calibrate`, or use codec 'fallback'",
         )
+    predicts = name == PredictedCodec.name
+    if predicts and profile.prediction is None:
+        raise UnknownPresetError(
+            f"the served model's profile cannot predict, which codec {name!r} needs",
+            "run `kvstrata calibrate --extend`, or use codec 'calibrated'",
+        )
+    rates = profile.prediction.rates if predicts and profile.prediction else profile.rates
     has_bits, has_kl = settings.HasField("bits"), settings.HasField("max_kl")
     if has_bits and has_kl:
         raise LimitError("bits and max_kl are both given", "give one target")
     if has_kl and not 0 < settings.max_kl < 100:
         raise LimitError(f"max_kl must be above 0, not {settings.max_kl}", "use one such as 0.01")
+    default = PREDICTED_BITS if predicts else PRESET_BITS[DEFAULT_PRESET]
     if has_kl:
-        threshold = profile.threshold_for_kl(settings.max_kl)
+        threshold = threshold_for_kl(rates, settings.max_kl)
     else:
-        bits = _bits(settings) if has_bits else PRESET_BITS[DEFAULT_PRESET]
-        threshold = profile.threshold_for_bits(bits)
+        threshold = threshold_for_bits(rates, _bits(settings) if has_bits else default)
+    if predicts:
+        return predicted_codec(profile, threshold)
     try:
         return calibrated_codec(profile, threshold, settings.key_form or "pre")
     except ValueError as error:

@@ -27,7 +27,8 @@ import torch
 
 from kvstrata.methods.table_store import TableStore
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 1  # without tables for predicting
+PREDICTING_VERSION = 2
 PROFILE_ID_BYTES = 16
 MAX_PROFILE_BYTES = 1 << 30
 SHIPPED = Path(__file__).parent / "profiles"
@@ -64,6 +65,28 @@ class SideTables:
     variance: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction:
+    """What the predicted codec needs beside a profile's other tables; see ``prediction.py``.
+
+    C = 2 H D are the channels of a layer: V's heads, then K's before RoPE.
+
+    Attributes:
+        across: float16 (L, C, C): from the layer before, rows, to this one, columns.
+        within: float16 (L, C, C): inside the layer; zeros but where the row's head precedes the
+            column's.
+        keys: The transform of what is left of K; its mean completes the prediction.
+        values: The same of V.
+        rates: As in ``Profile``, of the predicted codec.
+    """
+
+    across: torch.Tensor
+    within: torch.Tensor
+    keys: SideTables
+    values: SideTables
+    rates: np.ndarray
+
+
 @dataclass(frozen=True, eq=False)
 class Profile:
     """Everything static that the calibrated codec knows of a model.
@@ -77,6 +100,7 @@ class Profile:
         rates: float64 (R, 3), ascending in the first column: threshold, bits per element (all
             stored bytes counted), mean KL divergence in nats, as measured on calibration text.
         note: For people: the model's name and what it was calibrated on.
+        prediction: None if the predicted codec cannot be used.
     """
 
     model_id: bytes
@@ -85,6 +109,7 @@ class Profile:
     first_layer: int
     rates: np.ndarray
     note: str = ""
+    prediction: Prediction | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -95,63 +120,88 @@ class Profile:
     @cached_property
     def profile_id(self) -> str:
         """Return the hash of all numbers, in hex; the note does not count."""
-        digest = hashlib.sha256(f"profile/{PROFILE_VERSION}".encode())
-        for name, array in sorted(self.arrays().items()):
-            digest.update(f"{name}:{array.dtype.str}:{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()[: 2 * PROFILE_ID_BYTES]
+        return _hash(self.arrays())
+
+    @cached_property
+    def transform_id(self) -> str:
+        """Return the hash of all numbers but those of the prediction.
+
+        What is stored without prediction is named by it, and so outlives a new prediction.
+        """
+        return _hash(self._transform_arrays())
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return all numbers by name, as they are stored."""
+        arrays = self._transform_arrays()
+        if (found := self.prediction) is not None:
+            arrays["version"] = np.array(PREDICTING_VERSION, np.int64)
+            arrays["across"], arrays["within"] = found.across.numpy(), found.within.numpy()
+            arrays["rest_rates"] = found.rates
+            arrays |= _side_arrays("rest_key", found.keys)
+            arrays |= _side_arrays("rest_value", found.values)
+        return arrays
+
+    def _transform_arrays(self) -> dict[str, np.ndarray]:
         arrays: dict[str, np.ndarray] = {
             "version": np.array(PROFILE_VERSION, np.int64),
             "model_id": np.frombuffer(self.model_id, np.uint8),
             "first_layer": np.array(self.first_layer, np.int64),
             "rates": self.rates,
         }
-        sides = {f"key_{form}": tables for form, tables in self.keys.items()}
-        for side, tables in {**sides, "value": self.values}.items():
-            arrays[f"{side}_mean"] = tables.mean.numpy()
-            arrays[f"{side}_basis"] = tables.basis.numpy()
-            arrays[f"{side}_variance"] = tables.variance.numpy()
-        return arrays
+        for form, tables in self.keys.items():
+            arrays |= _side_arrays(f"key_{form}", tables)
+        return arrays | _side_arrays("value", self.values)
 
     def save(self, path: Path) -> None:
         """Write the profile to ``path``, whole or not at all."""
-        write_arrays(path, {"note": np.array(self.note), **self.arrays()})
+        write_arrays(path, {"note": np.array(self.note), **self.arrays()}, pack=True)
 
     def threshold_for_bits(self, bits: float) -> float:
-        """Return the threshold whose stored size is nearest to ``bits`` per element.
-
-        Where sizes do not fall steadily, the finest such threshold. Interpolated in the logarithm
-        and rounded to three digits, so that it is the same number everywhere. Beyond the measured
-        range the end of it is returned.
-        """
-        sizes = self.rates[:, 1]
-        fits = sizes <= bits
-        if not fits.any():
-            return self._interpolated(1, bits, self.rates[[sizes.argmin()]])
-        row = int(fits.argmax())
-        return self._interpolated(1, bits, self.rates[max(0, row - 1) : row + 1])
+        """Return the threshold whose stored size is nearest to ``bits`` per element."""
+        return threshold_for_bits(self.rates, bits)
 
     def threshold_for_kl(self, max_kl: float) -> float:
-        """Return the threshold whose mean KL on calibration text was ``max_kl``; see above.
+        """Return the threshold whose mean KL on calibration text was ``max_kl``."""
+        return threshold_for_kl(self.rates, max_kl)
 
-        No measured threshold below it had a larger KL.
-        """
-        exceeds = self.rates[:, 2] > max_kl
-        if not exceeds.any():
-            return self._interpolated(2, max_kl, self.rates[-1:])
-        row = int(exceeds.argmax())
-        return self._interpolated(2, max_kl, self.rates[max(0, row - 1) : row + 1])
 
-    @staticmethod
-    def _interpolated(column: int, target: float, rows: np.ndarray) -> float:
-        """Return the threshold between one or two neighbouring rows, their own at the ends."""
-        known = np.log(np.maximum(rows[:, column], 1e-12))
-        order = np.argsort(known, kind="stable")
-        value = np.interp(np.log(target), known[order], np.log(rows[:, 0])[order])
-        return float(f"{np.exp(value):.2e}")
+def threshold_for_bits(rates: np.ndarray, bits: float) -> float:
+    """Return the threshold whose stored size is nearest to ``bits`` per element.
+
+    Where sizes do not fall steadily, the finest such threshold. Interpolated in the logarithm
+    and rounded to three digits, so that it is the same number everywhere. Beyond the measured
+    range the end of it is returned.
+
+    Args:
+        rates: Of a profile, or of its prediction.
+        bits: Stored bits per element.
+    """
+    sizes = rates[:, 1]
+    fits = sizes <= bits
+    if not fits.any():
+        return _interpolated(1, bits, rates[[sizes.argmin()]])
+    row = int(fits.argmax())
+    return _interpolated(1, bits, rates[max(0, row - 1) : row + 1])
+
+
+def threshold_for_kl(rates: np.ndarray, max_kl: float) -> float:
+    """Return the threshold whose mean KL on calibration text was ``max_kl``; see above.
+
+    No measured threshold below it had a larger KL.
+    """
+    exceeds = rates[:, 2] > max_kl
+    if not exceeds.any():
+        return _interpolated(2, max_kl, rates[-1:])
+    row = int(exceeds.argmax())
+    return _interpolated(2, max_kl, rates[max(0, row - 1) : row + 1])
+
+
+def _interpolated(column: int, target: float, rows: np.ndarray) -> float:
+    """Return the threshold between one or two neighbouring rows, their own at the ends."""
+    known = np.log(np.maximum(rows[:, column], 1e-12))
+    order = np.argsort(known, kind="stable")
+    value = np.interp(np.log(target), known[order], np.log(rows[:, 0])[order])
+    return float(f"{np.exp(value):.2e}")
 
 
 def load_profile(path: Path) -> Profile:
@@ -192,12 +242,12 @@ def read_arrays(path: Path, max_bytes: int) -> dict[str, np.ndarray]:
         raise ProfileError(str(error) or type(error).__name__) from error
 
 
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], *, pack: bool = False) -> None:
     """Write arrays to ``path``, whole or not at all, also where two processes do it at once."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            (np.savez_compressed if pack else np.savez)(file, **arrays)  # type: ignore[arg-type]
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -224,32 +274,59 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> Profile:
 
 
 def _checked(arrays: dict[str, np.ndarray]) -> Profile:
-    if int(arrays["version"]) != PROFILE_VERSION:
-        raise ProfileError(f"version {int(arrays['version'])}, this is {PROFILE_VERSION}")
-    layers, heads, dim = arrays["value_mean"].shape
+    version = int(arrays["version"])
+    if version not in (PROFILE_VERSION, PREDICTING_VERSION):
+        raise ProfileError(
+            f"version {version}, this release reads {PROFILE_VERSION} and {PREDICTING_VERSION}"
+        )
+    layers, heads, dim = shape = arrays["value_mean"].shape
     keys = {
-        form: _side(arrays, f"key_{form}", (layers, heads, dim))
+        form: _side(arrays, f"key_{form}", shape)
         for form in KEY_FORMS
         if f"key_{form}_mean" in arrays
     }
-    rates = arrays["rates"].astype(np.float64)
     if min(layers, heads, dim) < 1 or int(arrays["first_layer"]) < 0:
         raise ProfileError("there must be layers, heads and components, and a first layer")
     if "pre" not in keys:
         raise ProfileError("tables of keys are missing")
+    return Profile(
+        model_id=arrays["model_id"].tobytes(),
+        keys=keys,
+        values=_side(arrays, "value", shape),
+        first_layer=int(arrays["first_layer"]),
+        rates=_rates(arrays["rates"]),
+        note=str(arrays["note"]),
+        prediction=_prediction(arrays, shape) if version == PREDICTING_VERSION else None,
+    )
+
+
+def _rates(array: np.ndarray) -> np.ndarray:
+    rates = array.astype(np.float64)
     if rates.ndim != 2 or rates.shape[1] != 3 or not rates.size:
         raise ProfileError(f"rates have shape {rates.shape}")
     if not (np.isfinite(rates) & (rates > 0)).all():
         raise ProfileError("rates must be finite and positive")
     if (np.diff(rates[:, 0]) < 0).any():
         raise ProfileError("thresholds of rates must ascend")
-    return Profile(
-        model_id=arrays["model_id"].tobytes(),
-        keys=keys,
-        values=_side(arrays, "value", (layers, heads, dim)),
-        first_layer=int(arrays["first_layer"]),
-        rates=rates,
-        note=str(arrays["note"]),
+    return rates
+
+
+def _prediction(arrays: dict[str, np.ndarray], shape: tuple[int, int, int]) -> Prediction:
+    layers, heads, dim = shape
+    channels = 2 * heads * dim
+    head = np.arange(channels) // dim
+    for name in ("across", "within"):
+        array, size = arrays[name], (layers, channels, channels)
+        if array.dtype != np.float16 or array.shape != size or not np.isfinite(array).all():
+            raise ProfileError(f"{name} must be finite float16 {size}")
+    if arrays["within"][:, head[:, None] >= head].any():
+        raise ProfileError("within predicts a head from one that does not precede it")
+    return Prediction(
+        across=torch.from_numpy(arrays["across"]),
+        within=torch.from_numpy(arrays["within"]),
+        keys=_side(arrays, "rest_key", shape),
+        values=_side(arrays, "rest_value", shape),
+        rates=_rates(arrays["rest_rates"]),
     )
 
 
@@ -272,6 +349,22 @@ def _side(arrays: dict[str, np.ndarray], side: str, shape: tuple[int, int, int])
     if failed.any() or not inverse.float().isfinite().all():
         raise ProfileError(f"{side}_basis has no inverse")
     return SideTables(**tensors)
+
+
+def _side_arrays(side: str, tables: SideTables) -> dict[str, np.ndarray]:
+    return {
+        f"{side}_mean": tables.mean.numpy(),
+        f"{side}_basis": tables.basis.numpy(),
+        f"{side}_variance": tables.variance.numpy(),
+    }
+
+
+def _hash(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(f"profile/{PROFILE_VERSION}".encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name}:{array.dtype.str}:{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[: 2 * PROFILE_ID_BYTES]
 
 
 class ProfileStore(TableStore[Profile]):

@@ -111,10 +111,25 @@ def fit_side(moments: SideMoments, metric: torch.Tensor | None = None) -> SideTa
     metric = metric + floor[..., None, None].clamp_min(1e-30) * torch.eye(dim, dtype=torch.float64)
     strengths, axes = torch.linalg.eigh(metric)
     root = (axes * strengths.clamp_min(1e-30).sqrt()[..., None, :]) @ axes.mT
-    variance, turn = torch.linalg.eigh(root @ covariance @ root)
-    variance, turn = variance.flip(-1), turn.flip(-1)
-    spread = variance.clamp_min(0).maximum(strengths.mean(-1, keepdim=True) * _LEAST_SPREAD**2)
     inverse_root = (axes * strengths.clamp_min(1e-30).rsqrt()[..., None, :]) @ axes.mT
+    return decorrelated(mean, covariance, root, inverse_root)
+
+
+def decorrelated(
+    mean: torch.Tensor, covariance: torch.Tensor, root: torch.Tensor, inverse_root: torch.Tensor
+) -> SideTables:
+    """Return the transform whose components are uncorrelated and sorted by what they cost.
+
+    Args:
+        mean: Of the vectors, float64 (L, H, D).
+        covariance: Of the vectors, float64 (L, H, D, D).
+        root: float64 (L, H, D, D); a vector x costs the square of x @ root.
+        inverse_root: Its inverse.
+    """
+    variance, turn = torch.linalg.eigh(root.mT @ covariance @ root)
+    variance, turn = variance.flip(-1), turn.flip(-1)
+    strength = root.square().sum((-2, -1)) / root.shape[-1]
+    spread = variance.clamp_min(0).maximum(strength[..., None] * _LEAST_SPREAD**2)
     basis = (turn * spread.sqrt()[..., None, :]).mT @ inverse_root
     return SideTables(
         mean=mean.float(),

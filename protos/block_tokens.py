@@ -9,6 +9,7 @@ people. So the two fields that say it, masks and saliency tags, are read here, a
     calibrated/1   uint64 escape (K, V) x H, uint64 mid (K, V) x H, planes,
                    uint8 saliency 64, bias H x (D/2 + 1), escapes E x (2 + D)
                    both bits: the token is dropped
+    predicted/1    as calibrated/1
 
 The planes' size is known to the profile alone, so the saliency of a calibrated segment is found
 from its end.
@@ -55,7 +56,7 @@ def read_layer_tokens(header: FrameHeader, segment: Buffer) -> LayerTokens:
         CorruptFrameError: The segment is too short for what its header says.
     """
     codec = f"{header.codec}/{header.codec_version}"
-    if codec not in ("fallback/2", "calibrated/1"):
+    if codec not in ("fallback/2", "calibrated/1", "predicted/1"):
         raise NotFoundError(
             f"codec {codec[:64]!r} has no token masks that are known here",
             "use a release that knows the codec; lossless codecs have none",

@@ -19,25 +19,31 @@ from kvstrata.cluster.calibration import (
     CalibrationPlan,
     calibrate,
     cut_segments,
+    extend,
     threshold_of_width,
 )
 from kvstrata.cluster.calibration_plot import plot_widths
 from kvstrata.engine import Model
 from kvstrata.engine.cache_statistics import CacheStatistics
+from kvstrata.engine.layer_samples import LayerSamples
 from kvstrata.methods.bit_allocation import VALUE_WEIGHT, allocate
 from kvstrata.methods.calibrated import CalibratedCodec
+from kvstrata.methods.predicted import PredictedCodec
 from kvstrata.methods.profile import SUFFIX, load_profile, read_arrays, write_arrays
 from kvstrata.protos.errors import ConfigurationError, InvalidRequestError
 from tests.methods.profiles import blocks_of, make_profile
 
 SENTENCE = "the cache holds keys and values of every block once, and reads them at any precision"
 TEXTS = [" ".join(random.Random(seed).choices(SENTENCE.split(), k=400)) for seed in range(3)]
-PLAN = CalibrationPlan(num_segments=3, context=128, continuation=24, num_rate_segments=1)
+PLAN = CalibrationPlan(
+    num_segments=3, context=128, continuation=24, num_rate_segments=1, num_prediction_segments=3
+)
 
 
 @pytest.fixture(autouse=True)
 def fewer_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "RATE_WIDTHS", (0.6, 1.6, 3.4))
+    monkeypatch.setattr(calibration, "PREDICTED_WIDTHS", (0.5, 2.0))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -81,7 +87,12 @@ def test_a_calibrated_model_has_a_usable_profile(model: Model, tmp_path: Path) -
     assert 1 < bits[-1] < bits[0] < 16
     assert divergences[-1] > divergences[0] > 0
     assert log.stage("gradients") == [0, 1, 2, 3]
+    assert log.stage("samples") == [0, 1, 2, 3]
     assert log.told[-1][1] == log.told[-1][2]
+    assert profile.prediction is not None
+    assert profile.prediction.rates.shape == (2, 3)
+    assert (np.diff(profile.prediction.rates, axis=0)[:, 1] < 0).all()
+    assert PredictedCodec(profile, profile.rates[1, 0]).encode(blocks_of(profile, 1))
     codec = CalibratedCodec(profile, profile.threshold_for_bits(2.0))
     assert codec.encode(blocks_of(profile, 1))
 
@@ -112,6 +123,43 @@ def test_an_interrupted_calibration_goes_on_and_gives_the_same_profile(
     assert added == []
     assert log.stage("gradients") == [3]
     assert resumed.profile_id == whole.profile_id
+
+
+def test_prediction_is_learnt_anew_without_touching_the_rest(model: Model, tmp_path: Path) -> None:
+    plain_plan = replace(PLAN, num_prediction_segments=0)
+    plain = load_profile(calibrate(model, TEXTS, plain_plan, tmp_path / "plain", Log()))
+    assert plain.prediction is None
+    folder = tmp_path / "extended"
+    with pytest.raises(InterruptedError):
+        extend(model, plain, TEXTS, PLAN, folder, Log(("samples", 2)))
+    log = Log()
+    extended = load_profile(extend(model, plain, TEXTS, PLAN, folder, log))
+    assert log.stage("samples") == [2, 3]
+    assert extended.prediction is not None
+    assert extended.transform_id == plain.profile_id != extended.profile_id
+    whole = load_profile(calibrate(model, TEXTS, PLAN, tmp_path / "whole", Log()))
+    assert whole.profile_id == extended.profile_id
+    assert [path.suffix for path in folder.iterdir()] == [".npz"]
+
+
+def test_samples_of_another_run_or_cut_short_are_made_again(model: Model, tmp_path: Path) -> None:
+    segment = cut_segments(model.tokenizer, TEXTS, PLAN, 1, seed=0)[0]
+    samples = LayerSamples(model, 1, tmp_path / "a", "one")
+    samples.add(segment)
+    samples.add(segment)
+    whole = samples.read(1)
+    assert torch.equal(whole[: len(whole) // 2], whole[len(whole) // 2 :])
+    again = LayerSamples(model, 1, tmp_path / "a", "one")
+    assert (again.num_segments, again.num_tokens) == (2, len(whole))
+    assert torch.equal(again.read(1), whole)
+    assert LayerSamples(model, 1, tmp_path / "a", "two").num_segments == 0
+    path = tmp_path / "a" / "layer-001.f16"
+    path.write_bytes(path.read_bytes()[:-2])
+    assert LayerSamples(model, 1, tmp_path / "a", "one").num_segments == 0
+    path.unlink()
+    assert LayerSamples(model, 1, tmp_path / "a", "one").num_segments == 0
+    (tmp_path / "a" / "done.npz").write_bytes(b"PK")
+    assert LayerSamples(model, 1, tmp_path / "a", "one").num_segments == 0
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "another file", "an array less"])
@@ -165,6 +213,7 @@ def test_a_second_calibration_into_a_folder_replaces_the_first(
     [
         ({"context": 1 << 20}, r"exceed the model's \d+ positions"),
         ({"num_segments": 1, "context": 5, "continuation": 1}, "too few for heads"),
+        ({"num_segments": 9, "context": 9, "num_prediction_segments": 1}, "too few to predict"),
     ],
 )
 def test_a_plan_that_does_not_fit_the_model_is_refused_at_once(
@@ -228,7 +277,7 @@ def test_texts_that_are_too_short_are_refused_or_left_out(model: Model, tmp_path
 @pytest.mark.parametrize("width", RATE_WIDTHS)
 def test_the_threshold_of_a_width_gives_that_width(width: float) -> None:
     profile = make_profile(2, 2, 64)
-    threshold = threshold_of_width(profile, width)
+    threshold = threshold_of_width(profile.keys["pre"], profile.values, width)
     keys = allocate(profile.keys["pre"], threshold)
     values = allocate(profile.values, threshold, weight=VALUE_WEIGHT)
     assert (keys.mean_width + values.mean_width) / 2 == pytest.approx(width, abs=0.03)
@@ -250,6 +299,7 @@ def test_the_command_prints_json_and_draws(
         files += ["--text", str(tmp_path / f"{number}.txt")]
         (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
     sizes = ["--segments", "2", "--context", "128", "--continuation", "32", "--rate-segments", "1"]
+    sizes += ["--prediction-segments", "3"]
     out = tmp_path / "out"
     done = CliRunner().invoke(
         app, [*files, *sizes, "--model", str(model_folder), "--out", str(out)]

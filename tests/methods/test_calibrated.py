@@ -45,7 +45,7 @@ def _costs(
     codec: CalibratedCodec, read: torch.Tensor, put: torch.Tensor, side: int
 ) -> torch.Tensor:
     """Return what each token's error costs, float64 (L, H, N, T)."""
-    tables = codec._sides[side]
+    tables = codec.sides[side]
     shape = codec.profile.shape
     forward = tables.basis.forward.double().unflatten(0, shape[:2])
     y = (read.double() - put.double()).flatten(2, 3) @ forward
@@ -55,7 +55,7 @@ def _costs(
 
 def _expected(codec: CalibratedCodec, side: int) -> torch.Tensor:
     """Return the base cost of a Gaussian token, float64 (L, H)."""
-    tables = codec._sides[side]
+    tables = codec.sides[side]
     distortion = torch.tensor(DISTORTION).double()[tables.basis.layout.widths.long()]
     return (tables.variance * distortion).sum(-1).unflatten(0, codec.profile.shape[:2])
 
@@ -84,7 +84,7 @@ def _check_prices(codec: CalibratedCodec, blocks: KVBlocks, side: int, slack: fl
     put = (blocks.keys, blocks.values)[side]
     base, mid, escape = _flags(codec, blocks, side)
     fine, coarse = round_trip(codec, blocks)[side], round_trip(codec, blocks, [BASE])[side]
-    tables = codec._sides[side]
+    tables = codec.sides[side]
     for read in (fine, coarse):
         assert read.isfinite().all()
         costs = _costs(codec, read, put, side)
@@ -220,7 +220,7 @@ def test_saliency_is_stored_with_base_as_the_mean_over_heads(profile: Profile) -
     codec = CalibratedCodec(profile, THRESHOLD)
     blocks = blocks_of(profile)
     layers, heads, _ = profile.shape
-    words = [side.basis.layout.words_per_head.view(layers, heads).sum(1) for side in codec._sides]
+    words = [side.basis.layout.words_per_head.view(layers, heads).sum(1) for side in codec.sides]
     tags = encode_tags(blocks.saliency.mean(1))
     for n, block in enumerate(codec.encode(blocks)):
         for layer in range(layers):
@@ -240,7 +240,7 @@ def test_segments_have_the_sizes_that_their_masks_tell(
         for layer in range(layers):
             base = 32 * heads + 64 + heads * dim // 2 + heads
             mid = 0
-            for side, tables in enumerate(codec._sides):
+            for side, tables in enumerate(codec.sides):
                 layout = tables.basis.layout
                 mine = slice(layer * heads, (layer + 1) * heads)
                 base += 8 * int(layout.widths[mine].sum())
@@ -271,15 +271,15 @@ def test_one_bit_of_a_plane_moves_one_token_along_one_component(
 ) -> None:
     blocks = blocks_of(profile, 1, outliers=0.0, first_position=64)
     (segments,) = codec.encode(blocks)
-    widths = codec._sides[0].basis.layout.widths
+    widths = codec.sides[0].basis.layout.widths
     before = round_trip(codec, blocks)[0]
     flags = _masks(codec, blocks)[0, 0, :, 0, 0].any(0)
     token = int((~flags).nonzero()[0])  # a base token of layer 0, head 0
     changed = bytearray(segments[BASE][0])
     changed[8 * 4 * profile.shape[1] + token // 8] ^= 1 << token % 8  # plane 0, component 0
     base, mid = ([segments[s][i] for i in range(profile.shape[0])] for s in (BASE, MID))
-    keys, values = codec._layout.read([[bytes(changed), *base[1:]]], [mid])
-    after = codec._sides[0].decode(keys, torch.float32).view(before.shape)
+    keys, values = codec.layout.read([[bytes(changed), *base[1:]]], [mid])
+    after = codec.sides[0].decode(keys, torch.float32).view(before.shape)
     moved = (after - before).abs().amax(-1) > 1e-6
     assert moved.nonzero().tolist() == [[0, 0, 0, token]]
     step = (after - before)[0, 0, 0, token]

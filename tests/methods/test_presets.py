@@ -1,22 +1,28 @@
 """Presets and settings: one value for everything, and clear refusals."""
 
+from dataclasses import replace
+
 import pytest
 
 from kvstrata.methods import ExactCodec, FallbackCodec, Method
 from kvstrata.methods.calibrated import CalibratedCodec
+from kvstrata.methods.calibrated_pages import is_readable_in_place
+from kvstrata.methods.predicted import PredictedCodec
 from kvstrata.methods.presets import (
     DEFAULT_PRESET,
     PAPERS,
+    PREDICTED_BITS,
     PRESET_BITS,
     PRESETS,
     from_preset,
     from_settings,
 )
-from kvstrata.methods.profile import Profile
+from kvstrata.methods.profile import Profile, threshold_for_bits, threshold_for_kl
 from kvstrata.protos.errors import LimitError, UnknownPresetError
 from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.identity import CacheScope
 from kvstrata.protos.inference_pb2 import MethodSettings
+from tests.methods.predictions import predicting_profile
 from tests.methods.profiles import make_profile
 
 BASE, MID, FINE, EXACT = (
@@ -61,6 +67,39 @@ def test_with_a_profile_every_lossy_preset_is_calibrated(name: str, profile: Pro
     assert codec.threshold == profile.threshold_for_bits(PRESET_BITS[name])
     again = from_preset(name, profile).codec
     assert again.settings() == codec.settings()
+
+
+def test_presets_do_not_depend_on_a_prediction() -> None:
+    profile = predicting_profile(2, 2, 32)
+    without = replace(profile, prediction=None)
+    for name in PRESET_BITS:
+        codecs = [from_preset(name, p).codec for p in (profile, without)]
+        assert codecs[0].settings() == codecs[1].settings()
+        assert not isinstance(codecs[0], PredictedCodec)
+
+
+def test_predicted_settings_are_taken_as_given_or_refused(profile: Profile) -> None:
+    predicting = predicting_profile(2, 2, 32)
+    assert predicting.prediction is not None
+    rates = predicting.prediction.rates
+    for fields, threshold in (
+        ({"bits": 2.0}, threshold_for_bits(rates, 2.0)),
+        ({"max_kl": 0.01}, threshold_for_kl(rates, 0.01)),
+        ({}, threshold_for_bits(rates, PREDICTED_BITS)),
+    ):
+        settings = MethodSettings(codec="predicted", **fields)  # type: ignore[arg-type]
+        codec = from_settings(settings, predicting).codec
+        assert isinstance(codec, PredictedCodec)
+        assert codec.threshold == threshold
+        assert not is_readable_in_place(codec)
+    with pytest.raises(UnknownPresetError, match="cannot predict"):
+        from_settings(MethodSettings(codec="predicted"), profile)
+    with pytest.raises(UnknownPresetError, match="no profile"):
+        from_settings(MethodSettings(codec="predicted"))
+    with pytest.raises(LimitError, match="no key_form"):
+        from_settings(MethodSettings(codec="predicted", key_form="pre"), predicting)
+    with pytest.raises(LimitError, match=r"0\.5 to 8"):
+        from_settings(MethodSettings(codec="predicted", bits=0.1), predicting)
 
 
 def test_presets_are_these_and_finer_ones_have_smaller_thresholds(profile: Profile) -> None:

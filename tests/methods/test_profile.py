@@ -24,6 +24,7 @@ from kvstrata.methods.profile import (
     SideTables,
     load_profile,
 )
+from tests.methods.predictions import predicting_profile
 from tests.methods.profiles import MODEL_ID, make_profile, make_rates
 
 OTHER_MODEL = b"another model..."
@@ -83,7 +84,7 @@ def test_a_profile_that_cannot_be_written_leaves_the_old_one(
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr(np, "savez_compressed", full)
     with pytest.raises(OSError, match="No space"):
         make_profile(1, 1, 8).save(path)
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
@@ -134,7 +135,8 @@ def _bad_number(array: np.ndarray, number: float) -> np.ndarray:
 
 
 VARIANTS: dict[str, Any] = {
-    "other version": lambda a: {"version": np.array(2)},
+    "other version": lambda a: {"version": np.array(3)},
+    "predicting without tables": lambda a: {"version": np.array(2)},
     "no version": lambda a: {"version": None},
     "version is a list": lambda a: {"version": np.array([1, 1])},
     "no note": lambda a: {"note": None},
@@ -172,9 +174,41 @@ def test_a_file_with_wrong_contents_is_refused_by_name(
 
 
 def test_another_version_is_told(profile: Profile, tmp_path: Path) -> None:
-    assert "version 2, this is 1" in _refusal(
-        _rewritten(profile, tmp_path / "a.npz", version=np.array(2))
+    assert "version 3, this release reads 1 and 2" in _refusal(
+        _rewritten(profile, tmp_path / "a.npz", version=np.array(3))
     )
+
+
+def test_a_prediction_survives_the_disk_and_is_part_of_the_hash(tmp_path: Path) -> None:
+    predicting = predicting_profile(2, 2, 32)
+    predicting.save(tmp_path / "a.npz")
+    loaded = load_profile(tmp_path / "a.npz")
+    assert loaded.prediction is not None
+    assert loaded.profile_id == predicting.profile_id
+    assert loaded.transform_id == replace(loaded, prediction=None).profile_id
+    assert not torch.equal(loaded.prediction.across, torch.zeros_like(loaded.prediction.across))
+
+
+PREDICTING_VARIANTS: dict[str, Any] = {
+    "no across": lambda a: {"across": None},
+    "no within": lambda a: {"within": None},
+    "NaN across": lambda a: {"across": _bad_number(a["across"], np.nan)},
+    "float32 within": lambda a: {"within": a["within"].astype(np.float32)},
+    "fewer channels": lambda a: {"across": a["across"][:, :-1]},
+    "a head from itself": lambda a: {"within": _bad_number(a["within"], 1)},
+    "half a rest": lambda a: {"rest_key_mean": None},
+    "rest of other heads": lambda a: {"rest_value_mean": a["rest_value_mean"][:, :1]},
+    "no rates": lambda a: {"rest_rates": None},
+    "NaN rate": lambda a: {"rest_rates": _bad_number(a["rest_rates"], np.nan)},
+}
+
+
+@pytest.mark.parametrize("variant", PREDICTING_VARIANTS)
+def test_a_wrong_prediction_is_refused_by_name(variant: str, tmp_path: Path) -> None:
+    predicting = predicting_profile(2, 2, 32)
+    changes = PREDICTING_VARIANTS[variant](predicting.arrays())
+    _refusal(_rewritten(predicting, tmp_path / "a.npz", **changes))
+    load_profile(_rewritten(predicting, tmp_path / "b.npz"))
 
 
 class _Bomb:

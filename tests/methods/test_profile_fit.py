@@ -173,7 +173,7 @@ def test_degenerate_statistics_give_tables_that_a_codec_can_use(case: str) -> No
         assert table.isfinite().all()
     assert (tables.variance > 0).all()
     profile = Profile(MODEL_ID, {"pre": tables}, tables, 1, make_rates())
-    keys, values = CalibratedCodec(profile, 0.1)._sides
+    keys, values = CalibratedCodec(profile, 0.1).sides
     assert keys.basis.forward.isfinite().all()
     assert values.basis.forward.isfinite().all()
     assert allocate(tables, 0.1).widths.shape == (LAYERS, HEADS, 16)

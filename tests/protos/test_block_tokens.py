@@ -6,12 +6,14 @@ import torch
 from kvstrata.kernels.token_masks import to_mask
 from kvstrata.methods import BlockCodec, ExactCodec, FallbackCodec, KVBlocks
 from kvstrata.methods.calibrated import CalibratedCodec
+from kvstrata.methods.predicted import PredictedCodec
 from kvstrata.methods.saliency_tag import encode_tags
 from kvstrata.protos.block_tokens import LayerTokens, read_layer_tokens
 from kvstrata.protos.errors import CorruptFrameError, NotFoundError
 from kvstrata.protos.frame import Frame
 from kvstrata.protos.frame_pb2 import FrameHeader
 from tests.methods.blocks import BASE, EXACT, open_all, random_blocks, seal_all
+from tests.methods.predictions import predicting_profile
 from tests.methods.profiles import blocks_of, make_profile
 
 
@@ -21,11 +23,18 @@ def tokens_of(codec: BlockCodec, blocks: KVBlocks) -> list[list[LayerTokens]]:
     return [[read_layer_tokens(f.header, s) for s in f.segments().values()] for f in frames]
 
 
-@pytest.mark.parametrize("codec_name", ["fallback", "calibrated"])
+CODECS = {
+    "fallback": lambda profile: FallbackCodec(),
+    "calibrated": lambda profile: CalibratedCodec(profile, 0.05),
+    "predicted": lambda profile: PredictedCodec(profile, 0.05),
+}
+
+
+@pytest.mark.parametrize("codec_name", CODECS)
 def test_saliency_is_what_was_written(codec_name: str):
-    profile = make_profile(layers=3, heads=2, dim=32)
+    profile = predicting_profile(3, 2, 32)
     blocks = blocks_of(profile, count=3)
-    codec = FallbackCodec() if codec_name == "fallback" else CalibratedCodec(profile, 0.05)
+    codec = CODECS[codec_name](profile)
     found = tokens_of(codec, blocks)
     for n, layers in enumerate(found):
         for layer, tokens in enumerate(layers):
