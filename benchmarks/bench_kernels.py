@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="leave results/ as it is; so does every option that changes what is measured",
     )
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="with --ops: keep the saved rows of other ops, of this machine and these versions",
+    )
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="one thread, and its processor time: for a machine that others use as well",
+    )
     options = parser.parse_args(arguments)
-    changed = (n for n in vars(options) if n not in ("json", "no_save"))
+    free = {"json", "no_save", "update", "cpu_time"} | ({"ops"} if options.update else set())
+    changed = (n for n in vars(options) if n not in free)
     options.no_save |= any(getattr(options, n) != parser.get_default(n) for n in changed)
+    options.threads = 1 if options.cpu_time else options.threads
     options.rounds = options.rounds or (MIN_ROUNDS if options.quick else ROUNDS)
     unknown = [name for name in _names(options.ops) if name not in GROUPS]
     if unknown or options.rounds < 1 or options.blocks < 1 or options.threads < 1:
@@ -104,7 +117,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     every = list(contests(options))
     for make in track(every, "measuring", console=console, disable=options.json):
         for contest in make():
-            found += measure(contest, options.rounds)
+            found += measure(
+                contest,
+                options.rounds,
+                time.process_time if options.cpu_time else time.perf_counter,
+            )
     return found
 
 
@@ -148,14 +165,15 @@ def main() -> int:
         note.print(f"left out: {sentence}")
     found = run(options)
     if not options.no_save:
-        records.save(
-            "kernels",
-            found,
-            **records.machine(*PACKAGES),
-            rounds=options.rounds,
-            blocks=options.blocks,
-            left_out=left_out,
-        )
+        facts = records.machine(*PACKAGES) | {
+            "clock": "cpu" if options.cpu_time else "wall",
+            "rounds": options.rounds,
+            "blocks": options.blocks,
+            "left_out": left_out,
+        }
+        others = records.saved("kernels", facts) if options.update else []
+        ops = {row["op"] for row in found}
+        records.save("kernels", [row for row in others if row["op"] not in ops] + found, **facts)
     if options.json:
         for row in found:
             print(json.dumps(row))

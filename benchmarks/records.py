@@ -37,6 +37,16 @@ def load(name: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
+def saved(name: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of ``results/<name>.json``; none if it is of other facts, or not there."""
+    path = FOLDER / f"{name}.json"
+    if not path.exists():
+        return []
+    head = json.loads(path.read_text("utf-8"))
+    rows: list[dict[str, Any]] = head.pop("rows")
+    return rows if head == facts else []
+
+
 def save(name: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
     """Write ``results/<name>.json``: ``facts``, then one line per row. Returns the path."""
     FOLDER.mkdir(exist_ok=True)

@@ -22,7 +22,8 @@ import torch
 from kvstrata.kernels.block_planes import MidRows, PlaneLayout
 from kvstrata.kernels.compiled import VECTORS, inlined, kernel
 from kvstrata.kernels.floats_numba import as_numpy
-from kvstrata.kernels.lookups_numba import gather, pick
+from kvstrata.kernels.huge_memory import empty_huge
+from kvstrata.kernels.lookups_numba import gather, pick, pick_of_32
 from kvstrata.kernels.sign_codes import (
     COEFFICIENTS,
     FINE_LEVELS,
@@ -287,7 +288,7 @@ def decode_block_planes_numba(
     """Return what ``decode_block_planes_reference`` returns."""
     plan, tables = plan_of(layout), mid_tables(mid, layout)
     blocks, kept = words.shape[0], layout.num_kept(refined=mid is not None)
-    y = torch.empty((layout.num_heads, blocks * TOKENS, kept), dtype=dtype)
+    y = empty_huge((layout.num_heads, blocks * TOKENS, kept), dtype)
     flat, planes = as_numpy(y).reshape(-1), words.contiguous().numpy()
     for_ranges(
         lambda a, b: _decode(
@@ -418,8 +419,8 @@ def _refine(halves, plan, fine, rows, row, count, h, t, dim, y, start):
     """Write the fine values of one token's first ``count`` components."""
     token, zero = splat_int(np.int32(np.uint32(1) << np.uint32(t & 31))), splat_int(np.int32(0))
     for c in range(0, count, LANES):
-        code = load_ints(plan.starts, h * dim + c)
-        for plane in range(plan.widths[h * dim + c]):
+        code, planes = load_ints(plan.starts, h * dim + c), plan.widths[h * dim + c]
+        for plane in range(planes):
             bits = load_ints(halves, c + plane * dim + (t >> 5) * MAX_WIDTH * dim)
             place = load_ints(plan.places, (h * MAX_WIDTH + plane) * dim + c)
             code = add_ints(code, choose_ints(has_bits(bits, token), place, zero))
@@ -429,7 +430,14 @@ def _refine(halves, plan, fine, rows, row, count, h, t, dim, y, start):
             high = np.uint16(high | (np.uint16(rows[at + 1]) << 8))
             low = np.uint16(low | (np.uint16(rows[at + 1 + count // 8]) << 8))
         code = add_ints(code, shift_left(ones_of(high), np.int32(1)))
-        value = gather(fine, add_ints(code, ones_of(low)))
+        code = add_ints(code, ones_of(low))
+        if planes < 3:  # their levels fit two registers, those of three bits another two
+            value = pick_of_32(fine, 0, code)
+        elif planes == 3:
+            above = has_bits(code, splat_int(np.int32(32)))
+            value = choose(above, pick_of_32(fine, 32, code), pick_of_32(fine, 0, code))
+        else:
+            value = gather(fine, code)
         if c + 8 >= count:
             inside = has_bits(ones_of(np.uint16(0xFF)), splat_int(np.int32(1)))
             value = choose(inside, value, load(y, start + c))

@@ -9,6 +9,7 @@ import torch
 from numba import uint8, uint16, uint32
 
 from kvstrata.kernels.compiled import kernel
+from kvstrata.kernels.huge_memory import empty_huge
 from kvstrata.kernels.threads import for_ranges
 
 _GRAIN = 1 << 18
@@ -17,7 +18,7 @@ _GRAIN = 1 << 18
 def split_bytes_numba(flat: torch.Tensor) -> torch.Tensor:
     """Return ``split_bytes`` of a flat contiguous CPU tensor with items of 2 or 4 bytes."""
     size, count = flat.element_size(), flat.numel()
-    planes = torch.empty((size, count), dtype=torch.uint8)
+    planes = empty_huge((size, count), torch.uint8)
     words, rows = flat.view(torch.uint8).numpy().view(f"u{size}"), list(planes.numpy())
     run = _split_2 if size == 2 else _split_4
     for_ranges(lambda a, b: run(words[a:b], *(row[a:b] for row in rows)), count, _GRAIN)
@@ -27,7 +28,7 @@ def split_bytes_numba(flat: torch.Tensor) -> torch.Tensor:
 def merge_bytes_numba(planes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return ``merge_bytes`` of contiguous CPU planes, 2 or 4 of them."""
     size, count = planes.shape
-    merged = torch.empty(count * size, dtype=torch.uint8)
+    merged = empty_huge((count * size,), torch.uint8)
     words, rows = merged.numpy().view(f"u{size}"), list(planes.numpy())
     run = _merge_2 if size == 2 else _merge_4
     for_ranges(lambda a, b: run(words[a:b], *(row[a:b] for row in rows)), count, _GRAIN)

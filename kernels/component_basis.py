@@ -25,6 +25,7 @@ from kvstrata.kernels.block_planes import (
     encode_block_planes,
 )
 from kvstrata.kernels.escape_rows import EscapeRows, check_escape_rows, scatter_escape_rows
+from kvstrata.kernels.huge_memory import empty_huge
 from kvstrata.kernels.token_masks import TOKENS, TokenClasses, check_masks, to_flags
 from kvstrata.kernels.value_bias import ValueBias, decode_value_bias
 
@@ -169,7 +170,7 @@ def expand(
     _check_expand(words, basis, classes, mid, bias, escapes, rotation, dtype)
     dim, size = basis.layout.dim, (basis.layout.num_heads, words.shape[0], TOKENS, basis.layout.dim)
     if out is None:
-        out = torch.empty(size, dtype=dtype, device=words.device)
+        out = empty_huge(size, dtype, words.device)
     _check_out(out, size, dtype)
     shift = None
     if bias is not None:

@@ -32,6 +32,7 @@ from kvstrata.kernels.compiled import VECTORS, inlined, kernel
 from kvstrata.kernels.component_basis import ComponentBasis, product_dtype
 from kvstrata.kernels.escape_rows import EscapeRows, row_starts, unpack_escape_rows
 from kvstrata.kernels.floats_numba import as_numpy
+from kvstrata.kernels.huge_memory import empty_huge
 from kvstrata.kernels.products_numba import (
     Multiplier,
     aligned,
@@ -92,8 +93,8 @@ def encode_tokens_numba(
     dtype = product_dtype(x.dtype)
     by = multiplier_of(dtype)
     as_is = by != "floats" and x.dtype == torch.bfloat16 and dim % depth_step(by) == 0
-    y = torch.empty(x.shape, dtype=dtype) if out is None else out
-    words = torch.empty((blocks, basis.layout.num_words), dtype=torch.int64)
+    y = empty_huge(tuple(x.shape), dtype) if out is None else out
+    words = empty_huge((blocks, basis.layout.num_words), torch.int64)
     error = torch.empty(x.shape[:3], dtype=torch.float32)
     tokens, costs = _flat(x), _flat(weights)
     tables = _flat(basis.mean), _packed(basis, "forward", by)

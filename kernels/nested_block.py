@@ -63,10 +63,8 @@ def encode_blocks(
         base, mid = encode_blocks_reference(keys, values, num_sinks)
         return torch.nn.functional.pad(base, (lead_bytes, 0)), mid
     shape = (num_blocks, layers)
-    base = torch.empty(
-        (*shape, lead_bytes + layout.base_bytes), dtype=torch.uint8, device=keys.device
-    )
-    mid = torch.empty((*shape, layout.mid_bytes), dtype=torch.uint8, device=keys.device)
+    base = empty_huge((*shape, lead_bytes + layout.base_bytes), torch.uint8, keys.device)
+    mid = empty_huge((*shape, layout.mid_bytes), torch.uint8, keys.device)
     if backend == "numba":
         from kvstrata.kernels.nested_encode_numba import encode_blocks_numba
 

@@ -9,6 +9,7 @@ Legend: H heads, N tokens, D head_dim, R rotated channels, P positions that the 
 import torch
 
 from kvstrata.kernels.backend import FLOATS, backend_of
+from kvstrata.kernels.huge_memory import empty_huge
 
 
 def rotate(
@@ -48,7 +49,7 @@ def rotate(
     _check(keys, cos, sin, positions, out)
     backend = backend_of(keys, cos, sin, *(t for t in (positions, out) if t is not None))
     if out is None:
-        out = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device)
+        out = empty_huge(tuple(keys.shape), keys.dtype, keys.device)
     elif _shares_memory(keys, out) and not (
         keys.is_contiguous() and keys.data_ptr() == out.data_ptr()
     ):

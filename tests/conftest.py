@@ -135,6 +135,7 @@ def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
             continue
         if getattr(module, "torch", None) is torch:
             monkeypatch.setattr(module, "torch", PoisonedTorch())
+    monkeypatch.setattr("kvstrata.kernels.huge_memory.LEAST_BYTES", sys.maxsize)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import kernel_attend
 import kernel_calibrated
 import numpy as np
 import pytest
+import records
 import torch
 from kernel_rounds import Contest, Entry, measure
 from kernel_shapes import (
@@ -77,6 +78,29 @@ def test_an_unknown_op_is_refused(capsys: pytest.CaptureFixture[str]):
 def test_only_a_whole_run_is_saved(options: str):
     assert bench_kernels.parse(options.split()).no_save
     assert not bench_kernels.parse(["--json"]).no_save
+    assert bench_kernels.parse(["--ops", "rope"]).no_save
+    assert not bench_kernels.parse(["--ops", "rope", "--update"]).no_save
+    assert not bench_kernels.parse(["--cpu-time"]).no_save
+    assert bench_kernels.parse(["--cpu-time"]).threads == 1
+
+
+def test_time_is_taken_from_the_clock_that_is_asked_for():
+    entries = [Entry("sleeper", lambda: time.sleep(0.03), 2000, is_ours=True)]
+    by_wall, by_cpu = (
+        measure(Contest("op", "shape", entries), 3, clock)[1]
+        for clock in (time.perf_counter, time.process_time)
+    )
+    assert by_wall["seconds"] >= 0.03 > by_cpu["seconds"]
+
+
+def test_an_update_keeps_other_rows_of_the_same_machine_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(records, "FOLDER", tmp_path)
+    assert records.saved("kernels", {"machine": "this"}) == []
+    records.save("kernels", [{"op": "rope"}], machine="this")
+    assert records.saved("kernels", {"machine": "this"}) == [{"op": "rope"}]
+    assert records.saved("kernels", {"machine": "that"}) == []
 
 
 @pytest.mark.parametrize("name", sorted(set(bench_kernels.GROUPS) - {"attend", "unpack"}))

@@ -13,6 +13,7 @@ SHAPES = {
     "odd": (2, 6, 2, 37, 130, 80),
     "group-of-all": (1, 3, 1, 5, 257, 64),
     "no-group": (1, 2, 2, 9, 64, 96),
+    "common": (1, 2, 1, 4, 33, 128),
     "wide": (1, 2, 1, 3, 70, 256),
 }
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

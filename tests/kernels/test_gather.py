@@ -14,7 +14,9 @@ from kvstrata.kernels.gather_numba import gather_numba, scatter_numba
 from kvstrata.kernels.gather_triton import gather_triton, scatter_triton
 from kvstrata.kernels.token_masks import count_tokens, to_flags
 
-SHAPES = {"one": (1, 1, 1), "odd": (3, 5, 80), "wide": (2, 2, 256)}
+SHAPES = {"one": (1, 1, 1), "odd": (3, 5, 80)} | {
+    f"dim{dim}": (2, 1, dim) for dim in (32, 64, 96, 128, 256)
+}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.uint8]
 VERSIONS = {
     "reference": (gather_reference, scatter_reference),

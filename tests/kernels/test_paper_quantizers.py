@@ -33,7 +33,14 @@ from kvstrata.kernels.paper_quantizers_triton import (
 from kvstrata.kernels.planes import pack_planar, unpack_planar
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = {"one": (1, 1, 32), "odd": (3, 37, 80), "long": (1, 130, 96), "wide": (2, 5, 256)}
+SHAPES = {
+    "one": (1, 1, 32),
+    "small": (1, 3, 64),
+    "odd": (3, 37, 80),
+    "long": (1, 130, 96),
+    "common": (2, 2, 128),
+    "wide": (2, 5, 256),
+}
 HALF_ULP = 2.0**-24
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_width = pytest.mark.parametrize("bits", [1, 2, 4, 8])

@@ -10,6 +10,7 @@ from kvstrata.kernels.rope_triton import rotate_triton
 # heads, tokens, head_dim, rotary_dim
 SHAPES = {
     "one": (1, 1, 32, 32),
+    "small": (1, 3, 64, 64),
     "odd": (3, 37, 80, 80),
     "partial": (2, 70, 128, 64),
     "hardly": (1, 5, 96, 2),
