@@ -253,7 +253,10 @@ class Model:
 
         Raises:
             ValueError: As for ``forward``.
+            RuntimeError: Gradients are asked of a packed model.
         """
+        if self._decoder is not None and any(k.requires_grad for k in [*keys, *values]):
+            raise RuntimeError("a packed model has no gradients: load it anew")
         first = keys[0].shape[1]
         self._check_tokens(token_ids, first)
         state = AttendOver(following(keys, values))

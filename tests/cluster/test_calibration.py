@@ -54,6 +54,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def model(model_folder: Path) -> Model:
+    """A model of its own: nodes pack theirs, and a packed model has no gradients."""
+    return Model.load(str(model_folder), dtype="auto", device="auto")
+
+
 class Log:
     """The progress callback: remembers what it was told, and fails where it is told to."""
 

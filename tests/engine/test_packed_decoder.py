@@ -148,3 +148,13 @@ def test_packed_smollm2_generates_the_same_tokens(smollm2: Model) -> None:
             logits = model.forward(cache, found[-1:])
         tokens.append(found)
     assert tokens[0] == tokens[1]
+
+
+def test_gradients_are_refused_where_they_would_be_lost(packed: dict[str, Model]) -> None:
+    model = packed["llama"]
+    spec = model.spec
+    rows = [torch.zeros(spec.num_kv_heads, 3, spec.head_dim)] * spec.num_layers
+    assert model.continue_over(rows, rows, PROMPT[:2]).shape == (2, spec.vocab_size)
+    asking = [row.clone().requires_grad_() for row in rows]
+    with pytest.raises(RuntimeError, match="load it anew"):
+        model.continue_over(asking, rows, PROMPT[:2])

@@ -315,7 +315,7 @@ async def test_a_search_that_takes_too_long_ends_and_goes_on_when_asked_again(
     scope: ScopeDigest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks = chain(scope, scaled(range(300)))
-    config = StoreConfig(limits=StoreLimits(max_wait_ms=400))
+    config = StoreConfig(limits=StoreLimits(max_wait_ms=4_000))
     async with LocalStore(config) as store, StoreClient(store.address) as client:
         await put(client, blocks)
         read, hangs = store.running.store.read, True

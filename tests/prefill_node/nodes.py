@@ -62,7 +62,7 @@ def load_once() -> Callable[..., Model]:
 def model(
     model_folder: Path, load_once: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Model]:
-    """The model; nodes of this test get this very one, for models are stateless."""
+    """The model; nodes of this test get this very one, and pack it: nothing else changes it."""
     monkeypatch.setattr(Model, "load", load_once)
     threads = torch.get_num_threads()
     yield load_once(str(model_folder), dtype="auto", device="auto")
