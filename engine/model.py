@@ -241,7 +241,7 @@ class Model:
     ) -> torch.Tensor:
         """Return the logits after each token that follows on given keys and values.
 
-        Nothing is written. Gradients flow back to ``keys`` and ``values`` where they ask for them.
+        Nothing is written. Gradients flow back to ``keys`` and ``values``, unless it is packed.
 
         Args:
             keys: Per layer, post-RoPE, ``spec.dtype``, (num_kv_heads, cached, head_dim).
@@ -253,14 +253,12 @@ class Model:
 
         Raises:
             ValueError: As for ``forward``.
-            RuntimeError: Gradients are asked of a packed model.
         """
         if self._decoder is not None and any(k.requires_grad for k in [*keys, *values]):
             raise RuntimeError("a packed model has no gradients: load it anew")
-        first = keys[0].shape[1]
-        self._check_tokens(token_ids, first)
-        state = AttendOver(following(keys, values))
-        return self._call(token_ids, range(first, first + len(token_ids)), state, 0)
+        positions = range(keys[0].shape[1], keys[0].shape[1] + len(token_ids))
+        self._check_tokens(token_ids, positions.start)
+        return self._call(token_ids, positions, AttendOver(following(keys, values)), 0)
 
     def first_layer_kv(
         self, token_ids: Sequence[int], first_position: int
@@ -353,10 +351,9 @@ class Model:
     ) -> CaptureFirstLayer:
         self._check_tokens(token_ids, first_position)
         state = CaptureFirstLayer()
-        if positions is None:
-            positions = range(first_position, first_position + len(token_ids))
         try:
-            self._run(token_ids, positions, state, 1)
+            end = first_position + len(token_ids)
+            self._run(token_ids, positions or range(first_position, end), state, 1)
         except FirstLayerCapturedError:
             return state
         raise RuntimeError(f"{self.name} did not call the attention hook")
