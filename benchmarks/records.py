@@ -59,7 +59,5 @@ def save(name: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
 
 def joined(name: str, rows: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
     """Return the rows saved as ``name``, those with equal ``keys`` replaced, and the new ones."""
-    path = FOLDER / f"{name}.json"
-    saved = json.loads(path.read_text())["rows"] if path.is_file() else []
     ours = {tuple(row[key] for key in keys) for row in rows}
-    return [row for row in saved if tuple(row[key] for key in keys) not in ours] + rows
+    return [row for row in load(name) if tuple(row[key] for key in keys) not in ours] + rows

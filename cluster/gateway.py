@@ -93,6 +93,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
                 )
                 task = replace(
                     task,
+                    tenant=tenant.name,
                     salt=tenant.scope_salt(task.salt),
                     request_id=call_context.request_id.get() or task.request_id,
                 )

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
@@ -11,7 +12,8 @@ import torch
 
 from kvstrata.engine.detokenizer import Detokenizer
 from kvstrata.engine.sampling import sample
-from kvstrata.engine.selecting_sequence import new_sequence
+from kvstrata.engine.seat import ParkedError
+from kvstrata.engine.sequence import RunningSequence
 from kvstrata.methods.framing import SealedBlock, precision_name
 from kvstrata.prefill_node.flight import Flight
 from kvstrata.prefill_node.prefill import load_cached, num_prompt_blocks, provide_blocks
@@ -67,51 +69,84 @@ class Generation:
         self._worker = worker
         self._task = task
         self._clock = ReportClock("decode", traceparent)
-        self._sequence = new_sequence(
-            worker.model,
-            task.method,
-            task.prompt_ids + task.generated_ids,
-            salt=task.salt,
-            num_prompt=len(task.prompt_ids),
-        )
+        self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()
+        self._replies: asyncio.Queue[GenerateReply | None] = asyncio.Queue()
+        self._detokenizer = Detokenizer(worker.model.tokenizer, task.sampling.stop)
         self._generated = list(task.generated_ids)
+        self._finish: FinishReason | None = None
+        self._clock.report.kept_fraction = 1.0
+        self._clock.report.layer_bits[:] = [0.0] * worker.model.spec.num_layers
         self._publishing: set[asyncio.Task[None]] = set()
 
     async def run(self) -> AsyncGenerator[GenerateReply]:
         """Yield one reply per new token, then the closing one."""
-        task, worker = self._task, self._worker
-        detokenizer = Detokenizer(worker.model.tokenizer, task.sampling.stop)
-        for token_id in task.generated_ids:
-            detokenizer.push(token_id)
-        finish = self._finished(detokenizer)
-        if finish is None:
-            logits = await self._prepare()
-            start, begin = time.time(), time.perf_counter()
-            while finish is None:
-                _ = task.remaining_s
-                token_id = sample(logits, task.sampling, len(self._generated))
-                self._generated.append(token_id)
-                text = detokenizer.push(token_id)
-                finish = self._finished(detokenizer)
-                if finish is not None:
-                    text += detokenizer.finish()
-                yield GenerateReply(token_ids=[token_id], text=text)
-                if finish is None:
-                    logits = await self._extend([token_id])
-            self._clock.add("decode", start, time.perf_counter() - begin)
-        yield await self._close(finish)
+        for token_id in self._generated:
+            self._detokenizer.push(token_id)
+        self._finish = self._finished()
+        if self._finish is None:
+            working = asyncio.create_task(self._work())
+            try:
+                while (reply := await self._replies.get()) is not None:
+                    yield reply
+                await working
+            finally:
+                working.cancel()
+                await asyncio.wait({working})
+        yield await self._close()
 
     def cancel(self) -> None:
         """Stop publishing; blocks not yet committed are lost, which costs time, never truth."""
         for publishing in self._publishing:
             publishing.cancel()
 
-    async def _prepare(self) -> torch.Tensor:
-        """Bring the cache to the end of what is known and return the logits there."""
-        sequence, worker, task, clock = self._sequence, self._worker, self._task, self._clock
-        known = list(sequence.token_ids)
+    async def _work(self) -> None:
+        """Generate to the end, however often the sequence loses its memory on the way."""
+        try:
+            while self._finish is None:
+                _ = self._task.remaining_s
+                try:
+                    await self._generate()
+                except ParkedError:
+                    self._clock.recompute("parked", 0)
+                    await self._wait_until_published()
+        finally:
+            self._replies.put_nowait(None)
+
+    async def _generate(self) -> None:
+        """Bring a sequence to the end of what is known, and go on from there."""
+        task, clock, steps = self._task, self._clock, self._worker.steps
+        known = [*task.prompt_ids, *self._generated]
+        cached = min(task.expected_blocks, num_prompt_blocks(len(known))) * BLOCK_TOKENS
+        async with self._worker.open(task, known, cached) as sequence:
+            await self._prepare(sequence)
+            start, begin = time.time(), time.perf_counter()
+            first = [0.0]
+
+            def choose(logits: torch.Tensor) -> int | None:
+                first[0] = first[0] or time.perf_counter()
+                return self._choose(logits)
+
+            def sealed(blocks: list[SealedBlock]) -> None:
+                if sequence.committable:
+                    self._loop.call_soon_threadsafe(self._publish, blocks, context=self._context)
+
+            try:
+                await steps.generate(sequence, choose, sealed)
+            finally:
+                tail_s = (first[0] or time.perf_counter()) - begin
+                clock.add("tail", start, tail_s)
+                clock.add("decode", start + tail_s, time.perf_counter() - begin - tail_s)
+                clock.unencodable(sequence.num_unencodable)
+                clock.report.kept_fraction = sequence.kept_fraction
+                clock.report.layer_bits[:] = sequence.layer_bits
+
+    async def _prepare(self, sequence: RunningSequence) -> None:
+        """Load what the store has of the known tokens, and provide the rest of the prompt."""
+        worker, task, clock = self._worker, self._task, self._clock
         prompt_blocks = num_prompt_blocks(len(task.prompt_ids))
-        await load_cached(worker, sequence, num_prompt_blocks(len(known)), task, clock)
+        num_blocks = num_prompt_blocks(len(sequence.token_ids))
+        await load_cached(worker, sequence, num_blocks, task, clock)
         flight = Flight(worker, sequence, task, clock)
         async with contextlib.AsyncExitStack() as unless_published:
             unless_published.push_async_callback(flight.aclose)
@@ -121,18 +156,22 @@ class Generation:
                 self._start_publishing(_publish_and_close(flight, sealed))
         if sealed:
             with clock.stage("decompress"):
-                await worker.run(sequence.settle, sealed)
-        with clock.stage("tail"):
-            return await self._extend(known[sequence.cache.length :])
+                await worker.steps.settle(sequence, sealed)
 
-    async def _extend(self, token_ids: Sequence[int]) -> torch.Tensor:
-        logits, sealed = await self._worker.run(self._sequence.extend, token_ids)
-        self._publish(sealed)
-        return logits
+    def _choose(self, logits: torch.Tensor) -> int | None:
+        """Choose, and send, the next token; in the step loop's thread."""
+        token_id = sample(logits, self._task.sampling, len(self._generated))
+        self._generated.append(token_id)
+        text = self._detokenizer.push(token_id)
+        self._finish = self._finished()
+        if self._finish is not None:
+            text += self._detokenizer.finish()
+        reply = GenerateReply(token_ids=[token_id], text=text)
+        self._loop.call_soon_threadsafe(self._replies.put_nowait, reply)
+        return token_id if self._finish is None else None
 
     def _publish(self, sealed: Sequence[SealedBlock]) -> None:
-        if sealed and self._sequence.committable:
-            self._start_publishing(self._worker.publish(sealed, self._clock))
+        self._start_publishing(self._worker.publish(sealed, self._clock))
 
     def _start_publishing(self, publication: Coroutine[Any, Any, None]) -> None:
         publishing = asyncio.create_task(publication)
@@ -145,32 +184,32 @@ class Generation:
             logger.error("publishing failed", exc_info=publishing.exception())
             self._clock.recompute("unpublished_defect", 0)
 
-    def _finished(self, detokenizer: Detokenizer) -> FinishReason | None:
+    def _finished(self) -> FinishReason | None:
         if not self._generated:
             return None
         task, spec = self._task, self._worker.model.spec
         ends = self._generated[-1] in spec.eos_token_ids and not task.sampling.ignore_eos
-        if ends or detokenizer.stopped is not None:
+        if ends or self._detokenizer.stopped is not None:
             return STOP
         length = len(task.prompt_ids) + len(self._generated)
         if len(self._generated) >= task.sampling.max_tokens or length >= spec.max_positions:
             return LENGTH
         return None
 
-    async def _close(self, finish: FinishReason | None) -> GenerateReply:
+    async def _wait_until_published(self) -> None:
         if self._publishing:
             _, late = await asyncio.wait(self._publishing, timeout=PUBLISH_GRACE_S)
             if late:
                 self._clock.recompute("unpublished_store_timeout", 0)
-        self._clock.unencodable(self._sequence.num_unencodable)
+
+    async def _close(self) -> GenerateReply:
+        await self._wait_until_published()
         report, method = self._clock.report, self._task.method
         report.prompt_tokens = len(self._task.prompt_ids)
         report.shareable_tokens = num_prompt_blocks(report.prompt_tokens) * BLOCK_TOKENS
         report.precision = precision_name(method.wanted)
         report.codec = f"{method.codec.name}/{method.codec.version}"
-        report.kept_fraction = self._sequence.kept_fraction
-        report.layer_bits[:] = self._sequence.layer_bits
-        reply = GenerateReply(finish_reason=finish, cache=report)
+        reply = GenerateReply(finish_reason=self._finish, cache=report)
         reply.usage.prompt_tokens = report.prompt_tokens
         reply.usage.completion_tokens = len(self._generated)
         return reply

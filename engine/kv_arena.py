@@ -79,6 +79,7 @@ class KVArena:
         self._floor = self._num_pages  # the first page of the pages' part
         self._extent_bytes = 0
         self._num_pages_used = 0
+        self._num_still = 0
 
     @property
     def capacity_bytes(self) -> int:
@@ -168,9 +169,20 @@ class KVArena:
         if self._floor < self._num_pages and not self._is_page_used[self._floor]:
             self._raise_floor()
 
+    def hold_still(self) -> None:
+        """Move nothing until ``let_move``: another thread reads. Room may be found too small."""
+        self._num_still += 1
+
+    def let_move(self) -> None:
+        """End one ``hold_still``."""
+        assert self._num_still, "nothing is held still"
+        self._num_still -= 1
+
     def compact(self) -> int:
         """Push movable extents down, in order; return how many moved."""
         moved, end = 0, 0
+        if self._num_still:
+            return 0
         for extent in self._extents:
             if extent.on_move is not None and extent.offset > end:
                 distance = end - extent.offset

@@ -77,12 +77,13 @@ def sample(logits: torch.Tensor, params: SamplingParams, step: int) -> int:
     Raises:
         ValueError: The logits hold NaN or no finite maximum, so no choice would be right.
     """
-    scores: npt.NDArray[np.float64] = logits.detach().double().cpu().numpy()
-    best = int(np.argmax(scores))
-    if not math.isfinite(scores[best]):
-        raise ValueError(f"cannot sample: the largest of the logits is {scores[best]}")
+    exact = logits.detach().float().cpu().numpy()
+    best = int(np.argmax(exact))
+    if not math.isfinite(exact[best]):
+        raise ValueError(f"cannot sample: the largest of the logits is {exact[best]}")
     if params.temperature == 0:
         return best
+    scores: npt.NDArray[np.float64] = exact.astype(np.float64)
     weights = np.exp((scores - scores[best]) / params.temperature)
     weights = _keep_most_probable(weights, params.top_k, params.top_p)
     cumulative = np.cumsum(weights)

@@ -7,7 +7,7 @@ the prompt's tail, which a request has whether its blocks were computed or fetch
 give the same tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 
 from kvstrata.engine.cache import SequenceCache
 from kvstrata.engine.kept_cache import KeptCache
+from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.model import Model
 from kvstrata.engine.sequence import (
     PREFILL_CHUNK,
@@ -113,7 +114,7 @@ class SelectingSequence(RunningSequence):
             return self.selected.kept_fraction
         return 1.0 if self.kept is None else self.kept.float().mean().item()
 
-    def compute(self, until: int) -> Iterator[int]:
+    def compute(self, until: int, chunk: Callable[[], int] | None = None) -> Iterator[int]:
         """Run the model over the tokens up to ``until``; see ``RunningSequence.compute``."""
         if until <= self.cache.length:
             return
@@ -124,10 +125,10 @@ class SelectingSequence(RunningSequence):
         first_layer = self.method.codec.first_layer
         staged = StagedCache(self._dense, pipeline, self.kept, self._gates, first_layer)
         staged.expect(until - self.cache.length)
-        chunk = until if pipeline.needs_whole_prompt else PREFILL_CHUNK
         while self.cache.length < until:
             first = self.cache.length
-            self.model.forward(staged, self.token_ids[first : min(first + chunk, until)])
+            most = until if pipeline.needs_whole_prompt else chunk() if chunk else PREFILL_CHUNK
+            self.model.forward(staged, self.token_ids[first : min(first + most, until)])
             yield self.cache.length - first
         self.scores, self.important, self.kept = staged.scores(), staged.important, staged.kept
         self._leave_out_unimportant()
@@ -286,8 +287,13 @@ def new_sequence(
     *,
     salt: bytes = b"",
     num_prompt: int | None = None,
+    pool: KVPool | None = None,
 ) -> RunningSequence:
-    """Return the sequence of a request; see ``SelectingSequence``."""
+    """Return the sequence of a request, in ``pool`` unless its method has stages.
+
+    Raises:
+        ArenaFullError: The pool has no place for another sequence.
+    """
     if not method.pipeline.stages:
-        return RunningSequence(model, method, token_ids, salt=salt)
+        return RunningSequence(model, method, token_ids, salt=salt, pool=pool)
     return SelectingSequence(model, method, token_ids, salt=salt, num_prompt=num_prompt)

@@ -10,12 +10,13 @@ computed on top of the stored part, and its KV differs from that of a cold run w
 precision.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 
+from kvstrata.engine.batch import Span
 from kvstrata.engine.cache import SequenceCache
 from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.model import Model
@@ -186,22 +187,30 @@ class RunningSequence:
         for layer, num_bytes in sizes.items():
             self.layer_bytes[layer] += num_bytes
 
-    def compute(self, until: int) -> Iterator[int]:
-        """Run the model over the tokens up to ``until``, chunk by chunk.
+    def compute(self, until: int, chunk: Callable[[], int] | None = None) -> Iterator[int]:
+        """Run the model over the tokens up to ``until``, each time over at most ``chunk()``.
 
         Yields the tokens computed by each chunk, so that a caller can stop in between.
         """
         if until <= self.cache.length:
             return
+        self.begin_prompt(until)
+        while self.cache.length < until:
+            first = self.cache.length
+            self.model.forward_batch([self.prompt_span(until, chunk() if chunk else PREFILL_CHUNK)])
+            yield self.cache.length - first
+
+    def begin_prompt(self, until: int) -> None:
+        """Expect the probes of a prompt whose tokens up to ``until`` are computed next."""
         self.cache.expect_probes(
             until - int((until - self.cache.length) * PROBE_FRACTION) - 1, until
         )
-        while self.cache.length < until:
-            first = self.cache.length
-            self.model.forward(
-                self.cache, self.token_ids[first : min(first + PREFILL_CHUNK, until)]
-            )
-            yield self.cache.length - first
+
+    def prompt_span(self, until: int, limit: int) -> Span:
+        """Return the next tokens of a prompt, at most ``limit`` and none from ``until`` on."""
+        first = self.cache.length
+        tokens = self.token_ids[first : min(first + limit, until)]
+        return Span(self.cache, tokens, wants_logits=False)
 
     def extend(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, list[SealedBlock]]:
         """Append tokens after the computed ones, run the model over them, settle blocks that fill.
@@ -212,16 +221,31 @@ class RunningSequence:
         self.token_ids[self.cache.length :] = token_ids
         logits, sealed = torch.empty(0), []
         while self.cache.length < len(self.token_ids):
-            first = self.cache.length
-            boundary = (first // BLOCK_TOKENS + 1) * BLOCK_TOKENS
-            self.cache.expect_block(min(boundary, self.model.spec.max_positions))
-            logits = self.model.forward(self.cache, self.token_ids[first:boundary])
-            if self.cache.length == boundary:
-                index = self.num_blocks_held - 1
-                blocks = self.seal(index, index + 1)
-                self.settle(blocks)
-                sealed += blocks
+            span = self.next_span(BLOCK_TOKENS)
+            rows = self.model.forward_batch([span])
+            logits = rows[0] if span.wants_logits else logits
+            blocks = self.fill()
+            self.settle(blocks)
+            sealed += blocks
         return logits, sealed
+
+    def next_span(self, limit: int) -> Span:
+        """Return the next tokens, at most ``limit`` and none beyond the block that fills.
+
+        They want logits if they are the last that are known.
+        """
+        first = self.cache.length
+        boundary = (first // BLOCK_TOKENS + 1) * BLOCK_TOKENS
+        self.cache.expect_block(min(boundary, self.model.spec.max_positions))
+        stop = min(first + limit, boundary, len(self.token_ids))
+        is_last = stop == len(self.token_ids)
+        return Span(self.cache, self.token_ids[first:stop], wants_logits=is_last)
+
+    def fill(self) -> list[SealedBlock]:
+        """After a pass over ``next_span``: if that filled a block, return it sealed, to settle."""
+        if self.cache.length % BLOCK_TOKENS:
+            return []
+        return self.seal(self.num_blocks_held - 1, self.num_blocks_held)
 
     def seal(self, first: int, last: int) -> list[SealedBlock]:
         """Return blocks [first, last) of the cache, encoded and framed.

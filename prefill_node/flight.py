@@ -126,12 +126,12 @@ class Flight:
             end = ends[len(frames)]
             reason = (end and (end.reason or "stratum_absent")) or reason or "absent"
         with self._clock.stage("decompress"):
-            loaded = await self._worker.run(sequence.load, frames)
+            loaded = await self._worker.steps.load(sequence, frames)
         self._count(ends[: loaded.num_blocks])
         if loaded.num_blocks == count:
             return
         if not sequence.method.codec.lossless:
-            sequence.cache.truncate(first * BLOCK_TOKENS)
+            await self._worker.steps.truncate(sequence, first * BLOCK_TOKENS)
         lost = first + count - sequence.num_blocks_held
         self._clock.recompute(ANNOUNCED + (loaded.reason or reason), lost * BLOCK_TOKENS)
 

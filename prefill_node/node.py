@@ -3,12 +3,13 @@
 import contextlib
 import logging
 
-from kvstrata.engine.selecting_sequence import new_sequence
+from kvstrata.engine.seat import ParkedError
 from kvstrata.prefill_node.flight import Flight
 from kvstrata.prefill_node.prefill import load_cached, num_prompt_blocks, provide_blocks
 from kvstrata.prefill_node.task import Task
 from kvstrata.prefill_node.worker import Worker, WorkerConfig, WorkerInfo
 from kvstrata.protos import call_context, tracing
+from kvstrata.protos.identity import BLOCK_TOKENS
 from kvstrata.protos.inference_pb2 import CacheReport
 from kvstrata.protos.report import ReportClock
 
@@ -46,13 +47,20 @@ class PrefillNode:
 
     async def _prefill(self, task: Task) -> CacheReport:
         clock = ReportClock("prefill")
-        worker = self._worker
-        sequence = new_sequence(worker.model, task.method, task.prompt_ids, salt=task.salt)
-        num_blocks = num_prompt_blocks(len(task.prompt_ids))
-        if sequence.committable:
-            await load_cached(worker, sequence, min(task.expected_blocks, num_blocks), task, clock)
+        while task.method.reads_all:
+            try:
+                await self._provide(task, clock)
+                break
+            except ParkedError:
+                clock.recompute("parked", 0)
+        return clock.report
+
+    async def _provide(self, task: Task, clock: ReportClock) -> None:
+        worker, num_blocks = self._worker, num_prompt_blocks(len(task.prompt_ids))
+        expected = min(task.expected_blocks, num_blocks)
+        async with worker.open(task, task.prompt_ids, expected * BLOCK_TOKENS) as sequence:
+            await load_cached(worker, sequence, expected, task, clock)
             async with contextlib.aclosing(Flight(worker, sequence, task, clock)) as flight:
                 sealed = await provide_blocks(worker, sequence, num_blocks, task, clock, flight)
                 await flight.publish(sealed)
-        clock.unencodable(sequence.num_unencodable)
-        return clock.report
+            clock.unencodable(sequence.num_unencodable)

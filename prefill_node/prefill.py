@@ -35,12 +35,12 @@ async def load_cached(
     )
     if fetched:
         with clock.stage("decompress"):
-            loaded = await worker.run(sequence.load, fetched)
+            loaded = await worker.steps.load(sequence, fetched)
         reason = loaded.reason or reason
     missing = min(task.expected_blocks, num_blocks) - sequence.num_blocks_held
     if missing > 0:
         if not sequence.method.codec.lossless:
-            sequence.cache.truncate(0)
+            await worker.steps.truncate(sequence, 0)
         lost = min(task.expected_blocks, num_blocks) - sequence.num_blocks_held
         clock.recompute(reason or "absent", lost * BLOCK_TOKENS)
 
@@ -86,9 +86,8 @@ async def compute_blocks(
     if first >= num_blocks:
         return []
     with clock.stage("prefill"):
-        chunks = sequence.compute(num_blocks * BLOCK_TOKENS)
-        while await worker.run(next, chunks, 0):
+        async for _ in worker.steps.compute(sequence, num_blocks * BLOCK_TOKENS):
             _ = task.remaining_s
             await flight.progress()
     with clock.stage("compress"):
-        return await worker.run(sequence.seal, first, num_blocks)
+        return await worker.steps.seal(sequence, first, num_blocks)

@@ -18,6 +18,7 @@ class Task:
         method: What happens to its KV.
         sampling: How to go on; unused by a prefill node.
         session_id: The conversation's name, for logs; never part of identity.
+        tenant: Whose turn is counted, among those that wait for this node.
         salt: The tenant's secret part of the cache scope.
         expected_blocks: Blocks that are in the store by all the gateway knows; a miss among them is
             counted with its reason, computing the others is plain work.
@@ -33,6 +34,7 @@ class Task:
     sampling: SamplingParams
     deadline_unix_s: float
     session_id: str = ""
+    tenant: str = ""
     salt: bytes = field(default=b"", repr=False)
     expected_blocks: int = 0
     ask_store: bool = True

@@ -4,18 +4,20 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar, cast
+from typing import cast
 
 import torch
 
+from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.model import Model
-from kvstrata.engine.sequence import dtype_name
+from kvstrata.engine.sequence import RunningSequence, dtype_name
+from kvstrata.engine.step_loop import StepLoop
 from kvstrata.kernels.warmup import WORKER_OPS, warm_up
 from kvstrata.kvstore_service.client import FetchedStratum, PutOutcome, StoreClient
 from kvstrata.methods.framing import SealedBlock
+from kvstrata.prefill_node.task import Task
 from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
 from kvstrata.protos.errors import DeadlineError, KVStrataError
 from kvstrata.protos.frame import Frame
@@ -25,8 +27,7 @@ from kvstrata.protos.logs import FORMAT_VARIABLE, configure_logging
 from kvstrata.protos.report import ReportClock, farthest_tier
 from kvstrata.protos.tracing import configure_tracing
 
-P = ParamSpec("P")
-T = TypeVar("T")
+_POOL_SHARE = 8
 SLOWEST_LINK_BYTES_PER_S = 10e6  # a put gets that much longer than an idle exchange
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class WorkerConfig:
         num_threads: CPU threads for the model; 0 is all cores.
         device: "auto", "cpu" or "cuda".
         store_timeout_s: Longest silence of the store before computing instead.
+        pool_bytes: KV memory of running sequences; 0 is an eighth of the machine's, or half of what
+            is free on a GPU.
         warm_up: Compile the CPU kernels, or load them from disk, before the first request.
         credentials: Shown to the store; the files must be there on the node.
     """
@@ -53,6 +56,7 @@ class WorkerConfig:
     num_threads: int = 0
     device: str = "auto"
     store_timeout_s: float = 5.0
+    pool_bytes: int = 0
     warm_up: bool = False
     credentials: ClientCredentials = ANONYMOUS
 
@@ -74,7 +78,12 @@ class WorkerInfo:
 
 
 class Worker:
-    """A loaded model and a store client. Compute runs in one thread, in the order asked for."""
+    """A loaded model, the loop that runs its sequences, and a store client.
+
+    Attributes:
+        model: What is served.
+        steps: Runs sequences; all that touches one runs there.
+    """
 
     def __init__(self, config: WorkerConfig) -> None:
         if os.environ.get(FORMAT_VARIABLE):
@@ -87,7 +96,8 @@ class Worker:
         spec = self.model.spec
         if config.warm_up and self.model.device.type == "cpu" and spec.head_dim % 16 == 0:
             warm_up((spec.head_dim,), (spec.dtype,), WORKER_OPS)
-        self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        pool_bytes = config.pool_bytes or _default_pool_bytes(self.model.device)
+        self.steps = StepLoop(self.model, KVPool(self.model, pool_bytes))
         self._store: StoreClient | None = None
 
     @property
@@ -117,10 +127,29 @@ class Worker:
             num_layers=spec.num_layers,
         )
 
-    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run ``call`` in the compute thread."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._compute, lambda: call(*args, **kwargs))
+    @contextlib.asynccontextmanager
+    async def open(
+        self, task: Task, token_ids: Sequence[int], num_cached: int
+    ) -> AsyncIterator[RunningSequence]:
+        """Wait for room and hold a sequence of a task; see ``StepLoop.open``.
+
+        Raises:
+            DeadlineError: The task's deadline passed.
+        """
+        _ = task.remaining_s
+        sequence = await self.steps.open(
+            task.method,
+            token_ids,
+            num_cached=num_cached,
+            tenant=task.tenant,
+            deadline_unix_s=task.deadline_unix_s,
+            salt=task.salt,
+            num_prompt=len(task.prompt_ids),
+        )
+        try:
+            yield sequence
+        finally:
+            await self.steps.close(sequence)
 
     async def fetch(
         self,
@@ -211,7 +240,13 @@ class Worker:
         """Release the thread and the connection."""
         if self._store is not None:
             await self._store.close()
-        self._compute.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self.steps.stop)
+
+
+def _default_pool_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _POOL_SHARE
 
 
 def store_failure(error: KVStrataError) -> str:

@@ -13,7 +13,8 @@ import redis
 import torch
 
 from kvstrata.decode_node import DecodeNode
-from kvstrata.engine import Model, SequenceCache
+from kvstrata.engine import Model
+from kvstrata.engine.batch import Span
 from kvstrata.kvstore_service.client import StoreClient
 from kvstrata.kvstore_service.redis_binary import free_port
 from kvstrata.kvstore_service.redis_tier import value_key
@@ -198,13 +199,13 @@ async def test_a_deadline_in_the_past_gives_no_token(config: WorkerConfig, lengt
 async def test_a_deadline_ends_a_generation_that_runs(
     config: WorkerConfig, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = model.forward
+    forward = model.forward_batch
 
-    def slow(cache: SequenceCache, token_ids: Sequence[int]) -> torch.Tensor:
+    def slow(spans: Sequence[Span]) -> torch.Tensor:
         time.sleep(0.3)
-        return forward(cache, token_ids)
+        return forward(spans)
 
-    monkeypatch.setattr(model, "forward", slow)
+    monkeypatch.setattr(model, "forward_batch", slow)
     async with running(config) as nodes:
         task = task_of(prompt_of(30), max_tokens=400, timeout_s=3)
         tokens: list[int] = []

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -49,19 +49,18 @@ class Slow:
 
     def make(self, node: Any) -> None:
         """Have ``node`` compute under this control."""
-        worker = node._worker
-        run = worker.run
+        steps = node._worker.steps
+        compute = steps.compute
 
-        async def slow(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if call is next:
-                self.began.set()
-                await self.go_on.wait()
-                done = await run(call, *args, **kwargs)
-                self.num_tokens += done
-                return done
-            return await run(call, *args, **kwargs)
+        async def slow(sequence: RunningSequence, until: int) -> AsyncIterator[None]:
+            self.began.set()
+            await self.go_on.wait()
+            first = sequence.cache.length
+            async for _ in compute(sequence, until):
+                yield
+            self.num_tokens += sequence.cache.length - first
 
-        worker.run = slow
+        steps.compute = slow
 
 
 @pytest.fixture
@@ -237,7 +236,7 @@ async def test_a_block_that_does_not_come_leaves_a_lossy_cache_as_it_was(
 
 async def sequence_flight(node: PrefillNode, prompt: tuple[int, ...], method: Method) -> Flight:
     worker, task = node._worker, task_of(prompt, method)
-    sequence = RunningSequence(worker.model, method, prompt)
+    sequence = await worker.steps.open(method, prompt)
     return Flight(worker, sequence, task, ReportClock("prefill"))
 
 

@@ -1,0 +1,185 @@
+"""Claim: on compressed blocks a batch decodes several times as fast as transformers' ``generate``.
+
+Tokens per second, time between tokens and bytes of KV, at several batches and lengths of cached
+context. Every sequence of a batch holds its own copy of one prompt's blocks. Ours is the step loop
+of a decode worker, sampling included; the peers are ``generate`` over a cache of the same prompt.
+Systems take turns within a round, so that a slow moment of the machine hits all of them.
+"""
+
+import argparse
+import asyncio
+import json
+import pydoc_data.topics
+import statistics
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out, for the rooms' sake
+
+import decode_ours
+import decode_peers
+import decode_plot
+import records
+
+from kvstrata.engine.gguf_conversion import read_model
+from kvstrata.engine.loading import find_default_model
+from kvstrata.engine.model import Model
+from kvstrata.kernels.warmup import WORKER_OPS, warm_up
+
+NUM_TOKENS = 33
+SKIPPED = 2  # of the first intervals, while caches and tables are made
+POINTS = [(1, 512), (8, 512), (16, 512), (1, 2048), (8, 2048), (16, 2048), (1, 7936), (8, 7936)]
+
+
+def text_of(tokenizer: Any, num_tokens: int) -> list[int]:
+    topics = pydoc_data.topics.topics
+    text = "\n\n".join(topics[name] for name in sorted(topics) if len(topics[name]) > 3000)
+    return list(tokenizer.encode(text)[:num_tokens])
+
+
+def figures(system: str, batch: int, cached: int, steps: list[float], kv: int) -> dict[str, Any]:
+    """Return the row of one run.
+
+    Args:
+        system: Its name.
+        batch: Sequences at once.
+        cached: Tokens of context of each.
+        steps: When the last token of each step came, seconds.
+        kv: Bytes of KV at the end.
+    """
+    times = [1e3 * (b - a) for a, b in pairwise(steps)][SKIPPED:]
+    return {
+        "bench": "decode",
+        "system": system,
+        "batch": batch,
+        "cached_tokens": cached,
+        "tokens_per_s": round(1e3 * batch / statistics.fmean(times), 2),
+        "tpot_p50_ms": round(statistics.median(times), 2),
+        "tpot_p99_ms": round(sorted(times)[max(0, -(-99 * len(times) // 100) - 1)], 2),
+        "kv_bytes": kv,
+    }
+
+
+class Bench:
+    """Models of all systems, in one dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.ours = Model.load(dtype=dtype, device="cpu")
+        self.ours.pack()
+        warm_up((self.ours.spec.head_dim,), (dtype,), WORKER_OPS)
+        self.methods = decode_ours.methods(self.ours)
+        folder, name = find_default_model()
+        self.peer = read_model(folder / name, dtype).eval()
+        self.peer.generation_config.eos_token_id = None
+        self.name = str(dtype).removeprefix("torch.")
+
+    def own(self, preset: str, batch: int, cached: int) -> dict[str, Any]:
+        """Return the row of one run of ours."""
+        prompt = text_of(self.ours.tokenizer, cached + 1)
+        method = self.methods[preset]
+        run = asyncio.run(decode_ours.decode(self.ours, method, prompt, batch, NUM_TOKENS))
+        steps = [max(times) for times in zip(*run.steps_s, strict=True)]
+        return figures(f"kvstrata {preset}", batch, cached, steps, run.kv_bytes)
+
+    def peers(self, batch: int, cached: int, quanto: bool) -> list[dict[str, Any]]:
+        """Return the rows of the peers."""
+        prompt = text_of(self.ours.tokenizer, cached + 1)
+        dense = decode_peers.prefill(self.peer, prompt)
+        caches = {"transformers DynamicCache": dense}
+        if quanto:
+            caches["transformers QuantizedCache 4 bit"] = decode_peers.quantised(
+                self.peer, dense, 4
+            )
+        rows = []
+        for system, cache in caches.items():
+            steps, kv = decode_peers.decode(self.peer, cache, prompt, batch, NUM_TOKENS)
+            rows.append(figures(system, batch, cached, steps, kv))
+        return rows
+
+
+def measure(
+    points: list[tuple[int, int]], dtype: torch.dtype, rounds: int, quanto: bool
+) -> list[dict[str, Any]]:
+    bench = Bench(dtype)
+    found: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for batch, cached in points:
+        for _ in range(rounds):
+            rows = [bench.own(preset, batch, cached) for preset in bench.methods]
+            for row in rows + bench.peers(batch, cached, quanto):
+                found.setdefault((row["system"], batch, cached), []).append(row)
+        for key, rows in found.items():
+            if key[1:] == (batch, cached):
+                print(json.dumps(median(rows)), file=sys.stderr, flush=True)
+    return [median(rows) | {"dtype": bench.name} for rows in found.values()]
+
+
+def median(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the run in the middle by throughput, with the spread of all."""
+    ordered = sorted(rows, key=lambda row: row["tokens_per_s"])
+    rates = [row["tokens_per_s"] for row in ordered]
+    return ordered[(len(rows) - 1) // 2] | {"tokens_per_s_min_max": [rates[0], rates[-1]]}
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return, for each point, our throughput and bytes as shares of transformers'."""
+    at = {(r["system"], r["batch"], r["cached_tokens"]): r for r in rows}
+    found = []
+    for (system, batch, cached), row in at.items():
+        dense = at.get(("transformers DynamicCache", batch, cached))
+        if dense is None or not system.startswith("kvstrata"):
+            continue
+        bf16 = dense["kv_bytes"] * (1 if row["dtype"] == "bfloat16" else 0.5)
+        found.append(
+            {
+                "bench": "decode",
+                "summary": system,
+                "batch": batch,
+                "cached_tokens": cached,
+                "times_transformers": round(row["tokens_per_s"] / dense["tokens_per_s"], 2),
+                "kv_of_bf16": round(row["kv_bytes"] / bf16, 4),
+            }
+        )
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object per row")
+    parser.add_argument("--quick", action="store_true", help="one short point, not saved")
+    parser.add_argument("--dtype", default="bfloat16", help="of weights and activations")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quanto", action="store_true", help="QuantizedCache as well")
+    parser.add_argument("--points", help="such as 8x2048,1x512; kept rows of other points stay")
+    options = parser.parse_args()
+    points = [(2, 256)] if options.quick else POINTS
+    if options.points:
+        points = [tuple(map(int, p.split("x"))) for p in options.points.split(",")]  # type: ignore[misc]
+    rows = measure(points, getattr(torch, options.dtype), options.rounds, options.quanto)
+    if not options.quick:
+        rows = records.joined("decode", rows, ("system", "batch", "cached_tokens", "dtype"))
+        facts = records.machine("transformers", "optimum-quanto", "numba")
+        records.save("decode", rows, **facts, rounds=options.rounds, new_tokens=NUM_TOKENS)
+        decode_plot.draw(rows, records.FOLDER / "decode.png")
+    if options.json:
+        for row in [*rows, *summary(rows)]:
+            print(json.dumps(row))
+        return 0
+    table = Table(title="decoding")
+    for key in rows[0]:
+        table.add_column(key)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console(width=160).print(table)
+    for line in summary(rows):
+        print(json.dumps(line))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""A running sequence's place in the step loop, and what is being done for it."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvstrata.engine.batch import Span
+from kvstrata.engine.paged_cache import PagedCache
+from kvstrata.engine.sequence import RunningSequence
+from kvstrata.methods.framing import SealedBlock
+from kvstrata.methods.presets import Method
+
+# Float32 logits (vocab,) to the next token, or None to end. In the loop's thread: it must be quick.
+Choose = Callable[[torch.Tensor], int | None]
+Sealed = Callable[[list[SealedBlock]], None]
+
+
+class ParkedError(Exception):
+    """A sequence lost its memory to others; open it again and go on. Never leaves the node."""
+
+
+@dataclass(eq=False)
+class Compute:
+    """Compute a prompt's tokens up to ``until``.
+
+    Attributes:
+        until: A multiple of the block size.
+        progressed: Told after each chunk, in the loop's thread.
+        done: Resolved at the end.
+    """
+
+    until: int
+    progressed: Callable[[], None]
+    done: "Future[None]" = field(default_factory=Future)
+
+
+@dataclass(eq=False)
+class Generate:
+    """Run what is known of a sequence's tokens, then generate.
+
+    Attributes:
+        choose: Given the logits after the last token.
+        sealed: Given blocks that filled, before the next pass.
+        done: Resolved when ``choose`` returned None.
+    """
+
+    choose: Choose
+    sealed: Sealed
+    done: "Future[None]" = field(default_factory=Future)
+
+
+@dataclass(eq=False)
+class Seat:
+    """A sequence that has a place, or waits for one.
+
+    Attributes:
+        method: Of the sequence.
+        token_ids: Its known tokens at the start.
+        num_bytes: What it will need of the pool, about.
+        tenant: Who is served.
+        deadline_unix_s: When nobody waits any more.
+        salt: The tenant's secret part of the cache scope.
+        num_prompt: How many of ``token_ids`` are the prompt.
+        order: Seats in the order in which they were asked for.
+        opened: Resolved with the sequence.
+        sequence: Once it has a place.
+        job: What is being done; None while its owner does something else.
+        is_sealing: Whether another thread reads its memory, which must then stay.
+    """
+
+    method: Method
+    token_ids: Sequence[int]
+    num_bytes: int
+    tenant: str
+    deadline_unix_s: float
+    salt: bytes = field(repr=False)
+    num_prompt: int
+    order: int
+    opened: "Future[RunningSequence]" = field(default_factory=Future)
+    sequence: RunningSequence | None = None
+    job: Compute | Generate | None = None
+    is_sealing: bool = False
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it shares no pass, because its memory is its own and not the pool's."""
+        return self.sequence is not None and not isinstance(self.sequence.cache, PagedCache)
+
+    def close(self) -> None:
+        """Give its memory back to the pool."""
+        if self.sequence is not None and not self.is_alone:
+            self.cache.close()
+
+    @property
+    def cache(self) -> PagedCache:
+        """The sequence's cache."""
+        assert self.sequence is not None
+        assert isinstance(self.sequence.cache, PagedCache)
+        return self.sequence.cache
+
+    @property
+    def is_generating(self) -> bool:
+        """Whether its next pass is over one token, the last known one."""
+        sequence = self.sequence
+        if sequence is None or not isinstance(self.job, Generate):
+            return False
+        return sequence.cache.length == len(sequence.token_ids) - 1
+
+    def next_span(self, limit: int) -> Span | None:
+        """Return its next tokens, at most ``limit``; None if too few are allowed.
+
+        A prompt's chunk is never one token: a pass takes single tokens for generated ones, and
+        keeps no probes of them.
+        """
+        assert self.sequence is not None
+        if not isinstance(self.job, Compute):
+            return self.sequence.next_span(limit)
+        left = self.job.until - self.sequence.cache.length
+        limit -= left - limit == 1
+        return self.sequence.prompt_span(self.job.until, limit) if limit > 1 else None
+
+    def fail(self, error: BaseException) -> None:
+        """Tell its owner that what was being done ended with an error."""
+        pending: Future[Any] = self.opened if self.job is None else self.job.done
+        self.job = None
+        if not pending.done():
+            pending.set_exception(error)

@@ -1,0 +1,287 @@
+"""The step loop: one thread that runs passes over all sequences of a node, one after another.
+
+What is async may be called from any event loop; ``Stepper`` does the work, in the thread.
+"""
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import ParamSpec, TypeVar
+
+from kvstrata.engine.kv_pool import KVPool
+from kvstrata.engine.model import Model
+from kvstrata.engine.seat import Choose, Compute, Generate, Sealed, Seat
+from kvstrata.engine.sequence import FrameSet, Loaded, RunningSequence
+from kvstrata.engine.step_counts import StepCounts
+from kvstrata.engine.step_times import StepTimes
+from kvstrata.engine.stepper import Stepper
+from kvstrata.methods.framing import SealedBlock
+from kvstrata.methods.presets import Method
+from kvstrata.protos.errors import CapacityError, DrainingError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+MAX_STALL = 2.2  # a pass with a chunk of a prompt takes at most that many times one without
+_POLL_S = 0.05  # how often deadlines and waiting seats are looked at while nothing runs
+
+
+class StepLoop:
+    """Runs the sequences of a node.
+
+    Attributes:
+        model: What runs.
+        pool: Their memory.
+    """
+
+    def __init__(self, model: Model, pool: KVPool, *, max_stall: float = MAX_STALL) -> None:
+        """Start the thread."""
+        self.model = model
+        self.pool = pool
+        self._stepper = Stepper(model, pool, max_stall)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._num_asked = 0
+        self._is_stopping = False
+        self._has_ended = False
+        self._ending = threading.Lock()
+        self._sealer = ThreadPoolExecutor(1, thread_name_prefix="seal")
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+        self._thread.start()
+
+    @property
+    def counts(self) -> StepCounts:
+        """What has happened so far."""
+        return self._stepper.counts
+
+    @property
+    def times(self) -> StepTimes:
+        """What passes take."""
+        return self._stepper.times
+
+    async def call(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run something short in the loop's thread, between two passes."""
+        done: Future[T] = Future()
+
+        def work() -> None:
+            if done.set_running_or_notify_cancel():
+                try:
+                    done.set_result(call(*args, **kwargs))
+                except BaseException as error:
+                    done.set_exception(error)
+
+        self._post(work)
+        return await asyncio.wrap_future(done)
+
+    async def open(
+        self,
+        method: Method,
+        token_ids: Sequence[int],
+        *,
+        num_cached: int = 0,
+        tenant: str = "",
+        deadline_unix_s: float = float("inf"),
+        salt: bytes = b"",
+        num_prompt: int | None = None,
+    ) -> RunningSequence:
+        """Wait for room, and return a sequence in the pool; ``close`` it in the end.
+
+        Args:
+            method: What happens to its KV.
+            token_ids: What is known of it.
+            num_cached: Tokens of which blocks will be loaded, as far as one knows.
+            tenant: Who is served.
+            deadline_unix_s: When nobody waits any more; also of all that is done for it.
+            salt: The tenant's secret part of the cache scope.
+            num_prompt: How many of ``token_ids`` are the prompt; None for all.
+
+        Raises:
+            CapacityError: The pool is too small for it, even if it were alone.
+            DeadlineError: There was no room in time.
+            DrainingError: The loop has ended.
+        """
+        codec = None if method.pipeline.stages else method.codec
+        needed = self.pool.bytes_for(codec, len(token_ids), num_cached)
+        if needed > self.pool.arena.capacity_bytes:
+            raise CapacityError(
+                f"{len(token_ids)} tokens need about {needed} bytes of KV memory, the node has "
+                f"{self.pool.arena.capacity_bytes}",
+                "shorten the prompt, or give the node a larger pool",
+            )
+        self._num_asked += 1
+        seat = Seat(
+            method,
+            token_ids,
+            needed,
+            tenant,
+            deadline_unix_s,
+            salt,
+            num_prompt=len(token_ids) if num_prompt is None else num_prompt,
+            order=self._num_asked,
+        )
+        seat.opened.set_running_or_notify_cancel()
+        self._post(lambda: self._stepper.wait(seat))
+        try:
+            return await asyncio.wrap_future(seat.opened)
+        except asyncio.CancelledError:
+            with contextlib.suppress(DrainingError):
+                self._post(lambda: self._stepper.leave(seat))
+            raise
+
+    async def load(self, sequence: RunningSequence, blocks: Sequence[FrameSet]) -> Loaded:
+        """Load stored blocks; see ``RunningSequence.load``.
+
+        Raises:
+            ParkedError: There is no room for them, not even by parking others.
+        """
+        first = sequence.num_blocks_held
+
+        def load() -> Loaded:  # again and again, as room is made: what is held stays
+            held = sequence.num_blocks_held - first
+            loaded = sequence.load(blocks[held:])
+            return replace(loaded, num_blocks=held + loaded.num_blocks)
+
+        return await self.call(self._stepper.with_room, sequence, load)
+
+    async def settle(self, sequence: RunningSequence, blocks: Sequence[SealedBlock]) -> None:
+        """Attend to sealed blocks as their readers will; see ``RunningSequence.settle``.
+
+        Raises:
+            ParkedError: There is no room for them, not even by parking others.
+        """
+        await self.call(self._stepper.with_room, sequence, lambda: sequence.settle(blocks))
+
+    async def truncate(self, sequence: RunningSequence, length: int) -> None:
+        """Forget all tokens from position ``length`` on.
+
+        Raises:
+            ParkedError: It lost its memory.
+        """
+        await self.call(self._stepper.with_room, sequence, lambda: sequence.cache.truncate(length))
+
+    async def compute(self, sequence: RunningSequence, until: int) -> AsyncIterator[None]:
+        """Compute a prompt's tokens up to ``until``; yields after each chunk.
+
+        Raises:
+            ParkedError: It lost its memory.
+            DeadlineError: Its deadline passed.
+        """
+        if until <= sequence.cache.length:
+            return
+        progress: asyncio.Queue[None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        job = Compute(until, lambda: _tell(loop, progress.put_nowait, None))
+        job.done.set_running_or_notify_cancel()
+        await self.call(self._stepper.assign, sequence, job)
+        done = asyncio.ensure_future(asyncio.wrap_future(job.done))
+        try:
+            while not done.done():
+                chunk = asyncio.ensure_future(progress.get())
+                await asyncio.wait({chunk, done}, return_when=asyncio.FIRST_COMPLETED)
+                if chunk.done():
+                    yield
+                else:
+                    chunk.cancel()
+            await done
+        finally:
+            done.cancel()
+
+    async def seal(self, sequence: RunningSequence, first: int, last: int) -> list[SealedBlock]:
+        """Return blocks of a prompt sealed, see ``RunningSequence.seal``; passes go on meanwhile.
+
+        Until it returns, nothing else may be done with the sequence.
+
+        Raises:
+            ParkedError: It lost its memory.
+        """
+        seat = await self.call(self._stepper.begin_seal, sequence)
+        try:
+            sealing = self._sealer.submit(sequence.seal, first, last)
+        except RuntimeError:  # it was shut down
+            raise _draining() from None
+        sealing.add_done_callback(lambda _: self._post(lambda: self._stepper.end_seal(seat)))
+        return await asyncio.wrap_future(sealing)
+
+    async def generate(self, sequence: RunningSequence, choose: Choose, sealed: Sealed) -> None:
+        """Run what is known of the sequence, then generate until ``choose`` returns None.
+
+        Both callbacks run in the loop's thread and must be quick.
+
+        Raises:
+            ParkedError: It lost its memory. The tokens that were chosen are known.
+            DeadlineError: Its deadline passed.
+            Exception: What ``choose`` or the model raised for it.
+        """
+        job = Generate(choose, sealed)
+        job.done.set_running_or_notify_cancel()
+        await self.call(self._stepper.assign, sequence, job)
+        await asyncio.wrap_future(job.done)
+
+    async def close(self, sequence: RunningSequence) -> None:
+        """Free everything of a sequence, whatever is being done for it. Idempotent."""
+        with contextlib.suppress(DrainingError):
+            await asyncio.shield(self.call(self._stepper.close, sequence))
+
+    def stop(self) -> None:
+        """End the thread; whoever waits is told. Idempotent."""
+        self._sealer.shutdown(wait=True)
+        with contextlib.suppress(DrainingError):
+            self._post(self._stop)
+        self._thread.join()
+
+    # What follows runs in the loop's thread.
+
+    def _post(self, work: Callable[[], None]) -> None:
+        with self._ending:
+            if self._has_ended:
+                raise _draining()
+            self._inbox.put(work)
+
+    def _run(self) -> None:
+        while not self._is_stopping:
+            stepper = self._stepper
+            self._drain(wait_s=0.0 if stepper.has_work else _POLL_S)
+            try:
+                stepper.expire()
+                stepper.admit()
+                stepper.step()
+            except Exception as error:
+                # A defect of ours: nobody may wait for ever, nor may later requests pay for it.
+                stepper.counts.add("failed_steps")
+                logger.exception("a step failed; all sequences of the node end")
+                stepper.fail_all(error)
+        with self._ending:
+            self._has_ended = True
+        self._drain(wait_s=0.0)
+        self._stop()
+
+    def _drain(self, wait_s: float) -> None:
+        try:
+            work = self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait()
+            while True:
+                work()
+                work = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _stop(self) -> None:
+        self._is_stopping = True
+        self._stepper.fail_all(_draining())
+
+
+def _draining() -> DrainingError:
+    return DrainingError("the node is shutting down", "send it again")
+
+
+def _tell(loop: asyncio.AbstractEventLoop, call: Callable[[T], object], value: T) -> None:
+    """Call something in the event loop; does nothing when that has ended."""
+    try:
+        loop.call_soon_threadsafe(call, value)
+    except RuntimeError:
+        return

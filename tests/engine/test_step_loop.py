@@ -1,0 +1,368 @@
+"""The step loop: many sequences at once, each as if alone; who waits, who is parked, what fails."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+import torch
+
+from kvstrata.engine import Model
+from kvstrata.engine.batch import Span
+from kvstrata.engine.kv_pool import KVPool
+from kvstrata.engine.seat import Compute, ParkedError, Seat
+from kvstrata.engine.sequence import RunningSequence
+from kvstrata.engine.step_loop import StepLoop
+from kvstrata.methods.framing import SealedBlock
+from kvstrata.methods.presets import Method
+from kvstrata.protos.errors import CapacityError, DeadlineError, DrainingError
+from kvstrata.protos.identity import BLOCK_TOKENS
+from tests.engine.test_paged_cache import KINDS, methods, start, wide
+from tests.engine.test_sequence import greedy, one_thread, opened, prompt_of, tail
+
+__all__ = ["methods", "one_thread", "wide"]
+COUNT = 30
+SOON_S = 60.0
+
+
+@pytest.fixture
+def model(wide: dict[str, Model]) -> Model:
+    return wide["wide"]
+
+
+@pytest.fixture
+async def steps(model: Model) -> AsyncIterator[StepLoop]:
+    made = StepLoop(model, KVPool(model, 8 << 20))
+    yield made
+    await asyncio.to_thread(made.stop)
+    made.pool.check_integrity()
+    assert made.pool.arena.used_bytes == 0
+
+
+def small(model: Model, num_rows: int) -> KVPool:
+    """A pool for so many uncompressed tokens."""
+    spec = model.spec
+    return KVPool(model, num_rows * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 4)
+
+
+def alone(model: Model, method: Method, prompt: list[int], count: int = COUNT) -> list[int]:
+    sequence, _ = start(model, method, prompt, None)
+    return greedy(sequence, tail(sequence), count)[0]
+
+
+class Client:
+    """Generates greedily, through parking, and keeps what it was told."""
+
+    def __init__(
+        self, steps: StepLoop, method: Method, prompt: list[int], count: int = COUNT, **how: object
+    ) -> None:
+        self.steps, self.method, self.prompt, self.count, self.how = (
+            steps, method, prompt, count, how,
+        )  # fmt: skip
+        self.tokens: list[int] = []
+        self.times: list[float] = []
+        self.blocks: dict[int, SealedBlock] = {}
+        self.parked = 0
+
+    def choose(self, logits: torch.Tensor) -> int | None:
+        self.tokens.append(int(logits.argmax()))
+        self.times.append(time.perf_counter())
+        return self.tokens[-1] if len(self.tokens) < self.count else None
+
+    def sealed(self, blocks: Sequence[SealedBlock]) -> None:
+        self.blocks |= {b.identity.first_position // BLOCK_TOKENS: b for b in blocks}
+
+    async def run(self) -> list[int]:
+        while True:
+            try:
+                await self._run()
+                return self.tokens
+            except ParkedError:
+                self.parked += 1
+
+    async def _run(self) -> None:
+        known, steps = [*self.prompt, *self.tokens], self.steps
+        sequence = await steps.open(self.method, known, **self.how)  # type: ignore[arg-type]
+        try:
+            stored = [self.blocks[i] for i in range(len(self.blocks))]
+            if stored:
+                await steps.load(sequence, opened(stored, self.method.wanted))
+            until = (len(self.prompt) - 1) // BLOCK_TOKENS
+            first = sequence.num_blocks_held
+            if first < until:
+                async for _ in steps.compute(sequence, until * BLOCK_TOKENS):
+                    pass
+                blocks = await steps.seal(sequence, first, until)
+                self.sealed(blocks)
+                await steps.settle(sequence, blocks)
+            await steps.generate(sequence, self.choose, self.sealed)
+        finally:
+            await steps.close(sequence)
+
+
+async def gathered(*clients: Client) -> list[list[int]]:
+    async with asyncio.timeout(SOON_S):
+        return await asyncio.gather(*(client.run() for client in clients))
+
+
+async def test_requests_of_all_methods_get_their_own_tokens(
+    model: Model, methods: dict[tuple[str, str], Method], steps: StepLoop
+) -> None:
+    clients = [
+        Client(steps, methods["wide", kind], prompt_of(40 + 37 * i, seed=i))
+        for i, kind in enumerate(KINDS)
+    ]
+    wanted = [alone(model, client.method, client.prompt) for client in clients]
+    assert await gathered(*clients) == wanted
+    counts = steps.counts
+    assert counts.get("generated_tokens") >= len(clients) * (COUNT - 1) - len(clients)
+    assert counts.get("passes") < counts.get("generated_tokens") + 40
+    assert counts.get("parked") == 0
+
+
+async def test_they_join_and_leave_at_any_time(
+    model: Model, methods: dict[tuple[str, str], Method], steps: StepLoop
+) -> None:
+    clients = [
+        Client(steps, methods["wide", kind], prompt_of(90, seed=i), count=10 + 9 * i)
+        for i, kind in enumerate(KINDS)
+    ]
+
+    async def late(client: Client, delay: int) -> list[int]:
+        async with asyncio.timeout(SOON_S):
+            while delay > len(clients[0].tokens):
+                await asyncio.sleep(0.001)
+            return await client.run()
+
+    got = await asyncio.gather(*(late(client, 3 * i) for i, client in enumerate(clients)))
+    assert got == [alone(model, c.method, c.prompt, c.count) for c in clients]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_parked_sequences_go_on_from_their_blocks(
+    model: Model, methods: dict[tuple[str, str], Method], kind: str
+) -> None:
+    """A pool for about one and a half of three sequences."""
+    method = methods["wide", kind]
+    prompts = [prompt_of(100, seed=i) for i in range(3)]
+    wanted = [alone(model, method, prompt, 60) for prompt in prompts]
+    steps = StepLoop(model, small(model, 400))
+    clients = [Client(steps, method, prompt, count=60) for prompt in prompts]
+    try:
+        assert await gathered(*clients) == wanted
+    finally:
+        await asyncio.to_thread(steps.stop)
+    assert steps.pool.arena.used_bytes == 0
+    assert steps.counts.get("parked") == sum(client.parked for client in clients)
+
+
+@pytest.mark.parametrize("kind", ["exact", "fallback"])
+async def test_memory_that_ends_in_mid_run_parks_who_came_last(
+    model: Model, methods: dict[tuple[str, str], Method], kind: str
+) -> None:
+    """All fit at first; as they grow, the last one must go, and comes back."""
+    method = methods["wide", kind]
+    prompts = [prompt_of(30, seed=i) for i in range(3)]
+    wanted = [alone(model, method, prompt, 150) for prompt in prompts]
+    steps = StepLoop(model, small(model, 450))
+    clients = [Client(steps, method, prompt, count=150) for prompt in prompts]
+    try:
+        assert await gathered(*clients) == wanted
+    finally:
+        await asyncio.to_thread(steps.stop)
+    assert clients[2].parked >= 1
+    assert clients[0].parked == 0 or kind == "fallback"  # it may meet one whose memory is read
+    assert steps.counts.get("parked") == sum(client.parked for client in clients)
+
+
+@pytest.mark.parametrize("until", [64, 128, 192])
+def test_a_prompt_is_never_computed_by_single_tokens(
+    model: Model, methods: dict[tuple[str, str], Method], until: int
+) -> None:
+    method = methods["wide", "frame"]
+    for limit in range(1, 70):
+        sequence = RunningSequence(model, method, prompt_of(200))
+        seat = Seat(method, sequence.token_ids, 0, "", 0.0, b"", 200, 1, sequence=sequence)
+        seat.job = Compute(until, lambda: None)
+        while sequence.cache.length < until:
+            span = seat.next_span(limit)
+            if span is None:
+                assert limit < 3
+                break
+            assert 1 < len(span.token_ids) <= limit
+            sequence.cache.length += len(span.token_ids)
+
+
+async def test_a_pool_too_small_for_one_prompt_refuses_it(
+    model: Model, methods: dict[tuple[str, str], Method]
+) -> None:
+    steps = StepLoop(model, small(model, 100))
+    try:
+        with pytest.raises(CapacityError, match="larger pool"):
+            await Client(steps, methods["wide", "exact"], prompt_of(200)).run()
+    finally:
+        await asyncio.to_thread(steps.stop)
+
+
+async def test_a_generation_that_outgrows_the_pool_is_told_so(
+    model: Model, methods: dict[tuple[str, str], Method]
+) -> None:
+    steps = StepLoop(model, small(model, 100))
+    client = Client(steps, methods["wide", "exact"], prompt_of(10), count=200)
+    try:
+        with pytest.raises(CapacityError, match="and no more"):
+            async with asyncio.timeout(SOON_S):
+                await client.run()
+    finally:
+        await asyncio.to_thread(steps.stop)
+    assert len(client.tokens) > 60
+    assert steps.pool.arena.used_bytes == 0
+
+
+async def test_a_deadline_ends_whoever_waits_or_runs(
+    model: Model, methods: dict[tuple[str, str], Method]
+) -> None:
+    method = methods["wide", "exact"]
+    steps = StepLoop(model, small(model, 400))
+    try:
+        holder = await steps.open(method, prompt_of(150))
+        with pytest.raises(DeadlineError, match="waited for memory"):
+            await steps.open(method, prompt_of(150), deadline_unix_s=time.time() + 0.1)
+        await steps.close(holder)
+        late = Client(steps, method, prompt_of(20), 10**6, deadline_unix_s=time.time() + 0.5)
+        late.choose = lambda _: time.sleep(0.02) or 5  # type: ignore[method-assign, func-returns-value]
+        with pytest.raises(DeadlineError, match="mid-run"):
+            await late.run()
+    finally:
+        await asyncio.to_thread(steps.stop)
+    assert steps.counts.get("expired") == 2
+    assert steps.pool.arena.used_bytes == 0
+
+
+async def test_cancelling_at_any_time_frees_everything(
+    model: Model, methods: dict[tuple[str, str], Method], steps: StepLoop
+) -> None:
+    for i in range(12):
+        client = Client(steps, methods["wide", KINDS[i % 4]], prompt_of(150, seed=i), count=10**6)
+        client.choose = lambda _: 5  # type: ignore[method-assign]
+        task = asyncio.create_task(client.run())
+        await asyncio.sleep(0.003 * i)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert await steps.call(lambda: steps.pool.arena.used_bytes) == 0
+    assert steps.pool.num_free_slots == 64
+
+
+@pytest.fixture
+def poisoned(model: Model, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A token that no pass survives."""
+    forward = model.forward_batch
+
+    def fail(spans: Sequence[Span]) -> torch.Tensor:
+        if any(7 in span.token_ids for span in spans):
+            raise ArithmeticError("seven")
+        return forward(spans)
+
+    monkeypatch.setattr(model, "forward_batch", fail)
+    return 7
+
+
+async def test_a_pass_that_fails_takes_down_nobody_but_its_cause(
+    model: Model, methods: dict[tuple[str, str], Method], steps: StepLoop, poisoned: int
+) -> None:
+    method = methods["wide", "exact"]
+    good = [token if token != poisoned else 8 for token in prompt_of(50)]
+    client, culprit = Client(steps, method, good), Client(steps, method, [poisoned, 5])
+    client.choose = lambda _: None if len(client.times) > 30 else client.times.append(0) or 5  # type: ignore
+    async with asyncio.timeout(SOON_S):
+        outcomes = await asyncio.gather(client.run(), culprit.run(), return_exceptions=True)
+    assert not isinstance(outcomes[0], BaseException)
+    assert isinstance(outcomes[1], ArithmeticError)
+    assert steps.counts.get("failed_passes") >= 1
+
+
+async def test_a_choice_that_fails_ends_its_own_request_only(
+    model: Model, methods: dict[tuple[str, str], Method], steps: StepLoop
+) -> None:
+    method = methods["wide", "frame"]
+    client, culprit = Client(steps, method, prompt_of(70)), Client(steps, method, prompt_of(71))
+
+    def choose(_: torch.Tensor) -> int:
+        raise ValueError("cannot sample")
+
+    culprit.choose = choose  # type: ignore[method-assign]
+    async with asyncio.timeout(SOON_S):
+        outcomes = await asyncio.gather(client.run(), culprit.run(), return_exceptions=True)
+    assert outcomes[0] == alone(model, method, client.prompt)
+    assert isinstance(outcomes[1], ValueError)
+
+
+async def test_stopping_tells_whoever_waits(
+    model: Model, methods: dict[tuple[str, str], Method]
+) -> None:
+    steps = StepLoop(model, KVPool(model, 8 << 20))
+    client = Client(steps, methods["wide", "exact"], prompt_of(20), count=10**6)
+    client.choose = lambda _: 5  # type: ignore[method-assign]
+    task = asyncio.create_task(client._run())
+    while steps.counts.get("passes") < 3:
+        await asyncio.sleep(0.01)
+    stopping = asyncio.create_task(asyncio.to_thread(steps.stop))
+    with pytest.raises(DrainingError):
+        await task
+    await stopping
+
+
+async def test_streams_go_on_while_prompts_are_computed(
+    model: Model, methods: dict[tuple[str, str], Method], steps: StepLoop
+) -> None:
+    """Every pass takes the generating sequence along, however long the prompt beside it."""
+    method = methods["wide", "frame"]
+    stream = Client(steps, method, prompt_of(20), count=60)
+    task = asyncio.create_task(stream.run())
+    while len(stream.tokens) < 3:
+        await asyncio.sleep(0.001)
+    passes, tokens = steps.counts.get("passes"), len(stream.tokens)
+    prompt = Client(steps, method, prompt_of(200, seed=3), count=1)
+    await prompt.run()
+    passed = steps.counts.get("passes") - passes
+    assert len(stream.tokens) - tokens >= min(passed, 60 - tokens) - 2
+    await task
+
+
+async def test_no_tenant_waits_for_another_ones_queue(
+    model: Model, methods: dict[tuple[str, str], Method]
+) -> None:
+    """One tenant sends eight requests, then another one sends one, which is served second."""
+    method = methods["wide", "exact"]
+    steps = StepLoop(model, small(model, 500))
+    ended: list[str] = []
+
+    async def run(tenant: str, seed: int) -> None:
+        await Client(steps, method, prompt_of(150, seed), count=2, tenant=tenant).run()
+        ended.append(tenant)
+
+    try:
+        many = [asyncio.create_task(run("many", seed)) for seed in range(8)]
+        while steps.counts.get("passes") < 1:
+            await asyncio.sleep(0.001)
+        await run("one", 9)
+        assert ended.count("many") <= 2
+        await asyncio.gather(*many)
+    finally:
+        await asyncio.to_thread(steps.stop)
+
+
+async def test_a_sequence_can_be_used_by_hand_between_passes(
+    model: Model, methods: dict[tuple[str, str], Method], steps: StepLoop
+) -> None:
+    prompt = prompt_of(100)
+    sequence = await steps.open(methods["wide", "frame"], prompt)
+    assert isinstance(sequence, RunningSequence)
+    with pytest.raises(ZeroDivisionError):
+        await steps.call(lambda: 1 // 0)
+    logits, _ = await steps.call(sequence.extend, prompt)
+    plain = RunningSequence(model, methods["wide", "frame"], prompt)
+    torch.testing.assert_close(logits, plain.extend(prompt)[0], rtol=2e-3, atol=2e-3)
+    await steps.close(sequence)
+    await steps.close(sequence)
