@@ -1,5 +1,6 @@
 """From a ``GenerateRequest`` to a checked ``Task``: all that can be wrong with it is said here."""
 
+import logging
 import secrets
 import time
 import uuid
@@ -8,7 +9,7 @@ from typing import Any
 
 from kvstrata.engine.chat import encode_text, render_chat
 from kvstrata.engine.sampling import SamplingParams
-from kvstrata.methods.gate_weights import GATES, GateWeights
+from kvstrata.methods.gate_weights import GATES, GateError, GateWeights
 from kvstrata.methods.presets import Method, from_preset, from_settings
 from kvstrata.methods.profile import PROFILES, Profile
 from kvstrata.methods.representatives import check_layers
@@ -23,6 +24,8 @@ from kvstrata.protos.errors import (
     UnknownModelError,
 )
 from kvstrata.protos.inference_pb2 import GenerateRequest, Sampling
+
+logger = logging.getLogger(__name__)
 
 MAX_DEADLINE_S = 3600.0
 MAX_SESSION_CHARS = 128
@@ -86,7 +89,11 @@ class Admission:
 
     @property
     def _gates(self) -> GateWeights | None:
-        return GATES.by_id(self.info.gates_id) if self.info.gates_id else None
+        try:
+            return GATES.by_id(self.info.gates_id) if self.info.gates_id else None
+        except GateError:  # they lie on the workers' machine alone: others need none of them
+            logger.warning("the workers' gates are not on this machine", exc_info=True)
+            return None
 
     def _method(self, request: GenerateRequest) -> Method:
         if request.WhichOneof("method") == "settings":

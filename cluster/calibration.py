@@ -27,7 +27,14 @@ from kvstrata.methods.calibrated import CalibratedCodec
 from kvstrata.methods.predicted import PredictedCodec
 from kvstrata.methods.prediction_fit import fit_prediction
 from kvstrata.methods.presets import Method
-from kvstrata.methods.profile import SUFFIX, Profile, SideTables, read_arrays, write_arrays
+from kvstrata.methods.profile import (
+    MAX_PROFILE_BYTES,
+    SUFFIX,
+    Profile,
+    SideTables,
+    read_arrays,
+    write_arrays,
+)
 from kvstrata.protos.errors import ConfigurationError, InvalidRequestError
 from kvstrata.protos.identity import BLOCK_TOKENS
 
@@ -290,6 +297,13 @@ def _check_plan(model: Model, plan: CalibrationPlan) -> None:
             f"{plan.num_prediction_segments} segments of {plan.context} tokens are too few to "
             f"predict from {features} channels",
             "give more --prediction-segments, or 0",
+        )
+    num_bytes = spec.num_layers * features**2 // 4 * 4  # float16, from both layers
+    if plan.num_prediction_segments and num_bytes > MAX_PROFILE_BYTES * 7 // 8:
+        raise InvalidRequestError(
+            f"predicting this model's layers takes tables of about {num_bytes >> 20} MiB, a "
+            f"profile has at most {MAX_PROFILE_BYTES >> 20}",
+            "give --prediction-segments 0",
         )
 
 

@@ -113,7 +113,8 @@ def tune_gates(
             yield (loss + cost) / plan.batch
         keep_rates.note(step, kept)
 
-    identity = json.dumps([model.model_id.hex(), asdict(plan), [e.ids for e in drawn]])
+    examples = [[asdict(example) for example in group] for group in training]
+    identity = json.dumps([model.model_id.hex(), asdict(plan), examples])
     schedule = TuningSchedule(plan.num_steps, plan.learning_rate)
     tuner = Tuner(learned, schedule, out / "state.safetensors", identity)
     warm = [] if tuner.resume() else _warm(model, gates, training, plan, out, identity, tell)

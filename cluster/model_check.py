@@ -2,6 +2,7 @@
 
 from kvstrata.engine.errors import ModelNotFoundError, UnsupportedModelError
 from kvstrata.engine.model import Model
+from kvstrata.methods.gate_weights import GateError
 from kvstrata.methods.profile import ProfileError
 from kvstrata.protos.errors import ConfigurationError, UnknownModelError
 
@@ -22,15 +23,19 @@ def load_model(source: str | None, dtype: str) -> Model:
 
 
 def load_served_model(source: str | None, dtype: str) -> Model:
-    """Return a model whose profile, if it has one, can be used.
+    """Return a model whose profile and gates, if it has some, can be used and are known here.
 
     Raises:
         UnknownModelError: Nothing at ``source``.
-        ConfigurationError: As of ``load_model``, or the profile is damaged.
+        ConfigurationError: As of ``load_model``, or profile or gates are damaged.
     """
     model = load_model(source, dtype)
     try:
         _ = model.profile
     except ProfileError as error:
         raise ConfigurationError(str(error), "remove it, or run `kvstrata calibrate`") from error
+    try:
+        _ = model.gates
+    except GateError as error:
+        raise ConfigurationError(str(error), "remove them, or run `kvstrata tune gate`") from error
     return model

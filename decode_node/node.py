@@ -71,6 +71,7 @@ class Generation:
         self._clock = ReportClock("decode", traceparent)
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
+        self._order = worker.steps.next_order()
         self._replies: asyncio.Queue[GenerateReply | None] = asyncio.Queue()
         self._detokenizer = Detokenizer(worker.model.tokenizer, task.sampling.stop)
         self._generated = list(task.generated_ids)
@@ -118,7 +119,7 @@ class Generation:
         task, clock, steps = self._task, self._clock, self._worker.steps
         known = [*task.prompt_ids, *self._generated]
         cached = min(task.expected_blocks, num_prompt_blocks(len(known))) * BLOCK_TOKENS
-        async with self._worker.open(task, known, cached) as sequence:
+        async with self._worker.open(task, known, cached, self._order) as sequence:
             await self._prepare(sequence)
             start, begin = time.time(), time.perf_counter()
             first = [0.0]

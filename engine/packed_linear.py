@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 
 _ROWS = 8  # what the layout is chosen for; it serves all sizes alike
-_PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class PackedLinear:
@@ -32,7 +31,7 @@ class PackedLinear:
             ]
             self._bias = torch.cat(parts)
         self._is_packed = False
-        if weight.device.type == "cpu" and weight.dtype in _PACKED_DTYPES and _has_onednn():
+        if weight.device.type == "cpu" and _takes(weight.dtype):
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
             self._is_packed = True
         self._weight = weight
@@ -47,7 +46,9 @@ class PackedLinear:
         return F.linear(x, self._weight, self._bias)
 
 
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(
-        torch.ops.mkldnn, "_reorder_linear_weight"
-    )
+def _takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has the layout, and this processor the dtype."""
+    ops = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_reorder_linear_weight"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported())

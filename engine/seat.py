@@ -68,7 +68,6 @@ class Seat:
         opened: Resolved with the sequence.
         sequence: Once it has a place.
         job: What is being done; None while its owner does something else.
-        is_sealing: Whether another thread reads its memory, which must then stay.
     """
 
     method: Method
@@ -82,7 +81,6 @@ class Seat:
     opened: "Future[RunningSequence]" = field(default_factory=Future)
     sequence: RunningSequence | None = None
     job: Compute | Generate | None = None
-    is_sealing: bool = False
 
     @property
     def is_alone(self) -> bool:

@@ -274,7 +274,8 @@ def gates_for(model: Model, method: Method) -> GateWeights:
         GateError: They are not here, or of another model.
     """
     assert method.pipeline.gate is not None
-    gates = GATES.by_id(method.pipeline.gate.gates)
+    named, own = method.pipeline.gate.gates, model.gates
+    gates = own if own is not None and own.gates_id == named else GATES.by_id(named)
     if gates.model_id != model.model_id:
         raise GateError(f"gates {gates.gates_id} are those of another model")
     return gates

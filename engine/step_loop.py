@@ -23,6 +23,7 @@ from kvstrata.engine.stepper import Stepper
 from kvstrata.methods.framing import SealedBlock
 from kvstrata.methods.presets import Method
 from kvstrata.protos.errors import CapacityError, DrainingError
+from kvstrata.protos.identity import BLOCK_TOKENS
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -79,6 +80,11 @@ class StepLoop:
         self._post(work)
         return await asyncio.wrap_future(done)
 
+    def next_order(self) -> int:
+        """Return the place of a request among all, which it keeps when it is parked."""
+        self._num_asked += 1
+        return self._num_asked
+
     async def open(
         self,
         method: Method,
@@ -89,6 +95,7 @@ class StepLoop:
         deadline_unix_s: float = float("inf"),
         salt: bytes = b"",
         num_prompt: int | None = None,
+        order: int | None = None,
     ) -> RunningSequence:
         """Wait for room, and return a sequence in the pool; ``close`` it in the end.
 
@@ -100,21 +107,25 @@ class StepLoop:
             deadline_unix_s: When nobody waits any more; also of all that is done for it.
             salt: The tenant's secret part of the cache scope.
             num_prompt: How many of ``token_ids`` are the prompt; None for all.
+            order: Of ``next_order``, for a sequence that was parked; None for a new one.
 
         Raises:
             CapacityError: The pool is too small for it, even if it were alone.
             DeadlineError: There was no room in time.
             DrainingError: The loop has ended.
         """
-        codec = None if method.pipeline.stages else method.codec
-        needed = self.pool.bytes_for(codec, len(token_ids), num_cached)
+        is_pooled = not method.pipeline.stages and self.model.device.type == "cpu"
+        prompt = len(token_ids) if num_prompt is None else num_prompt
+        # What was generated fills block after block; one of them is rows at a time.
+        rows = max(prompt - num_cached, 0) + min(len(token_ids) - prompt, BLOCK_TOKENS)
+        codec = method.codec if is_pooled else None
+        needed = self.pool.bytes_for(codec, len(token_ids), len(token_ids) - rows)
         if needed > self.pool.arena.capacity_bytes:
             raise CapacityError(
                 f"{len(token_ids)} tokens need about {needed} bytes of KV memory, the node has "
                 f"{self.pool.arena.capacity_bytes}",
                 "shorten the prompt, or give the node a larger pool",
             )
-        self._num_asked += 1
         seat = Seat(
             method,
             token_ids,
@@ -122,8 +133,8 @@ class StepLoop:
             tenant,
             deadline_unix_s,
             salt,
-            num_prompt=len(token_ids) if num_prompt is None else num_prompt,
-            order=self._num_asked,
+            num_prompt=prompt,
+            order=self.next_order() if order is None else order,
         )
         seat.opened.set_running_or_notify_cancel()
         self._post(lambda: self._stepper.wait(seat))
@@ -180,17 +191,18 @@ class StepLoop:
         job.done.set_running_or_notify_cancel()
         await self.call(self._stepper.assign, sequence, job)
         done = asyncio.ensure_future(asyncio.wrap_future(job.done))
+        chunk: asyncio.Future[None] | None = None
         try:
             while not done.done():
                 chunk = asyncio.ensure_future(progress.get())
                 await asyncio.wait({chunk, done}, return_when=asyncio.FIRST_COMPLETED)
                 if chunk.done():
                     yield
-                else:
-                    chunk.cancel()
             await done
         finally:
             done.cancel()
+            if chunk is not None:
+                chunk.cancel()
 
     async def seal(self, sequence: RunningSequence, first: int, last: int) -> list[SealedBlock]:
         """Return blocks of a prompt sealed, see ``RunningSequence.seal``; passes go on meanwhile.
@@ -200,12 +212,7 @@ class StepLoop:
         Raises:
             ParkedError: It lost its memory.
         """
-        seat = await self.call(self._stepper.begin_seal, sequence)
-        try:
-            sealing = self._sealer.submit(sequence.seal, first, last)
-        except RuntimeError:  # it was shut down
-            raise _draining() from None
-        sealing.add_done_callback(lambda _: self._post(lambda: self._stepper.end_seal(seat)))
+        sealing = await self.call(self._begin_seal, sequence, first, last)
         return await asyncio.wrap_future(sealing)
 
     async def generate(self, sequence: RunningSequence, choose: Choose, sealed: Sealed) -> None:
@@ -237,6 +244,18 @@ class StepLoop:
 
     # What follows runs in the loop's thread.
 
+    def _begin_seal(
+        self, sequence: RunningSequence, first: int, last: int
+    ) -> Future[list[SealedBlock]]:
+        seat = self._stepper.begin_seal(sequence)
+        try:
+            sealing = self._sealer.submit(sequence.seal, first, last)
+        except RuntimeError:  # it was shut down
+            self._stepper.end_seal(seat)
+            raise _draining() from None
+        sealing.add_done_callback(lambda _: self._post(lambda: self._stepper.end_seal(seat)))
+        return sealing
+
     def _post(self, work: Callable[[], None]) -> None:
         with self._ending:
             if self._has_ended:
@@ -244,10 +263,10 @@ class StepLoop:
             self._inbox.put(work)
 
     def _run(self) -> None:
+        stepper = self._stepper
         while not self._is_stopping:
-            stepper = self._stepper
-            self._drain(wait_s=0.0 if stepper.has_work else _POLL_S)
             try:
+                self._drain(wait_s=0.0 if stepper.has_work else _POLL_S)
                 stepper.expire()
                 stepper.admit()
                 stepper.step()

@@ -4,6 +4,7 @@ _KEPT = 0.8  # of an estimate, when a new time comes in
 MIN_CHUNK, MAX_CHUNK = 16, 512
 # Before anything was measured: a pass, and a token of a prompt, in seconds.
 _FIRST_PASS_S, _FIRST_TOKEN_S = 0.05, 0.002
+_LEAST_TOKEN_S = 1e-6  # a pass may take no longer with tokens of a prompt than the estimate without
 
 
 class StepTimes:
@@ -35,7 +36,7 @@ class StepTimes:
             self._passes_s[num_generated] = _KEPT * old + (1 - _KEPT) * seconds
         else:
             base = self.pass_s(num_generated) if num_generated else 0.0
-            own = max(seconds - base, 0.0) / num_prompt
+            own = max((seconds - base) / num_prompt, _LEAST_TOKEN_S)
             old_own = own if self._token_s is None else self._token_s
             self._token_s = _KEPT * old_own + (1 - _KEPT) * own
 

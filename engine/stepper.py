@@ -54,6 +54,7 @@ class Stepper:
         self._waiting: list[Seat] = []
         self._seats: dict[int, Seat] = {}
         self._turns: dict[int, Iterator[Turn]] = {}
+        self._sealing: set[Seat] = set()  # also those that left: their memory is held till the end
 
     @property
     def has_work(self) -> bool:
@@ -72,7 +73,7 @@ class Stepper:
             self._fair.leave(seat.tenant)
         elif seat.sequence is not None and self._seats.pop(id(seat.sequence), None) is seat:
             self._turns.pop(id(seat.sequence), None)
-            if not seat.is_sealing:
+            if seat not in self._sealing:
                 seat.close()
             self._fair.leave(seat.tenant)
 
@@ -85,9 +86,14 @@ class Stepper:
 
     def fail_all(self, error: Exception) -> None:
         """Tell every owner an error, and free everything."""
-        for seat in [*self._waiting, *self._seats.values()]:
+        seats = [*self._waiting, *self._seats.values()]
+        for seat in seats:
             seat.fail(error)
-            self.leave(seat)
+        for seat in seats:
+            try:
+                self.leave(seat)
+            except Exception:
+                logger.exception("a sequence's memory was not given back")
 
     def assign(self, sequence: RunningSequence, job: Compute | Generate) -> None:
         """Begin a job; its future tells how it ends."""
@@ -109,13 +115,9 @@ class Stepper:
             if seat.deadline_unix_s <= now and (seat.job is not None or not seat.opened.done()):
                 self.counts.add("expired")
                 where = "while it waited for memory" if seat.sequence is None else "in mid-run"
-                seat.fail(
-                    DeadlineError(
-                        f"the request's deadline is over {where}",
-                        "raise the timeout or ask for fewer tokens",
-                    )
-                )
-                self.leave(seat)
+                sentence = f"the request's deadline is over {where}"
+                remedy = "raise the timeout or ask for fewer tokens"
+                self._blame(seat, DeadlineError(sentence, remedy))
 
     def _by_turn(self, seats: Sequence[Seat]) -> list[Seat]:
         return sorted(seats, key=lambda seat: (self._fair.served(seat.tenant), seat.order))
@@ -123,7 +125,8 @@ class Stepper:
     def admit(self) -> None:
         """Give places to those who wait, as far as memory goes; whose turn it is first."""
         for seat in self._by_turn(self._waiting):
-            if self._seats and self._free_bytes() < seat.num_bytes + self._growth():
+            wanted = seat.num_bytes + self._growth()
+            if (self._seats or self._sealing) and self._free_bytes() < wanted:
                 return
             try:
                 sequence = new_sequence(
@@ -137,8 +140,7 @@ class Stepper:
             except ArenaFullError:
                 return
             except Exception as error:
-                seat.fail(error)
-                self.leave(seat)
+                self._blame(seat, error)
                 continue
             self._waiting.remove(seat)
             seat.sequence = sequence
@@ -173,7 +175,7 @@ class Stepper:
             except ArenaFullError:
                 if self._park_for(seat):
                     continue
-                if len(self._seats) == 1:
+                if self._is_only(seat):
                     raise self._too_small(seat) from None
                 self._park(seat)
                 raise ParkedError from None
@@ -188,13 +190,13 @@ class Stepper:
         if seat is None:
             raise ParkedError
         assert seat.job is None, "one thing at a time"
-        seat.is_sealing = True
+        self._sealing.add(seat)
         self.pool.arena.hold_still()
         return seat
 
     def end_seal(self, seat: Seat) -> None:
         """End ``begin_seal``; whoever left meanwhile gives the memory back now."""
-        seat.is_sealing = False
+        self._sealing.discard(seat)
         self.pool.arena.let_move()
         if self._seats.get(id(seat.sequence)) is not seat:
             seat.close()
@@ -215,6 +217,7 @@ class Stepper:
         assert job is not None
         if id(sequence) not in self._turns:
             self._turns[id(sequence)] = turns(sequence, job, seat.num_prompt, self._chunk)
+        begin = time.perf_counter()
         try:
             turn = next(self._turns[id(sequence)], None)
         except Exception as error:
@@ -225,6 +228,8 @@ class Stepper:
             self._finish(seat, job)
             return
         self.counts.add_pass(turn.num_generated, turn.num_prompt)
+        if self.model.device.type != "cpu":  # where nobody shares a pass
+            self.times.add(turn.num_generated, turn.num_prompt, time.perf_counter() - begin)
         self._fair.charge(seat.tenant, prompt=turn.num_prompt, generated=turn.num_generated)
 
     def _chunk(self) -> int:
@@ -290,12 +295,15 @@ class Stepper:
             except ArenaFullError:
                 if self._park_for(seat):
                     continue
-                if len(self._seats) == 1:
+                if self._is_only(seat):
                     self._blame(seat, self._too_small(seat))
-                elif not any(other.is_sealing for other in self._seats.values()):
+                elif not self._sealing:
                     self._park(seat)  # else memory is held still: better luck in the next pass
                 return False
         return False
+
+    def _is_only(self, seat: Seat) -> bool:
+        return len(self._seats) == 1 and not self._sealing - {seat}
 
     def _too_small(self, seat: Seat) -> CapacityError:
         return CapacityError(
@@ -311,7 +319,7 @@ class Stepper:
             for other in self._seats.values()
             if other is not seat
             and not other.is_alone
-            and not other.is_sealing
+            and other not in self._sealing
             and other.order > seat.order
         ]
         if not others:
@@ -327,11 +335,14 @@ class Stepper:
 
     def _forward(self, spans: Sequence[Span], seats: Sequence[Seat]) -> list[torch.Tensor]:
         """Run the pass; if it fails, each alone, so that only who is to blame fails."""
+        before = {seat.cache.slot: self.pool.saliency[seat.cache.slot].clone() for seat in seats}
         try:
             return list(self.model.forward_batch(spans))
         except Exception:
             self.counts.add("failed_passes")
             logger.exception("a pass failed; its sequences run one by one")
+        for slot, sums in before.items():  # layers that ran have counted
+            self.pool.saliency[slot] = sums
         rows: list[torch.Tensor] = []
         for span, seat in zip(spans, seats, strict=True):
             try:

@@ -8,7 +8,7 @@ them.
 Legend: L layers, H KV heads, n tokens, E model width.
 
 Source:
-    Attention-Gate, arXiv:2410.12876. It leaves the module's sizes open; n' = 4 heads of d' = 16,
+    Attention-Gate, arXiv:2410.12876. It leaves the module's sizes open; n' = 2 heads of d' = 16,
     and a context of one block, are ours.
 """
 

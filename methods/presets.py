@@ -176,9 +176,11 @@ def _codec(settings: MethodSettings, pipeline: Pipeline, profile: Profile | None
             f"use {', '.join(map(repr, CODECS))}, or give a preset",
         )
     if pipeline.quantise is not None:
-        _refuse_foreign(settings, CalibratedCodec.name)
-        bits = _bits(settings) if settings.HasField("bits") else None
-        return zipcache_codec(pipeline.quantise, name, bits, profile)
+        wanted = zipcache_codec(pipeline.quantise, name, profile)
+        _refuse_foreign(settings, wanted)
+        if wanted == ZipCacheCodec.name:
+            return ZipCacheCodec(pipeline.quantise)
+        return _calibrated(settings, wanted, profile, pipeline.quantise.mean_bits)
     if not name:
         without = ZipCacheCodec.name if pipeline.leaves_out else FallbackCodec.name
         name = without if profile is None else CalibratedCodec.name
@@ -214,7 +216,10 @@ def _refuse_foreign(settings: MethodSettings, codec: str) -> None:
             )
 
 
-def _calibrated(settings: MethodSettings, name: str, profile: Profile | None) -> CalibratedCodec:
+def _calibrated(
+    settings: MethodSettings, name: str, profile: Profile | None, bits: float | None = None
+) -> CalibratedCodec:
+    """Return the codec of a profile; ``bits`` are aimed at where the settings have no target."""
     if profile is None:
         raise UnknownPresetError(
             f"the served model has no profile, which codec {name!r} needs",
@@ -232,7 +237,7 @@ def _calibrated(settings: MethodSettings, name: str, profile: Profile | None) ->
         raise LimitError("bits and max_kl are both given", "give one target")
     if has_kl and not 0 < settings.max_kl < 100:
         raise LimitError(f"max_kl must be above 0, not {settings.max_kl}", "use one such as 0.01")
-    default = PREDICTED_BITS if predicts else PRESET_BITS[DEFAULT_PRESET]
+    default = bits or (PREDICTED_BITS if predicts else PRESET_BITS[DEFAULT_PRESET])
     if has_kl:
         threshold = threshold_for_kl(rates, settings.max_kl)
     else:

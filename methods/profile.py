@@ -153,7 +153,13 @@ class Profile:
         return arrays | _side_arrays("value", self.values)
 
     def save(self, path: Path) -> None:
-        """Write the profile to ``path``, whole or not at all."""
+        """Write the profile to ``path``, whole or not at all.
+
+        Raises:
+            ProfileError: It is larger than a profile may be; what is at ``path`` stays.
+        """
+        if sum(array.nbytes for array in self.arrays().values()) > MAX_PROFILE_BYTES:
+            raise ProfileError("it is larger than any profile may be")
         write_arrays(path, {"note": np.array(self.note), **self.arrays()}, pack=True)
 
     def threshold_for_bits(self, bits: float) -> float:

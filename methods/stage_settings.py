@@ -3,8 +3,7 @@
 from dataclasses import fields, replace
 from typing import Any
 
-from kvstrata.methods.calibrated import calibrated_codec
-from kvstrata.methods.codec import BlockCodec
+from kvstrata.methods.calibrated import CalibratedCodec
 from kvstrata.methods.gate_weights import GATES, GateError, GateWeights
 from kvstrata.methods.pipeline import STAGES, Pipeline
 from kvstrata.methods.profile import Profile
@@ -93,22 +92,20 @@ def with_gates(pipeline: Pipeline, profile: Profile | None, gates: GateWeights |
     )
 
 
-def zipcache_codec(
-    stage: ZipCache, codec: str, bits: float | None, profile: Profile | None
-) -> BlockCodec:
-    """Return the codec that ZipCache quantises by.
+def zipcache_codec(stage: ZipCache, codec: str, profile: Profile | None) -> str:
+    """Return the name of the codec that ZipCache quantises by.
 
     Args:
         stage: Its settings.
         codec: The codec that was asked for; empty for none.
-        bits: Stored bits per element to aim at with ``strata``; None for the stage's mean.
         profile: Of the served model.
 
     Raises:
         MethodConflictError: Another codec was asked for.
         UnknownPresetError: ``strata`` without a profile.
     """
-    wanted = ZipCacheCodec.name if stage.quantiser == "published" else "calibrated"
+    is_published = stage.quantiser == "published"
+    wanted = ZipCacheCodec.name if is_published else CalibratedCodec.name
     if codec not in ("", wanted):
         raise MethodConflictError(
             f"zipcache with quantiser {stage.quantiser!r} stores by codec {wanted!r}, "
@@ -116,12 +113,9 @@ def zipcache_codec(
             "leave codec out, or choose the other quantiser",
             rule="zipcache_quantiser",
         )
-    if stage.quantiser == "published":
-        return ZipCacheCodec(stage)
-    if profile is None:
+    if not is_published and profile is None:
         raise UnknownPresetError(
             "the served model has no profile, which zipcache's quantiser 'strata' needs",
             "run `kvstrata calibrate`, or use quantiser 'published'",
         )
-    target = stage.mean_bits if bits is None else bits
-    return calibrated_codec(profile, profile.threshold_for_bits(target))
+    return wanted

@@ -46,19 +46,19 @@ class PrefillNode:
         return report.SerializeToString()
 
     async def _prefill(self, task: Task) -> CacheReport:
-        clock = ReportClock("prefill")
+        clock, order = ReportClock("prefill"), self._worker.steps.next_order()
         while task.method.reads_all:
             try:
-                await self._provide(task, clock)
+                await self._provide(task, clock, order)
                 break
             except ParkedError:
                 clock.recompute("parked", 0)
         return clock.report
 
-    async def _provide(self, task: Task, clock: ReportClock) -> None:
+    async def _provide(self, task: Task, clock: ReportClock, order: int) -> None:
         worker, num_blocks = self._worker, num_prompt_blocks(len(task.prompt_ids))
         expected = min(task.expected_blocks, num_blocks)
-        async with worker.open(task, task.prompt_ids, expected * BLOCK_TOKENS) as sequence:
+        async with worker.open(task, task.prompt_ids, expected * BLOCK_TOKENS, order) as sequence:
             await load_cached(worker, sequence, expected, task, clock)
             async with contextlib.aclosing(Flight(worker, sequence, task, clock)) as flight:
                 sealed = await provide_blocks(worker, sequence, num_blocks, task, clock, flight)

@@ -129,7 +129,7 @@ class Worker:
 
     @contextlib.asynccontextmanager
     async def open(
-        self, task: Task, token_ids: Sequence[int], num_cached: int
+        self, task: Task, token_ids: Sequence[int], num_cached: int, order: int
     ) -> AsyncIterator[RunningSequence]:
         """Wait for room and hold a sequence of a task; see ``StepLoop.open``.
 
@@ -145,6 +145,7 @@ class Worker:
             deadline_unix_s=task.deadline_unix_s,
             salt=task.salt,
             num_prompt=len(task.prompt_ids),
+            order=order,
         )
         try:
             yield sequence

@@ -1,6 +1,7 @@
 """The step loop: many sequences at once, each as if alone; who waits, who is parked, what fails."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 
@@ -63,6 +64,7 @@ class Client:
         self.times: list[float] = []
         self.blocks: dict[int, SealedBlock] = {}
         self.parked = 0
+        self.order = steps.next_order()
 
     def choose(self, logits: torch.Tensor) -> int | None:
         self.tokens.append(int(logits.argmax()))
@@ -82,7 +84,13 @@ class Client:
 
     async def _run(self) -> None:
         known, steps = [*self.prompt, *self.tokens], self.steps
-        sequence = await steps.open(self.method, known, **self.how)  # type: ignore[arg-type]
+        sequence = await steps.open(
+            self.method,
+            known,
+            num_prompt=len(self.prompt),
+            order=self.order,
+            **self.how,  # type: ignore[arg-type]
+        )
         try:
             stored = [self.blocks[i] for i in range(len(self.blocks))]
             if stored:
@@ -366,3 +374,105 @@ async def test_a_sequence_can_be_used_by_hand_between_passes(
     torch.testing.assert_close(logits, plain.extend(prompt)[0], rtol=2e-3, atol=2e-3)
     await steps.close(sequence)
     await steps.close(sequence)
+
+
+class SlowSeal:
+    """Lets the sealing of a sequence last until it is told to end."""
+
+    def __init__(self, sequence: RunningSequence, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.may_end = threading.Event()
+        self.begun = threading.Event()
+        seal = sequence.seal
+
+        def slow(first: int, last: int) -> list[SealedBlock]:
+            self.begun.set()
+            assert self.may_end.wait(SOON_S)
+            return seal(first, last)
+
+        monkeypatch.setattr(sequence, "seal", slow)
+
+
+async def test_memory_of_one_who_left_while_it_was_sealed_is_waited_for(
+    model: Model, methods: dict[tuple[str, str], Method], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has a place any more, but the memory is not free yet: that is no small pool."""
+    method = methods["wide", "exact"]
+    steps = StepLoop(model, small(model, 500))
+    try:
+        first = await steps.open(method, prompt_of(150))
+        async for _ in steps.compute(first, 128):
+            pass
+        slow = SlowSeal(first, monkeypatch)
+        sealing = asyncio.create_task(steps.seal(first, 0, 2))
+        assert await asyncio.to_thread(slow.begun.wait, SOON_S)
+        sealing.cancel()
+        await steps.close(first)
+        client = Client(steps, method, prompt_of(150, seed=1))
+        other = asyncio.create_task(client.run())
+        await asyncio.sleep(0.2)
+        assert not client.tokens
+        slow.may_end.set()
+        async with asyncio.timeout(SOON_S):
+            assert await other == alone(model, method, client.prompt)
+    finally:
+        slow.may_end.set()
+        await asyncio.to_thread(steps.stop)
+    assert steps.pool.arena.used_bytes == 0
+
+
+async def test_a_cancelled_seal_lets_go_of_everything(
+    model: Model,
+    methods: dict[tuple[str, str], Method],
+    steps: StepLoop,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where the cancel comes before the owner has heard that sealing began."""
+    for _ in range(3):
+        sequence = await steps.open(methods["wide", "exact"], prompt_of(100))
+        async for _ in steps.compute(sequence, 64):
+            pass
+        slow = SlowSeal(sequence, monkeypatch)
+        sealing = asyncio.create_task(steps.seal(sequence, 0, 1))
+        await asyncio.sleep(0)  # it asks the loop's thread
+        assert slow.begun.wait(SOON_S)  # which began, while this thread heard nothing of it
+        sealing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sealing
+        await steps.close(sequence)
+        slow.may_end.set()
+        async with asyncio.timeout(SOON_S):
+            while await steps.call(lambda: steps.pool.arena.used_bytes):
+                await asyncio.sleep(0.01)
+    assert steps.pool.num_free_slots == 64
+    assert steps.pool.arena._num_still == 0
+
+
+async def test_a_pass_that_fails_counts_no_saliency(
+    model: Model,
+    methods: dict[tuple[str, str], Method],
+    steps: StepLoop,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Layers that ran before it failed have counted, and count again when each runs alone."""
+    forward, failures = model.forward_batch, []
+
+    def fail(spans: Sequence[Span]) -> torch.Tensor:
+        if len(spans) > 1 and len(failures) < 5:
+            failures.append(len(spans))
+            steps.pool.saliency += 1.0
+            raise ArithmeticError("in the last layer")
+        return forward(spans)
+
+    monkeypatch.setattr(model, "forward_batch", fail)
+    method = methods["wide", "frame"]
+    clients = [Client(steps, method, prompt_of(30, seed=i), count=60) for i in range(2)]
+    got = await gathered(*clients)
+    monkeypatch.undo()
+    assert len(failures) == 5
+    for client, tokens in zip(clients, got, strict=True):
+        assert tokens == alone(model, method, client.prompt, 60)
+        plain = Client(steps, method, client.prompt, count=60)
+        await plain.run()
+        assert client.blocks.keys() == plain.blocks.keys()
+        for number, block in client.blocks.items():
+            assert block.frames == plain.blocks[number].frames

@@ -52,3 +52,12 @@ def test_the_first_guess_is_a_guess_and_nothing_fails() -> None:
     assert MIN_CHUNK <= times.chunk(3) <= MAX_CHUNK
     times.add(0, 64, 0.1)
     assert times.prompt_token_s == pytest.approx(0.1 / 64)
+
+
+def test_a_pass_that_took_no_longer_for_its_prompt_does_not_end_the_estimate() -> None:
+    """The first pass of all is cold, so that the second is faster although it does more."""
+    times = StepTimes(2.0)
+    times.add(1, 0, 1.0)
+    times.add(1, 30, 0.5)
+    assert times.chunk(1) == MAX_CHUNK
+    assert times.prompt_token_s > 0
