@@ -397,7 +397,7 @@ async def test_memory_of_one_who_left_while_it_was_sealed_is_waited_for(
 ) -> None:
     """Nobody has a place any more, but the memory is not free yet: that is no small pool."""
     method = methods["wide", "exact"]
-    steps = StepLoop(model, small(model, 500))
+    steps = StepLoop(model, small(model, 420))
     try:
         first = await steps.open(method, prompt_of(150))
         async for _ in steps.compute(first, 128):
@@ -407,13 +407,13 @@ async def test_memory_of_one_who_left_while_it_was_sealed_is_waited_for(
         assert await asyncio.to_thread(slow.begun.wait, SOON_S)
         sealing.cancel()
         await steps.close(first)
-        client = Client(steps, method, prompt_of(150, seed=1))
+        client = Client(steps, method, prompt_of(150, seed=1), count=2)
         other = asyncio.create_task(client.run())
         await asyncio.sleep(0.2)
         assert await steps.call(lambda: len(steps._stepper._waiting)) == 1
         slow.may_end.set()
         async with asyncio.timeout(SOON_S):
-            assert await other == alone(model, method, client.prompt)
+            assert await other == alone(model, method, client.prompt, 2)
     finally:
         slow.may_end.set()
         await asyncio.to_thread(steps.stop)
