@@ -171,9 +171,8 @@ def main() -> int:
             "blocks": options.blocks,
             "left_out": left_out,
         }
-        others = records.saved("kernels", facts) if options.update else []
-        ops = {row["op"] for row in found}
-        records.save("kernels", [row for row in others if row["op"] not in ops] + found, **facts)
+        rows = records.joined("kernels", found, ("op",), facts) if options.update else found
+        records.save("kernels", rows, **facts)
     if options.json:
         for row in found:
             print(json.dumps(row))

@@ -195,15 +195,15 @@ def main() -> int:
     jobs = [(t, schemes if len(t.context.prompt) == first else fewer) for t in found_contexts]
     measured: list[Measured] = []
     found: list[dict[str, Any]] = []
+    facts = records.machine(*PACKAGES) | {"model": model.name, "seed": options.seed}
     for done, part in enumerate(run(model, jobs, options), start=1):
         measured += part
         found = rows(measured, model.name)
         if options.add:
-            found = records.joined("methods", found, ("method", "budget", "tokens"))
+            found = records.joined("methods", found, ("method", "budget", "tokens"), facts)
         if not options.no_save:
-            facts = records.machine(*PACKAGES)
-            facts |= {"model": model.name, "seed": options.seed, "left_out": [*missing, *short]}
-            records.save("methods", found, **facts, contexts_done=f"{done} of {len(jobs)}")
+            left_out, contexts_done = [*missing, *short], f"{done} of {len(jobs)}"
+            records.save("methods", found, **facts, left_out=left_out, contexts_done=contexts_done)
             draw_quality([r for r in found if r["tokens"] == first], records.FOLDER)
     if options.json:
         for row in found:

@@ -301,9 +301,9 @@ def main() -> int:
     options = parser.parse_args()
     rows = asyncio.run(run(options))
     if not (options.quick or options.no_save):
-        known = records.load("store") if options.part else []
-        kept = [one for one in known if part_of(one) not in options.part]
         facts = records.machine(*PACKAGES) | store_peers.versions()
+        known = records.saved("store", facts) if options.part else []
+        kept = [one for one in known if part_of(one) not in options.part]
         records.save("store", kept + rows, **facts)
     if options.json:
         for one in rows:

@@ -31,20 +31,14 @@ def machine(*packages: str) -> dict[str, Any]:
     }
 
 
-def load(name: str) -> list[dict[str, Any]]:
-    """Return the rows of ``results/<name>.json``; none without the file."""
-    path = FOLDER / f"{name}.json"
-    return json.loads(path.read_text())["rows"] if path.exists() else []
-
-
 def saved(name: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of ``results/<name>.json``; none if it is of other facts, or not there."""
+    """Return the rows of ``results/<name>.json``; none if it is absent or of other facts."""
     path = FOLDER / f"{name}.json"
     if not path.exists():
         return []
     head = json.loads(path.read_text("utf-8"))
     rows: list[dict[str, Any]] = head.pop("rows")
-    return rows if head == facts else []
+    return rows if head.items() >= facts.items() else []
 
 
 def save(name: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
@@ -57,7 +51,9 @@ def save(name: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
     return path
 
 
-def joined(name: str, rows: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the rows saved as ``name``, those with equal ``keys`` replaced, and the new ones."""
+def joined(
+    name: str, rows: list[dict[str, Any]], keys: Sequence[str], facts: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the rows saved as ``name`` under equal facts, less those with equal keys, and ours."""
     ours = {tuple(row[key] for key in keys) for row in rows}
-    return [row for row in load(name) if tuple(row[key] for key in keys) not in ours] + rows
+    return [row for row in saved(name, facts) if tuple(row[key] for key in keys) not in ours] + rows

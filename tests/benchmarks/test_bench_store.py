@@ -82,7 +82,7 @@ def test_a_part_that_is_measured_again_replaces_that_part_only() -> None:
         {"op": "index", "tier": "dram"},
     ]
     assert [bench_store.part_of(row) for row in rows] == ["dram", "redis", "lookup", "index"]
-    assert records.load("no such benchmark") == []
+    assert records.saved("no such benchmark", {}) == []
 
 
 async def test_a_peer_that_dies_tells_why(tmp_path: Path) -> None:

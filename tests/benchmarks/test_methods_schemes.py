@@ -66,8 +66,10 @@ def test_new_rows_take_the_place_of_those_with_the_same_keys(
 ) -> None:
     monkeypatch.setattr(records, "FOLDER", tmp_path)
     old = [{"method": "a", "kl": 1}, {"method": "b", "kl": 2}]
-    assert records.joined("none", old, ("method",)) == old
+    assert records.joined("none", old, ("method",), {}) == old
     records.save("some", old, seed=0)
-    found = records.joined("some", [{"method": "a", "kl": 3}], ("method",))
+    new = [{"method": "a", "kl": 3}]
+    assert records.joined("some", new, ("method",), {"seed": 1}) == new  # another machine's, say
+    found = records.joined("some", new, ("method",), {"seed": 0})
     assert found == [{"method": "b", "kl": 2}, {"method": "a", "kl": 3}]
     assert json.loads((tmp_path / "some.json").read_text())["seed"] == 0

@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -12,6 +13,7 @@ from kvstrata.cluster.admission import Admission, sampling_params
 from kvstrata.engine import Model
 from kvstrata.kvstore_service.testing import LocalStore
 from kvstrata.prefill_node import PrefillNode, WorkerConfig
+from kvstrata.protos.errors import UnknownPresetError
 from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.inference_pb2 import (
     ChatMessage,
@@ -168,6 +170,14 @@ async def test_another_version_of_the_protocol_is_refused(cluster: Cluster) -> N
 @pytest.fixture
 async def checks(config: WorkerConfig, model: Model, store: LocalStore) -> Admission:
     return Admission(await PrefillNode(config).info(), model.tokenizer, b"tenant")
+
+
+async def test_gates_that_only_the_workers_have_trouble_nobody_else(checks: Admission) -> None:
+    elsewhere = replace(checks, info=replace(checks.info, gates_id="ab" * 16))
+    assert elsewhere.preset("exact").codec.name == "exact"
+    assert elsewhere.preset("") == checks.preset("")
+    with pytest.raises(UnknownPresetError, match="gates"):
+        elsewhere.preset("attention-gate")
 
 
 async def test_a_task_has_all_that_a_node_needs(checks: Admission, model: Model) -> None:

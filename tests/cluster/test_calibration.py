@@ -5,6 +5,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,6 +76,16 @@ class Log:
 
     def stage(self, name: str) -> list[int]:
         return [done for stage, done, _ in self.told if stage == name]
+
+
+def test_predictions_too_large_for_a_profile_are_refused_before_any_work() -> None:
+    """A profile that cannot be loaded once replaced a good one, after hours."""
+    spec = SimpleNamespace(num_layers=32, num_kv_heads=32, head_dim=128, max_positions=4096)
+    llama_2_7b: Any = SimpleNamespace(spec=spec)
+    plan = CalibrationPlan(num_prediction_segments=96)
+    with pytest.raises(InvalidRequestError, match="8192 MiB"):
+        calibration._check_plan(llama_2_7b, plan)
+    calibration._check_plan(llama_2_7b, replace(plan, num_prediction_segments=0))
 
 
 def test_a_calibrated_model_has_a_usable_profile(model: Model, tmp_path: Path) -> None:

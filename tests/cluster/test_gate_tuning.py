@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,18 @@ def test_a_second_run_goes_on_where_the_first_stopped(tiny: Model, tmp_path: Pat
     whole = tuned(tiny, tmp_path / "b")
     assert again.gates.gates_id == whole.gates.gates_id
     assert again.keep_rates == whole.keep_rates
+
+
+@pytest.mark.parametrize("change", ["text", "gated"])
+def test_other_examples_start_anew(tiny: Model, tmp_path: Path, change: str) -> None:
+    """Also with a warm-up alone, whose examples are others than those of the steps after."""
+    plan = replace(PLAN, num_steps=0) if change == "text" else PLAN
+    first = tuned(tiny, tmp_path, plan)
+    examples = cut(tiny, TEXT[::-1] if change == "text" else TEXT, plan)
+    if change == "gated":
+        examples = [replace(example, num_gated=example.num_gated // 2) for example in examples]
+    other = tune_gates(tiny, [examples], plan, tmp_path, quietly)
+    assert other.gates.gates_id != first.gates.gates_id
 
 
 def test_importance_is_what_later_blocks_attend_to() -> None:

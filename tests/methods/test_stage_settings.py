@@ -103,6 +103,25 @@ def test_zipcache_brings_its_codec(profile: Profile):
     assert from_settings(settings_of("zipcache"), None) == published
 
 
+def test_zipcache_takes_every_setting_of_its_codec_or_refuses_it(profile: Profile):
+    aimed = settings_of(zipcache={})
+    aimed.max_kl = 0.01
+    aimed.key_form = "frame"
+    codec = from_settings(aimed, profile).codec
+    assert isinstance(codec, CalibratedCodec)
+    assert (codec.threshold, codec.form) == (profile.threshold_for_kl(0.01), "frame")
+    for field, value in (("bits", 2.0), ("max_kl", 0.01), ("key_form", "frame")):
+        published = settings_of(zipcache={"quantiser": "published"})
+        setattr(published, field, value)
+        with pytest.raises(LimitError, match=field):
+            from_settings(published, profile)
+    for field, value in (("max_kl", -1.0), ("key_form", "none"), ("bits", 99.0)):
+        wrong = settings_of(zipcache={})
+        setattr(wrong, field, value)
+        with pytest.raises(LimitError):
+            from_settings(wrong, profile)
+
+
 @pytest.mark.parametrize(
     ("codec", "quantiser"),
     [("exact", "strata"), ("fallback", "published"), ("zipcache", "strata")],
