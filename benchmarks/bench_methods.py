@@ -68,7 +68,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-save", action="store_true", help="leave results/ as it is")
     options = parser.parse_args(arguments)
     partial = bool(options.schemes) and not options.add
-    options.no_save |= options.quick or partial or bool(options.model)
+    other = bool(options.model) or bool(options.seed) or options.contexts is not None
+    options.no_save |= options.quick or partial or other
     return options
 
 
@@ -106,7 +107,7 @@ def schemes_of(
     every = [
         methods_catalogue.whole(),
         *methods_catalogue.eviction(budgets, options.seed, has_kvpress=has_kvpress),
-        *methods_catalogue.gated(model.gates, budgets),
+        *methods_catalogue.gated(model.gates, model.profile, budgets),
         *methods_catalogue.coded(model.profile, budgets),
         *methods_catalogue.zipvl(taus),
         *codecs,

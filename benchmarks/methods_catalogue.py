@@ -22,7 +22,6 @@ from methods_schemes import (
     sparse,
 )
 
-from kvstrata.methods.attention_gate import AttentionGate
 from kvstrata.methods.gate_weights import GateWeights
 from kvstrata.methods.h2o import H2O
 from kvstrata.methods.pipeline import Pipeline
@@ -66,14 +65,17 @@ def whole() -> MethodScheme:
     return Evicted("uncompressed", 1.0, everything)
 
 
-def gated(gates: GateWeights | None, budgets: Sequence[float]) -> list[MethodScheme]:
+def gated(
+    gates: GateWeights | None, profile: Profile | None, budgets: Sequence[float]
+) -> list[MethodScheme]:
     """Return trained gates as they are served, and as an order of tokens at every budget."""
     if gates is None:
         return []
     ordered = [
         Evicted("attention-gate order", budget, by_gate(budget), peer=False) for budget in budgets
     ]
-    return [Gated(AttentionGate(gates=gates.gates_id), gates.keep_rate), *ordered]
+    served = from_preset("attention-gate", profile, gates)
+    return [Gated(served, gates.keep_rate), *ordered]
 
 
 def coded(profile: Profile | None, budgets: Sequence[float]) -> list[MethodScheme]:

@@ -21,7 +21,6 @@ from kvstrata.engine.kept_cache import KeptCache
 from kvstrata.engine.model import Model
 from kvstrata.engine.selecting_sequence import SelectingSequence
 from kvstrata.engine.sequence import PROBE_FRACTION, RunningSequence
-from kvstrata.methods.attention_gate import AttentionGate
 from kvstrata.methods.exact import ExactCodec
 from kvstrata.methods.gate_weights import GateWeights
 from kvstrata.methods.h2o import H2O
@@ -258,11 +257,11 @@ class Gated:
     """Attention-Gate as it is served: the prompt is run again, and gates act before attention.
 
     Attributes:
-        stage: Its gates and threshold.
+        method: The preset: its gates, and a codec that says which layers are not gated.
         budget: What the gates were trained to keep.
     """
 
-    stage: AttentionGate
+    method: Method
     budget: float
     name: str = "attention-gate"
     peer: bool = False
@@ -270,8 +269,7 @@ class Gated:
     def store(self, prompt: Observed) -> Stored:
         """Run the prompt and drop what its gates drop; see ``MethodScheme.store``."""
         num_blocks = (len(prompt.ids) - 1) // BLOCK_TOKENS
-        method = Method(PUBLISHED, pipeline=Pipeline.of(self.stage))
-        sequence = SelectingSequence(prompt.model, method, prompt.ids)
+        sequence = SelectingSequence(prompt.model, self.method, prompt.ids)
         start = time.perf_counter()
         for _ in sequence.compute(num_blocks * BLOCK_TOKENS):
             pass

@@ -9,8 +9,8 @@ import records
 from methods_schemes import Evicted, Gated, Observed, by_gate, everything
 
 from kvstrata.engine import Model
-from kvstrata.methods.attention_gate import AttentionGate
 from kvstrata.methods.gate_weights import GATES, GateWeights
+from kvstrata.methods.presets import from_preset
 from tests.benchmarks.test_codec_measures import model
 from tests.engine.test_sequence import one_thread
 from tests.methods.gates import random_gates
@@ -45,7 +45,7 @@ def test_the_order_of_gates_fills_the_budget_and_keeps_the_newest(prompt: Observ
 
 
 def test_gates_are_served_as_requests_get_them(prompt: Observed, gates: GateWeights) -> None:
-    stored = Gated(AttentionGate(gates=gates.gates_id), 0.5).store(prompt)
+    stored = Gated(from_preset("attention-gate", None, gates), 0.5).store(prompt)
     whole = prompt.scores.saliency.numel() * 2 * prompt.model.spec.head_dim * 16
     assert 0.2 * whole < stored.num_bits < 0.95 * whole
     logits = prompt.model.forward_all(stored.cache, IDS[:3])
@@ -54,11 +54,11 @@ def test_gates_are_served_as_requests_get_them(prompt: Observed, gates: GateWeig
 
 def test_a_short_run_leaves_out_what_only_a_full_one_has(gates: GateWeights) -> None:
     schemes = methods_catalogue.eviction((0.5, 0.3), 0, has_kvpress=True)
-    schemes += methods_catalogue.gated(gates, (0.5, 0.3))
+    schemes += methods_catalogue.gated(gates, None, (0.5, 0.3))
     found = {(s.name, s.budget) for s in schemes if methods_catalogue.is_short(s)}
     assert {("h2o", 0.3), ("random", 0.5), ("attention-gate", 0.5)} < found
     assert not {("random", 0.3), ("uniform", 0.5)} & found
-    assert methods_catalogue.gated(None, (0.5,)) == []
+    assert methods_catalogue.gated(None, None, (0.5,)) == []
 
 
 def test_new_rows_take_the_place_of_those_with_the_same_keys(

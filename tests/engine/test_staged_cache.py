@@ -118,6 +118,52 @@ def test_zipvl_finds_a_ratio_per_layer_and_never_drops_the_last_row(models):
     assert ratios.unique().numel() > 1
 
 
+class PlainZipVL:
+    """Algorithm 1 written down as it is printed, over the whole attention matrix."""
+
+    def __init__(self, stage: ZipVL) -> None:
+        self.stage = stage
+        self.keys: list[torch.Tensor] = []
+        self.important: list[torch.Tensor] = []
+
+    def rows(self, _: int) -> None:
+        return None
+
+    def attend(self, _, queries, keys, values, scaling):
+        self.keys.append(keys)
+        count = queries.shape[1]
+        k, v = (x.repeat_interleave(len(queries) // len(keys), 0) for x in (keys, values))
+        later = torch.ones(count, count, dtype=torch.bool).triu(1)
+        logits = (queries @ k.mT * scaling).masked_fill(later, -torch.inf)
+        rows = self.stage.probes(count)
+        received = logits.softmax(-1)[:, rows].sum(1).mean(0)
+        seen_by = torch.tensor([int((rows >= token).sum()) for token in range(count)])
+        running = received.double().sort(descending=True).values.cumsum(0)
+        number = int((running < self.stage.tau * running[-1]).sum()) + 1
+        important = torch.zeros(count, dtype=torch.bool)
+        important[(received / seen_by).topk(number).indices] = True
+        important[-1] = True
+        self.important.append(important)
+        among = logits.masked_fill(~important[None, None], -torch.inf).softmax(-1) @ v
+        return torch.where(important[:, None], among, 0.0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+@pytest.mark.parametrize("tau", [0.5, 0.9])
+def test_zipvl_s_pass_is_the_algorithm_as_printed(models, family, tau):
+    model, stage = models[family], ZipVL(tau=tau, min_tokens=10, recent_probes=20, random_probes=9)
+    logits, staged = run(model, Pipeline.of(stage))
+    plain = PlainZipVL(stage)
+    expected = model.forward_through(plain, IDS)
+    assert staged.important is not None
+    assert staged.important.tolist() == torch.stack(plain.important).tolist()
+    assert not staged.important.all()
+    torch.testing.assert_close(logits, expected.float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        staged.held.read(0, 150)[0], torch.stack(plain.keys), atol=1e-4, rtol=1e-4
+    )
+
+
 def gates_of(model: Model, **settings) -> GateWeights:
     shape = (model.spec.num_layers, model.spec.num_kv_heads, model.width)
     return random_gates(model.model_id, shape, **settings)
