@@ -87,7 +87,7 @@ peers-codec: install ## install the codecs that bench-codec compares with
 
 peers-methods: peers-codec ## install kvpress, which bench-methods compares with
 	$(PIP) --no-deps 'kvpress==0.5.5'
-	$(PIP) cachetools datasets
+	$(PIP) cachetools datasets fire
 
 peers: ## install LMCache and Mooncake in .venv-peers, which bench-store compares with (2 GB)
 	$(PYTHON) -m venv .venv-peers
