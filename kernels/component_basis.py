@@ -174,8 +174,9 @@ def expand(
     _check_out(out, size, dtype)
     shift = None
     if bias is not None:
-        rows = decode_value_bias(bias).transpose(0, 1) / basis.deviation[:, None]
-        shift = torch.baddbmm(basis.mean[:, None], rows, basis.inverse)
+        # In float64, rounded once: BLAS is not asked for its order, and blocks read the same alone.
+        rows = decode_value_bias(bias).transpose(0, 1).double() / basis.deviation.double()[:, None]
+        shift = torch.baddbmm(basis.mean.double()[:, None], rows, basis.inverse.double()).float()
     quick = dim % KEPT_MULTIPLE == 0 and dim >= _SMALLEST
     backend = backend_of(words, basis.mean)
     if backend == "numba" and quick:

@@ -231,77 +231,75 @@ def _store_eight(out, place, step, s0, s1, s2, s3, s4, s5, s6, s7):
 
 
 @inlined
-def _multiply_floats(a, at, row, packed, start, depth, out, to, step):
-    """Write the tokens' 16 columns, eight tokens at a time."""
-    for t in range(0, _TOKENS, 8):
-        s0, s1 = splat(np.float32(0)), splat(np.float32(0))
-        s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0
-        first = at + t * row
-        for k in range(depth):
-            weights, here = load(packed, start + k * LANES), first + k
-            s0 = multiply_add(splat_at(a, here), weights, s0)
-            s1 = multiply_add(splat_at(a, here + row), weights, s1)
-            s2 = multiply_add(splat_at(a, here + 2 * row), weights, s2)
-            s3 = multiply_add(splat_at(a, here + 3 * row), weights, s3)
-            s4 = multiply_add(splat_at(a, here + 4 * row), weights, s4)
-            s5 = multiply_add(splat_at(a, here + 5 * row), weights, s5)
-            s6 = multiply_add(splat_at(a, here + 6 * row), weights, s6)
-            s7 = multiply_add(splat_at(a, here + 7 * row), weights, s7)
-        place = to + t * step
-        _store_eight(out, place, step, s0, s1, s2, s3, s4, s5, s6, s7)
+def _load_pairs(packed, place):
+    return load_ints(packed, place // 2)
 
 
 @inlined
-def _multiply_pairs(a, at, row, packed, start, depth, out, to, step):
-    """Write the tokens' 16 columns, eight tokens at a time, two numbers of each at once."""
-    for t in range(0, _TOKENS, 8):
-        s0, s1 = splat(np.float32(0)), splat(np.float32(0))
-        s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0
-        first = at + t * row
-        for k in range(0, depth, 2):
-            weights, here = load_ints(packed, (start + k * LANES) // 2), first + k
-            s0 = add_pairs(s0, splat_pair_at(a, here), weights)
-            s1 = add_pairs(s1, splat_pair_at(a, here + row), weights)
-            s2 = add_pairs(s2, splat_pair_at(a, here + 2 * row), weights)
-            s3 = add_pairs(s3, splat_pair_at(a, here + 3 * row), weights)
-            s4 = add_pairs(s4, splat_pair_at(a, here + 4 * row), weights)
-            s5 = add_pairs(s5, splat_pair_at(a, here + 5 * row), weights)
-            s6 = add_pairs(s6, splat_pair_at(a, here + 6 * row), weights)
-            s7 = add_pairs(s7, splat_pair_at(a, here + 7 * row), weights)
-        place = to + t * step
-        _store_eight(out, place, step, s0, s1, s2, s3, s4, s5, s6, s7)
+def _add_product(total, x, weights):
+    return multiply_add(x, weights, total)
 
 
-@inlined
-def _multiply_wide_pairs(a, at, row, packed, start, next_start, depth, out, to, step):
-    """Write the tokens' 32 columns: a pair is spread over lanes once for both halves."""
-    for t in range(0, _TOKENS, 8):
-        s0, s1 = splat(np.float32(0)), splat(np.float32(0))
-        s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0
-        r0, r1, r2, r3, r4, r5, r6, r7 = s0, s0, s0, s0, s0, s0, s0, s0
-        first = at + t * row
-        for k in range(0, depth, 2):
-            left = load_ints(packed, (start + k * LANES) // 2)
-            right, here = load_ints(packed, (next_start + k * LANES) // 2), first + k
-            pair = splat_pair_at(a, here)
-            s0, r0 = add_pairs(s0, pair, left), add_pairs(r0, pair, right)
-            pair = splat_pair_at(a, here + row)
-            s1, r1 = add_pairs(s1, pair, left), add_pairs(r1, pair, right)
-            pair = splat_pair_at(a, here + 2 * row)
-            s2, r2 = add_pairs(s2, pair, left), add_pairs(r2, pair, right)
-            pair = splat_pair_at(a, here + 3 * row)
-            s3, r3 = add_pairs(s3, pair, left), add_pairs(r3, pair, right)
-            pair = splat_pair_at(a, here + 4 * row)
-            s4, r4 = add_pairs(s4, pair, left), add_pairs(r4, pair, right)
-            pair = splat_pair_at(a, here + 5 * row)
-            s5, r5 = add_pairs(s5, pair, left), add_pairs(r5, pair, right)
-            pair = splat_pair_at(a, here + 6 * row)
-            s6, r6 = add_pairs(s6, pair, left), add_pairs(r6, pair, right)
-            pair = splat_pair_at(a, here + 7 * row)
-            s7, r7 = add_pairs(s7, pair, left), add_pairs(r7, pair, right)
-        place = to + t * step
-        _store_eight(out, place, step, s0, s1, s2, s3, s4, s5, s6, s7)
-        _store_eight(out, place + LANES, step, r0, r1, r2, r3, r4, r5, r6, r7)
+def _by_lanes(load_weights, spread, accumulate, stride):
+    """Return functions that multiply by 16 columns and by 32, ``stride`` numbers at a time.
+
+    Both take eight tokens at a time. By 32, what is spread over lanes serves both halves.
+    """
+
+    @inlined
+    def multiply(a, at, row, packed, start, depth, out, to, step):
+        for t in range(0, _TOKENS, 8):
+            s0, s1 = splat(np.float32(0)), splat(np.float32(0))
+            s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0
+            first = at + t * row
+            for k in range(0, depth, stride):
+                weights, here = load_weights(packed, start + k * LANES), first + k
+                s0 = accumulate(s0, spread(a, here), weights)
+                s1 = accumulate(s1, spread(a, here + row), weights)
+                s2 = accumulate(s2, spread(a, here + 2 * row), weights)
+                s3 = accumulate(s3, spread(a, here + 3 * row), weights)
+                s4 = accumulate(s4, spread(a, here + 4 * row), weights)
+                s5 = accumulate(s5, spread(a, here + 5 * row), weights)
+                s6 = accumulate(s6, spread(a, here + 6 * row), weights)
+                s7 = accumulate(s7, spread(a, here + 7 * row), weights)
+            place = to + t * step
+            _store_eight(out, place, step, s0, s1, s2, s3, s4, s5, s6, s7)
+
+    @inlined
+    def multiply_wide(a, at, row, packed, start, next_start, depth, out, to, step):
+        for t in range(0, _TOKENS, 8):
+            s0, s1 = splat(np.float32(0)), splat(np.float32(0))
+            s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0
+            r0, r1, r2, r3, r4, r5, r6, r7 = s0, s0, s0, s0, s0, s0, s0, s0
+            first = at + t * row
+            for k in range(0, depth, stride):
+                left = load_weights(packed, start + k * LANES)
+                right, here = load_weights(packed, next_start + k * LANES), first + k
+                x = spread(a, here)
+                s0, r0 = accumulate(s0, x, left), accumulate(r0, x, right)
+                x = spread(a, here + row)
+                s1, r1 = accumulate(s1, x, left), accumulate(r1, x, right)
+                x = spread(a, here + 2 * row)
+                s2, r2 = accumulate(s2, x, left), accumulate(r2, x, right)
+                x = spread(a, here + 3 * row)
+                s3, r3 = accumulate(s3, x, left), accumulate(r3, x, right)
+                x = spread(a, here + 4 * row)
+                s4, r4 = accumulate(s4, x, left), accumulate(r4, x, right)
+                x = spread(a, here + 5 * row)
+                s5, r5 = accumulate(s5, x, left), accumulate(r5, x, right)
+                x = spread(a, here + 6 * row)
+                s6, r6 = accumulate(s6, x, left), accumulate(r6, x, right)
+                x = spread(a, here + 7 * row)
+                s7, r7 = accumulate(s7, x, left), accumulate(r7, x, right)
+            place = to + t * step
+            _store_eight(out, place, step, s0, s1, s2, s3, s4, s5, s6, s7)
+            _store_eight(out, place + LANES, step, r0, r1, r2, r3, r4, r5, r6, r7)
+
+    return multiply, multiply_wide
+
+
+_multiply_floats, _multiply_wide_floats = _by_lanes(load, splat_at, _add_product, 1)
+_multiply_pairs, _multiply_wide_pairs = _by_lanes(_load_pairs, splat_pair_at, add_pairs, 2)
 
 
 def begin_products(packed, config):
@@ -366,18 +364,21 @@ def multiply_rows(a, at, row, packed, start, whole, depth, out, to, dim):
 
 @overload(multiply_rows, inline="always")
 def _multiply_rows(a, at, row, packed, start, whole, depth, out, to, dim):
-    if packed.dtype == types.int32:
+    if packed.dtype in (types.int32, types.float32):
+        is_pairs = packed.dtype == types.int32
+        multiply = _multiply_pairs if is_pairs else _multiply_floats
+        multiply_wide = _multiply_wide_pairs if is_pairs else _multiply_wide_floats
 
         def run(a, at, row, packed, start, whole, depth, out, to, dim):
             c = 0
             while c + 2 * LANES <= dim:
                 place = start + c * whole
-                _multiply_wide_pairs(
+                multiply_wide(
                     a, at, row, packed, place, place + LANES * whole, depth, out, to + c, dim
                 )
                 c += 2 * LANES
             if c < dim:
-                _multiply_pairs(a, at, row, packed, start + c * whole, depth, out, to + c, dim)
+                multiply(a, at, row, packed, start + c * whole, depth, out, to + c, dim)
 
         return run
 

@@ -36,6 +36,7 @@ from kvstrata.kernels.component_basis import ComponentBasis, encode_tokens, expa
 from kvstrata.kernels.decoder_ops import add_rms_norm, rotate_heads, silu_gate
 from kvstrata.kernels.escape_rows import pack_escape_rows
 from kvstrata.kernels.gather import gather_by_mask, scatter_by_mask
+from kvstrata.kernels.layer_prediction import LayerWeights, Rest, add_predictions, steps
 from kvstrata.kernels.mid_rows import pack_mid_rows
 from kvstrata.kernels.nested_block import decode_blocks, encode_blocks
 from kvstrata.kernels.nested_layout import NestedLayout
@@ -183,6 +184,16 @@ def _calibrated(dim: int, dtype: torch.dtype) -> None:
     decode_block_planes(words, layout, dtype=product_dtype(dtype))
 
 
+def _predicted(dim: int, dtype: torch.dtype) -> None:
+    tables = torch.zeros(2, 1, 2 * dim, 2 * dim, dtype=torch.float16)
+    weights = LayerWeights(tables[0], tables[1], dim)
+    rest = torch.zeros(1, _BLOCKS, TOKENS, dim)
+    for recursion, step in steps(weights, _BLOCKS):
+        recursion.put(step.part, recursion.predict(step.part))
+    both = Rest(rest, rest, torch.zeros(1, _BLOCKS, dtype=torch.int64))
+    add_predictions(both, both, weights, dtype)
+
+
 def _fallback(dim: int, dtype: torch.dtype) -> None:
     x = _tokens(dim, dtype)[None].repeat(2, 1, 1, 1, 1)
     base, mid = (records.numpy() for records in encode_blocks(x, x))
@@ -261,7 +272,7 @@ def _paper_quantizers(dim: int, dtype: torch.dtype) -> None:
 
 
 # What a worker calls for a request.
-WORKER_OPS = ("attend", "calibrated", "colsum", "exact", "fallback", "rows")
+WORKER_OPS = ("attend", "calibrated", "colsum", "exact", "fallback", "predicted", "rows")
 
 _OPS: dict[str, Callable[[int, torch.dtype], None]] = {
     "attend": _attend,
@@ -271,6 +282,7 @@ _OPS: dict[str, Callable[[int, torch.dtype], None]] = {
     "fallback": _fallback,
     "gather": _gather,
     "paper-quantizers": _paper_quantizers,
+    "predicted": _predicted,
     "rope": _rope,
     "rows": _rows,
     "unpack": _unpack,

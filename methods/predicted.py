@@ -2,9 +2,9 @@
 
 A block's segments, strata, classes and prices are those of ``calibrated.py``, and so is the form
 of keys, ``pre``. But planes and bias hold what is left of a vector after its prediction
-(``prediction.py``), with transforms of their own; an escape is the vector itself. Layers are coded
-and decoded in order: no layer of a block can be read without those before it, and attention cannot
-read it in place. In return it needs about two thirds of the bits.
+(``kernels.layer_prediction``), with transforms of their own; an escape is the vector itself. Layers
+are coded and decoded in order: no layer of a block can be read without those before it, and
+attention cannot read it in place. In return it needs about two thirds of the bits.
 
 A token that is left out in one head is, for what follows, what was predicted for it.
 """
@@ -16,16 +16,17 @@ from functools import cached_property, lru_cache
 import torch
 
 from kvstrata.kernels.block_planes import PlaneLayout
-from kvstrata.kernels.component_basis import ComponentBasis, encode_tokens, expand
+from kvstrata.kernels.component_basis import ComponentBasis, encode_tokens
 from kvstrata.kernels.escape_rows import pack_escape_rows
+from kvstrata.kernels.huge_memory import empty_huge
+from kvstrata.kernels.layer_prediction import LayerWeights, Rest, add_predictions, steps
 from kvstrata.kernels.mid_rows import pack_mid_rows
-from kvstrata.kernels.token_masks import to_flags, to_mask, token_classes
-from kvstrata.kernels.value_bias import ValueBias, decode_value_bias
+from kvstrata.kernels.token_masks import to_flags, to_mask
+from kvstrata.kernels.value_bias import ValueBias
 from kvstrata.methods.bit_allocation import VALUE_WEIGHT
 from kvstrata.methods.calibrated import CalibratedCodec, Side, TokenChoice
 from kvstrata.methods.calibrated_segments import StoredSide
 from kvstrata.methods.codec import KVBlocks
-from kvstrata.methods.prediction import Recursion
 from kvstrata.methods.profile import PROFILES, Prediction, Profile, ProfileError
 
 K, V = 0, 1
@@ -75,61 +76,48 @@ class PredictedCodec(CalibratedCodec):
         keys, values = self.sides
         return [*_heads_of(keys)], [*_heads_of(values)]
 
-    def _steps(self, num_tokens: int) -> Iterator[tuple[Recursion, int, int, int]]:
-        """Yield the recursion, the part, the side and the head of L * H of each step in order."""
-        layers, heads, dim = self.profile.shape
-        recursion = Recursion(self._tables.across, self._tables.within, num_tokens, dim)
-        for layer in range(layers):
-            recursion.enter_next_layer()
-            for part in range(2 * heads):
-                yield recursion, part, V if part < heads else K, layer * heads + part % heads
+    @cached_property
+    def _weights(self) -> LayerWeights:
+        return LayerWeights(self._tables.across, self._tables.within, self.profile.shape[2])
 
     def _encode_sides(self, blocks: KVBlocks, choice: TokenChoice) -> tuple[StoredSide, StoredSide]:
         put = [part.flatten(0, 1).float() for part in (blocks.keys, blocks.values)]
-        size = put[K].shape[1:]
+        components = [empty_huge(tuple(part.shape), torch.float32) for part in put]
         parts: tuple[list[_Part], list[_Part]] = ([], [])
-        for recursion, part, side, head in self._steps(size[:2].numel()):
-            x = put[side][head : head + 1]
-            ahead = recursion.predict(part).view(1, *size)
+        for recursion, (part, is_value, head) in steps(self._weights, put[K].shape[1]):
+            own = slice(head, head + 1)
             made = _encode_head(
-                self._heads[side][head], x, ahead, choice.head(head), with_bias=side == V
+                self._heads[is_value][head],
+                put[is_value][own],
+                recursion.predict(part)[None],
+                components[is_value][own],
+                choice.head(head),
+                with_bias=is_value,
             )
-            recursion.put(part, made.read.view(-1, size[-1]))
-            parts[side].append(made)
+            recursion.put(part, made.read[0])
+            parts[is_value].append(made)
         left_out = to_mask(~choice.kept)
         keys, values = (
-            _join(side, x, made, left_out)
-            for side, x, made in zip(self.sides, put, parts, strict=True)
+            _join(side, x, y, made, left_out)
+            for side, x, y, made in zip(self.sides, put, components, parts, strict=True)
         )
         return keys, values
 
     def _decode_sides(
         self, keys: StoredSide, values: StoredSide, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        stored = (keys, values)
-        base = [
-            _rest(side, replace(part, mid_rows=None))
-            for side, part in zip(self.sides, stored, strict=True)
-        ]
-        fine = [
-            rest if part.mid_rows is None else _rest(side, part)
-            for side, part, rest in zip(self.sides, stored, base, strict=True)
-        ]
-        predicted = [(~to_flags(p.escape & ~p.mid)).float()[..., None] for p in stored]
-        out = [torch.empty(rest.shape, dtype=dtype) for rest in base]
-        size = base[K].shape[1:]
-        for recursion, part, side, head in self._steps(size[:2].numel()):
-            ahead = recursion.predict(part).view(size).mul_(predicted[side][head])
-            torch.add(fine[side][head], ahead, out=out[side][head])
-            recursion.put(part, ahead.add_(base[side][head]).view(-1, size[-1]))
-        return out[K], out[V]
+        rests = []
+        for side, stored in zip(self.sides, (keys, values), strict=True):
+            base = side.decode(replace(stored, mid_rows=None), torch.float32)
+            fine = base if stored.mid_rows is None else side.decode(stored, torch.float32)
+            rests.append(Rest(base, fine, stored.escape & ~stored.mid))
+        return add_predictions(rests[K], rests[V], self._weights, dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
     """What is stored of one head, and what a reader of BASE gets."""
 
-    y: torch.Tensor
     words: torch.Tensor
     escape: torch.Tensor
     mid: torch.Tensor
@@ -138,10 +126,19 @@ class _Part:
 
 
 def _encode_head(
-    side: Side, x: torch.Tensor, ahead: torch.Tensor, choice: TokenChoice, *, with_bias: bool
+    side: Side,
+    x: torch.Tensor,
+    ahead: torch.Tensor,
+    y: torch.Tensor,
+    choice: TokenChoice,
+    *,
+    with_bias: bool,
 ) -> _Part:
-    """Return what is stored of one head's vectors ``x``, predicted as ``ahead``, (1, N, T, D)."""
-    y, words, error = encode_tokens(x - ahead, side.basis, side.variance)
+    """Return what is stored of one head's vectors ``x``, predicted as ``ahead``, (1, N, T, D).
+
+    Writes the components of what is left to ``y``.
+    """
+    _, words, error = encode_tokens(x - ahead, side.basis, side.variance, y)
     escape, mid = side.classify(error, choice)
     left_out = to_mask(~choice.kept)
     bias = side.bias(y, words, choice, escape | mid | left_out) if with_bias else None
@@ -153,33 +150,14 @@ def _encode_head(
         mid_rows=None,
         bias=bias,
     )
-    read = _rest(side, stored) + ahead * ~to_flags(escape)[..., None]
-    return _Part(y, words, escape, mid, bias, read)
+    read = side.decode(stored, torch.float32) + ahead * ~to_flags(escape)[..., None]
+    return _Part(words, escape, mid, bias, read)
 
 
-def _rest(side: Side, stored: StoredSide) -> torch.Tensor:
-    """Return what is left after prediction, float32 (heads, N, T, D); escapes are whole.
-
-    The bias is summed in float64, as predictions are, because BLAS is not asked for its order.
-    """
-    classes = token_classes(stored.mid, stored.escape)
-    rest = expand(
-        stored.words,
-        side.basis,
-        classes,
-        mid=stored.mid_rows,
-        escapes=stored.escapes,
-        dtype=torch.float32,
-    )
-    if stored.bias is not None:
-        rows = decode_value_bias(stored.bias).transpose(0, 1).double()
-        shift = (rows / side.basis.deviation.double()[:, None]) @ side.basis.inverse.double()
-        rest += to_flags(classes.base)[..., None] * shift.float()[:, :, None]
-    return rest
-
-
-def _join(side: Side, x: torch.Tensor, parts: list[_Part], left_out: torch.Tensor) -> StoredSide:
-    """Return what is stored of all heads, whose vectors are ``x``."""
+def _join(
+    side: Side, x: torch.Tensor, y: torch.Tensor, parts: list[_Part], left_out: torch.Tensor
+) -> StoredSide:
+    """Return what is stored of all heads, whose vectors are ``x``, what is left of them ``y``."""
     escape = torch.cat([part.escape for part in parts])
     mid = torch.cat([part.mid for part in parts])
     biases = [part.bias for part in parts if part.bias is not None]
@@ -188,7 +166,7 @@ def _join(side: Side, x: torch.Tensor, parts: list[_Part], left_out: torch.Tenso
         mid=mid | left_out,
         words=torch.cat([part.words for part in parts], 1),
         escapes=pack_escape_rows(x, escape),
-        mid_rows=pack_mid_rows(torch.cat([part.y for part in parts]), mid, side.basis.layout),
+        mid_rows=pack_mid_rows(y, mid, side.basis.layout),
         bias=ValueBias(*(torch.cat(p, 1) for p in zip(*biases, strict=True))) if biases else None,
     )
 

@@ -71,10 +71,10 @@ def test_expanding_is_the_reference_s(
     layer = make_layer(heads, blocks, dim, dtype)
     parts = stored(layer)
     shift = torch.baddbmm(
-        layer.basis.mean[:, None],
-        decode_value_bias(parts["bias"]).transpose(0, 1) / layer.basis.deviation[:, None],
-        layer.basis.inverse,
-    )
+        layer.basis.mean[:, None].double(),
+        decode_value_bias(parts["bias"]).transpose(0, 1) / layer.basis.deviation[:, None].double(),
+        layer.basis.inverse.double(),
+    ).float()
     for rotation in (None, tables(blocks * 64, dim)):
         for names in ((), ("mid",), ("mid", "bias", "escapes"), ("escapes",)):
             chosen = {name: parts[name] for name in names}
