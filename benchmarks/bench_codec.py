@@ -23,8 +23,9 @@ from rich.table import Table
 sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out, for the rooms' sake
 
 import records
+import torch
 from codec_caches import cache_peers
-from codec_measures import ALL, Sample, beaten_by, measure, refer, rows
+from codec_measures import ALL, Sample, beaten_by, measure, refer, rows, totals
 from codec_peers import paper_peers
 from codec_plot import draw
 from codec_schemes import PeerScheme, Prefilled, Scheme, choose, our_schemes
@@ -63,6 +64,10 @@ COLUMNS = {
 DIGITS = {"kl": 5, "kl_se": 5, "recall": 3, "top1": 3}
 
 
+# Options that take a part of the whole run, or say what becomes of it.
+PARTS = ("context", "json", "no_save", "repeats", "schemes", "texts", "untimed")
+KEYS = ("scheme", "text", "context")
+
 Job = tuple[Context, Sequence[Scheme]]
 
 
@@ -78,50 +83,59 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--schemes", default="", metavar="A,B", help="default: all")
     parser.add_argument("--texts", default="", metavar="A,B", help="names of default texts")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=1, help="times are medians of so many")
+    parser.add_argument(
+        "--untimed", action="store_true", help="leave times out: the machine is shared"
+    )
     parser.add_argument("--quick", action="store_true", help="two texts, few peers")
     parser.add_argument("--json", action="store_true", help="print one JSON object per row")
     parser.add_argument(
         "--no-save",
         action="store_true",
-        help="leave results/ as it is; so does every option that changes what is measured on",
+        help="leave results/ as it is; so does every option that changes what is measured on. "
+        "Others take a part of the whole, whose rows replace those of equal scheme, text, context",
     )
     options = parser.parse_args(arguments)
-    changed = (n for n in vars(options) if n not in ("json", "no_save", "schemes"))
+    changed = (n for n in vars(options) if n not in PARTS)
     options.no_save |= any(getattr(options, n) != parser.get_default(n) for n in changed)
+    options.no_save |= not {CONTEXT, *OTHER_LENGTHS}.issuperset(options.context)
     if any(n % BLOCK_TOKENS or n < BLOCK_TOKENS for n in options.context):
         parser.error(f"--context must be a positive multiple of {BLOCK_TOKENS}")
-    if options.continuation < 2 or (options.segments or 1) < 1:
-        parser.error("--continuation must be at least 2, --segments at least 1")
+    if options.continuation < 2 or min(options.segments or 1, options.repeats) < 1:
+        parser.error("--continuation must be at least 2, --segments and --repeats at least 1")
     return options
 
 
 def plan(
     model: Model, texts: Sequence[Text], options: argparse.Namespace
 ) -> tuple[list[Context], list[str]]:
-    """Return the contexts to measure, and a sentence for each that its text is too short for."""
-    segments = options.segments or 1
+    """Return the contexts to measure, and a sentence for each that its text is too short for.
+
+    A context of the whole run has the same facts in every part of it.
+    """
+    names = [n for n in options.texts.split(",") if n] or (QUICK_TEXTS if options.quick else ())
+    chosen = [text for text in texts if options.text or not names or text.name in names]
     wanted = [
         (text, length, segment)
         for length in options.context or [CONTEXT]
-        for text in texts
-        for segment in range(segments)
+        for text in chosen
+        for segment in range(options.segments or 1)
     ]
     if not (options.context or options.quick or options.text):
-        wanted += [
-            (text, length, 0)
-            for length, names in OTHER_LENGTHS.items()
-            for text in texts
-            if text.name in names
-        ]
+        wanted += _other_places(chosen)
+    whole = [(text, CONTEXT, 0) for text in texts] + _other_places(texts)
+    numbers: dict[tuple[str, int, int], int] = {}
+    for text, length, segment in whole + wanted:
+        numbers.setdefault((text.name, length, segment), len(numbers))
     contexts, short = [], []
-    for number, (text, length, segment) in enumerate(wanted):
+    for text, length, segment in wanted:
         try:
             if length + options.continuation + 1 > model.spec.max_positions:
                 raise TextTooShortError(
                     f"{length} + {options.continuation} tokens exceed the model's "
                     f"{model.spec.max_positions} positions"
                 )
-            seed = 1000 * options.seed + number
+            seed = 1000 * options.seed + numbers[text.name, length, segment]
             contexts.append(
                 text.context(
                     model.tokenizer, length, options.continuation, segment=segment, seed=seed
@@ -130,6 +144,15 @@ def plan(
         except TextTooShortError as error:
             short.append(str(error))
     return contexts, short
+
+
+def _other_places(texts: Sequence[Text]) -> list[tuple[Text, int, int]]:
+    return [
+        (text, length, 0)
+        for length, names in OTHER_LENGTHS.items()
+        for text in texts
+        if text.name in names
+    ]
 
 
 def schemes_here(
@@ -156,7 +179,9 @@ def jobs_of(
     return [(c, schemes if len(c.prompt) in asked else few) for c in contexts]
 
 
-def run(model: Model, jobs: Sequence[Job], seed: int, *, quiet: bool) -> Iterator[list[Sample]]:
+def run(
+    model: Model, jobs: Sequence[Job], seed: int, *, quiet: bool, repeats: int = 1
+) -> Iterator[list[Sample]]:
     """Yield the samples of one context after the other."""
     progress = Progress(
         TextColumn("{task.description}"),
@@ -184,7 +209,7 @@ def run(model: Model, jobs: Sequence[Job], seed: int, *, quiet: bool) -> Iterato
             samples = []
             for scheme in schemes:
                 progress.update(bar, description=f"{place} {scheme.name}")
-                samples.append(measure(scheme, prompt, context, reference))
+                samples.append(measure(scheme, prompt, context, reference, repeats))
                 progress.advance(bar, len(context.prompt))
             yield samples
 
@@ -230,9 +255,6 @@ def main() -> int:
     note = Console(stderr=True)
     model = Model.load(options.model)
     texts = read_files(options.text) if options.text else read_texts(model.tokenizer)
-    names = [n for n in options.texts.split(",") if n] or (QUICK_TEXTS if options.quick else ())
-    if names and not options.text:
-        texts = [text for text in texts if text.name in names]
     try:
         schemes, missing = schemes_here(options, model.profile)
     except ValueError as error:
@@ -249,28 +271,37 @@ def main() -> int:
     samples: list[Sample] = []
     found: list[dict[str, Any]] = []
     jobs = jobs_of(contexts, schemes, options)
-    measurements = run(model, jobs, options.seed, quiet=options.json)
-    for done, measured in enumerate(measurements, start=1):
+    profile_id = model.profile.profile_id if model.profile else None
+    threads = None if options.untimed else torch.get_num_threads()
+    measurements = run(model, jobs, options.seed, quiet=options.json, repeats=options.repeats)
+    for measured in measurements:
         samples += measured
-        found = rows(samples)
+        of_texts = [
+            row | {"profile": None if row["peer"] else profile_id} for row in rows(samples, threads)
+        ]
         if not options.no_save:
-            records.save(
-                "codec",
-                found,
+            facts = {
                 **records.machine(*PACKAGES),
-                model=model.name,
-                dtype=str(model.spec.dtype),
-                profile=model.profile.profile_id if model.profile else None,
-                seed=options.seed,
-                continuation=options.continuation,
-                contexts_done=f"{done} of {len(jobs)}",
-                left_out=[*missing, *short],
-            )
-            length = len(jobs[0][0].prompt)
+                "model": model.name,
+                "dtype": str(model.spec.dtype),
+                "seed": options.seed,
+                "continuation": options.continuation,
+            }
+            del facts["threads"]  # rows have their own
+            with records.locked("codec"):
+                saved = [
+                    row
+                    for row in records.saved("codec", facts)
+                    if row["text"] != ALL and row["profile"] in (None, profile_id)
+                ]
+                of_texts = records.replaced(saved, of_texts, KEYS)
+                found = of_texts + totals(of_texts)
+                records.save("codec", found, **facts)
             draw(
-                [row for row in found if row["text"] == ALL and row["context"] == length],
+                [row for row in found if row["text"] == ALL and row["context"] == CONTEXT],
                 records.FOLDER / "codec.png",
             )
+        found = of_texts + totals(of_texts)
     report(found, as_json=options.json)
     return 0
 

@@ -4,9 +4,9 @@ One ``Sample`` is one scheme on one context; ``rows`` sums samples up for the ta
 """
 
 import math
-from collections import Counter
+import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,9 +88,18 @@ def refer(prompt: Prefilled, context: Context) -> Reference:
     return Reference(*_predict(prompt.model, prompt.cache, context))
 
 
-def measure(scheme: Scheme, prompt: Prefilled, context: Context, reference: Reference) -> Sample:
-    """Store the prompt's KV by ``scheme`` and measure what it reads back."""
-    stored = scheme.store(prompt)
+def measure(
+    scheme: Scheme, prompt: Prefilled, context: Context, reference: Reference, repeats: int = 1
+) -> Sample:
+    """Store the prompt's KV by ``scheme`` and measure what it reads back.
+
+    Times are the medians of ``repeats``.
+    """
+    times = []
+    for _ in range(repeats):
+        stored = scheme.store(prompt)
+        times.append((stored.encode_s, stored.decode_s))
+    encode_s, decode_s = map(statistics.median, zip(*times, strict=True))
     log_probs, answers = _predict(prompt.model, stored.cache, context)
     wanted = torch.tensor(context.rest[1:], device=log_probs.device)
     kl = (reference.log_probs.exp() * (reference.log_probs - log_probs)).sum(-1)
@@ -106,8 +115,8 @@ def measure(scheme: Scheme, prompt: Prefilled, context: Context, reference: Refe
         agreed=(log_probs.argmax(-1) == reference.log_probs.argmax(-1)).tolist(),
         answers=answers,
         reference_answers=reference.answers,
-        encode_s=stored.encode_s,
-        decode_s=stored.decode_s,
+        encode_s=encode_s,
+        decode_s=decode_s,
     )
 
 
@@ -135,60 +144,118 @@ def _answer(log_probs: torch.Tensor, answer: list[int]) -> Answer:
     return Answer(log_p, bool((log_probs.argmax(-1) == wanted).all()))
 
 
-@dataclass(slots=True)
-class _Group:
-    samples: list[Sample] = field(default_factory=list)
+def rows(samples: Sequence[Sample], timed_threads: int | None = None) -> list[dict[str, Any]]:
+    """Return one row per scheme, text and context.
 
-    def row(self, text: str, num_prompt: int) -> dict[str, Any]:
-        """Return the figures of all samples together; null where nothing was measured."""
-        samples = self.samples
-        kl, agreed = _join(s.kl for s in samples), _join(s.agreed for s in samples)
-        after = _join(s.answers for s in samples)
-        changed = [s.changes for s in samples if s.answers]
-        changes = _join(changed)
-        bits = sum(s.num_bits for s in samples) / sum(s.num_elements for s in samples)
-        return {
-            "bench": "codec",
-            "scheme": samples[0].scheme,
-            "peer": samples[0].peer,
-            "bits": round(bits, 4),
-            "ratio": round(16 / bits, 3),
-            "kl": _mean(kl, 6),
-            "kl_se": _standard_error([s.kl for s in samples]),
-            "perplexity": round(math.exp(_mean(_join(s.nll for s in samples), 9)), 4),
-            "top1": _mean(agreed, 4),
-            "recall": _mean(changes, 4) if changes else None,
-            "recall_se": _standard_error(changed) if changes else None,
-            "encode_s": _mean([s.encode_s for s in samples], 4),
-            "decode_s": _mean([s.decode_s for s in samples], 4),
-            "text": text,
-            "context": num_prompt,
-            "facts": len(changes),
-            "facts_right": sum(a.right for a in after),
-            "facts_right_reference": sum(a.right for s in samples for a in s.reference_answers),
-        }
-
-
-def rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Return one row per scheme, text and context, then per scheme and context, then per scheme.
-
-    The rows over all texts have the text "all", those over all contexts the context 0; a scheme
-    that was not measured everywhere has none of the latter.
+    Args:
+        samples: At least one of each.
+        timed_threads: Threads that their times are of; None leaves times out.
     """
-    counts = Counter(sample.scheme for sample in samples)
-    groups: dict[tuple[int, str, str, int], _Group] = {}
+    groups: dict[tuple[str, str, int], list[Sample]] = {}
     for sample in samples:
-        for level, text, num_prompt in (
-            (0, sample.text, sample.num_prompt),
-            (1, ALL, sample.num_prompt),
-            (2, ALL, 0),
-        ):
-            if level == 2 and counts[sample.scheme] < max(counts.values()):
-                continue
-            key = (level, sample.scheme, text, num_prompt)
-            groups.setdefault(key, _Group()).samples.append(sample)
-    ordered = sorted(groups.items(), key=lambda item: item[0][0])
-    return [group.row(text, num_prompt) for (_, _, text, num_prompt), group in ordered]
+        groups.setdefault((sample.scheme, sample.text, sample.num_prompt), []).append(sample)
+    return [_row(group, timed_threads) for group in groups.values()]
+
+
+def _row(samples: Sequence[Sample], timed_threads: int | None) -> dict[str, Any]:
+    """Return the figures of one scheme, text and context; null where nothing was measured."""
+    first = samples[0]
+    kl, agreed = _join(s.kl for s in samples), _join(s.agreed for s in samples)
+    changed = [s.changes for s in samples if s.answers]
+    changes = _join(changed)
+    bits = sum(s.num_bits for s in samples) / sum(s.num_elements for s in samples)
+    is_timed = timed_threads is not None
+    return {
+        "bench": "codec",
+        "scheme": first.scheme,
+        "peer": first.peer,
+        "bits": round(bits, 4),
+        "ratio": round(16 / bits, 3),
+        "kl": _mean(kl, 6),
+        "kl_se": _standard_error([s.kl for s in samples]),
+        "perplexity": round(math.exp(_mean(_join(s.nll for s in samples), 9)), 4),
+        "top1": _mean(agreed, 4),
+        "recall": _mean(changes, 4) if changes else None,
+        "recall_se": _standard_error(changed) if changes else None,
+        "encode_s": _mean([s.encode_s for s in samples], 4) if is_timed else None,
+        "decode_s": _mean([s.decode_s for s in samples], 4) if is_timed else None,
+        "timed_threads": timed_threads,
+        "text": first.text,
+        "context": first.num_prompt,
+        "contexts": len(samples),
+        "tokens": len(kl),
+        "facts": len(changes),
+        "facts_right": sum(a.right for s in samples for a in s.answers),
+        "facts_right_reference": sum(a.right for s in samples for a in s.reference_answers),
+    }
+
+
+def totals(of_texts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows per scheme and context, then per scheme, of rows per scheme, text and context.
+
+    Those over all texts have the text "all", those over all contexts the context 0; a scheme that
+    was not measured everywhere has none of the latter. Times are the means of the timed rows.
+    """
+    places: dict[str, set[tuple[str, int]]] = {}
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in of_texts:
+        places.setdefault(row["scheme"], set()).add((row["text"], row["context"]))
+        groups.setdefault((row["scheme"], row["context"]), []).append(row)
+    everywhere = set().union(*places.values())
+    whole = [scheme for scheme, there in places.items() if there == everywhere]
+    return [_total(group, context) for (_, context), group in groups.items()] + [
+        _total([row for row in of_texts if row["scheme"] == scheme], 0) for scheme in whole
+    ]
+
+
+def _total(parts: Sequence[dict[str, Any]], context: int) -> dict[str, Any]:
+    """Return one row for several, weighted by what each was measured on."""
+    size = [row["context"] * row["contexts"] for row in parts]
+    tokens, facts = [row["tokens"] for row in parts], [row["facts"] for row in parts]
+    bits = _weighted([row["bits"] for row in parts], size)
+    log_perplexity = _weighted([math.log(row["perplexity"]) for row in parts], tokens)
+    asked = [row for row in parts if row["facts"]]
+    counts = [row["facts"] for row in asked]
+    recall = [row["recall"] for row in asked]
+    timed = [row for row in parts if row["timed_threads"] is not None]
+    return {
+        **parts[0],
+        "bits": round(bits, 4),
+        "ratio": round(16 / bits, 3),
+        "kl": round(_weighted([row["kl"] for row in parts], tokens), 6),
+        "kl_se": _error_of_weighted(parts, "kl", tokens),
+        "perplexity": round(math.exp(log_perplexity), 4),
+        "top1": round(_weighted([row["top1"] for row in parts], tokens), 4),
+        "recall": round(_weighted(recall, counts), 4) if asked else None,
+        "recall_se": _error_of_weighted(asked, "recall", counts) if asked else None,
+        "encode_s": _mean([row["encode_s"] for row in timed], 4) if timed else None,
+        "decode_s": _mean([row["decode_s"] for row in timed], 4) if timed else None,
+        "timed_threads": timed[0]["timed_threads"] if timed else None,
+        "text": ALL,
+        "context": context,
+        "contexts": sum(row["contexts"] for row in parts),
+        "tokens": sum(tokens),
+        "facts": sum(facts),
+        "facts_right": sum(row["facts_right"] for row in parts),
+        "facts_right_reference": sum(row["facts_right_reference"] for row in parts),
+    }
+
+
+def _weighted(values: Sequence[float], weights: Sequence[float]) -> float:
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+
+def _error_of_weighted(parts: Sequence[dict[str, Any]], key: str, counts: Sequence[int]) -> float:
+    """Return the standard error of the mean over all values, as ``_standard_error`` does.
+
+    Texts are what is drawn; of a single one, the error that it has.
+    """
+    if len(parts) == 1:
+        error: float = parts[0][f"{key}_se"]
+        return error
+    mean = _weighted([row[key] for row in parts], counts)
+    squares = sum((n * (row[key] - mean)) ** 2 for row, n in zip(parts, counts, strict=True))
+    return round(math.sqrt(squares * len(parts) / (len(parts) - 1)) / sum(counts), 6)
 
 
 def beaten_by(found: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,10 +1,13 @@
 """Where a benchmark's results go: one JSON file beside the plots, with machine and versions."""
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -55,5 +58,21 @@ def joined(
     name: str, rows: list[dict[str, Any]], keys: Sequence[str], facts: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Return the rows saved as ``name`` under equal facts, less those with equal keys, and ours."""
+    return replaced(saved(name, facts), rows, keys)
+
+
+def replaced(
+    old: list[dict[str, Any]], rows: list[dict[str, Any]], keys: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return old rows, less those with the keys of new ones, and the new ones."""
     ours = {tuple(row[key] for key in keys) for row in rows}
-    return [row for row in saved(name, facts) if tuple(row[key] for key in keys) not in ours] + rows
+    return [row for row in old if tuple(row[key] for key in keys) not in ours] + rows
+
+
+@contextlib.contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Keep others from joining rows to ``results/<name>.json`` meanwhile: parts may run at once."""
+    path = Path(tempfile.gettempdir()) / f"kvstrata-bench-{name}-{os.getuid()}.lock"
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from codec_branches import forward_branches
-from codec_measures import ALL, Answer, Sample, beaten_by, measure, refer, rows
+from codec_measures import ALL, Answer, Sample, beaten_by, measure, refer, rows, totals
 from codec_peers import paper_peers
 from codec_plot import draw
 from codec_schemes import OurScheme, PeerScheme, Prefilled, Scheme, Stored, choose, our_schemes
@@ -95,7 +95,8 @@ def test_every_scheme_gives_a_row_with_all_keys(
     reference = refer(prompt, context)
     schemes = every_scheme()
     samples = [measure(scheme, prompt, context, reference) for scheme in schemes]
-    found = rows(samples)
+    of_texts = rows(samples, 2)
+    found = of_texts + totals(of_texts)
     assert [row["scheme"] for row in found[: len(schemes)]] == [s.name for s in schemes]
     assert {(row["text"], row["context"]) for row in found} == {("t", 1024), (ALL, 1024), (ALL, 0)}
     for row in found:
@@ -126,6 +127,35 @@ def test_rows_sum_samples_up() -> None:
     assert row["perplexity"] == 1.0
 
 
+def test_totals_are_what_the_texts_together_say() -> None:
+    """Rows joined from several runs give what one run would: two texts as two contexts of one."""
+    first = sample("a", peer=False, bits=2, kl=0.1, log_p=-1.5)
+    second = replace(sample("a", peer=False, bits=4, kl=0.3, log_p=-2.0), nll=[1.0, 2.0])
+    (wanted,) = rows([first, second], 2)
+    longer = totals(rows([first, replace(second, text="u")], 2))
+    assert [(row["text"], row["context"]) for row in longer] == [(ALL, 64), (ALL, 0)]
+    for row in longer:
+        assert row | {"text": "t", "context": 64} == wanted
+    untimed = rows([replace(second, text="u")]) + rows([first], 2)
+    (total, _) = totals(untimed)
+    assert untimed[0]["encode_s"] is untimed[0]["timed_threads"] is None
+    assert (total["encode_s"], total["timed_threads"]) == (1.0, 2)
+
+
+def test_parts_of_the_run_plant_the_facts_of_the_whole(model: Model) -> None:
+    texts = [Text(name, "A sentence of some words. " * 700, planted=True) for name in "abc"]
+
+    def questions(arguments: str) -> dict[tuple[str, int], object]:
+        options = bench_codec.parse(arguments.split())
+        contexts, _ = bench_codec.plan(model, texts, options)
+        return {(c.text, len(c.prompt)): c.questions for c in contexts}
+
+    whole, part = questions(""), questions("--texts c")
+    assert set(part) == {("c", 1536)}
+    assert part.items() < whole.items()
+    assert len({str(q) for q in whole.values()}) == 3
+
+
 def test_a_single_context_has_the_error_of_its_tokens() -> None:
     one = replace(sample("a", peer=False, bits=2, kl=0.1, log_p=-1.5), kl=[0.1, 0.2, 0.6])
     row: dict[str, Any] = rows([one])[0]
@@ -137,7 +167,7 @@ def test_a_peer_beats_ours_only_at_no_larger_size() -> None:
     ours = sample("ours", peer=False, bits=3, kl=0.2, log_p=-1.5)
     larger = sample("larger", peer=True, bits=4, kl=0.1, log_p=-1.0)
     better = sample("better", peer=True, bits=3, kl=0.1, log_p=-2.0)
-    found = rows([ours, larger, better])[:3]
+    found = rows([ours, larger, better])
     (sentence,) = beaten_by(found)
     assert sentence.startswith("better beats ours on t at 64: kl 0.1")
 
@@ -150,9 +180,11 @@ def test_schemes_are_chosen_by_name_and_an_unknown_one_is_named() -> None:
         choose(schemes, ["nothing"])
 
 
-def test_only_a_whole_run_is_saved_and_says_which_schemes_it_has_not() -> None:
-    for options in ("--quick", "--context 64", "--texts source", "--text a.md", "--seed 1"):
+def test_only_the_whole_run_and_parts_of_it_are_saved_and_say_which_schemes_they_have_not() -> None:
+    for options in ("--quick", "--context 64", "--segments 2", "--text a.md", "--seed 1"):
         assert bench_codec.parse(options.split()).no_save, options
+    for options in ("--untimed --repeats 3", "--context 1536 --texts source", "--context 4096"):
+        assert not bench_codec.parse(options.split()).no_save, options
     options = bench_codec.parse(["--json", "--schemes", "fallback,fp8"])
     assert not options.no_save
     chosen, missing = bench_codec.schemes_here(options, None)
@@ -179,7 +211,7 @@ def test_a_scheme_that_was_not_measured_everywhere_has_no_row_over_all_lengths(
 ) -> None:
     reference = refer(prompt, context)
     one, other = (measure(s, prompt, context, reference) for s in every_scheme()[:2])
-    found = rows([one, other, replace(one, num_prompt=2048)])
+    found = totals(rows([one, other, replace(one, num_prompt=2048)]))
     assert {row["scheme"] for row in found if row["context"] == 0} == {one.scheme}
     assert {row["scheme"] for row in found if row["context"] == 1024} == {one.scheme, other.scheme}
 
