@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
 PRESET = "balanced"  # the default; where the codec takes part, `exact` is tested too
 NUM_TOKENS = 32
+NEAR_TIE = 0.1  # of log P: what two lossy caches of one prompt may differ by
 PROMPT_CHARS = 2_000  # about 460 tokens: long enough for a prefill node
 
 
@@ -51,6 +52,17 @@ def generate(
     assert completion.text == text
     assert len(received) == NUM_TOKENS
     return completion
+
+
+def is_near_tie(prompt: str, first: Completion, second: Completion) -> bool:
+    """Whether the model alone finds both tokens about as likely where two answers part."""
+    alone = Model.load()
+    pairs = enumerate(zip(first.token_ids, second.token_ids, strict=True))
+    at = next(at for at, (one, other) in pairs if one != other)
+    known = [*alone.tokenizer.encode(prompt), *first.token_ids[:at]]
+    sequence = RunningSequence(alone, from_preset("exact"), known)
+    log_p = sequence.extend(known)[0].log_softmax(-1)
+    return abs(float(log_p[first.token_ids[at]] - log_p[second.token_ids[at]])) < NEAR_TIE
 
 
 def recomputes(completion: Completion) -> set[str]:
@@ -94,7 +106,9 @@ def test_a_flipped_byte(stack: Stack, client: Client, texts: Texts, preset: str)
     assert "corrupt" in recomputes(disturbed)
     healed = generate(client, prompt, preset)
     assert healed.cache.cached_tokens == healed.cache.shareable_tokens
-    assert healed.token_ids == undisturbed.token_ids
+    # Another node made the block anew, in chunks of other sizes: its codes may differ by one.
+    same = healed.token_ids == undisturbed.token_ids
+    assert same or (preset != "exact" and is_near_tie(prompt, healed, undisturbed))
 
 
 def test_a_partly_cached_prompt_gives_the_exact_tokens(client: Client, texts: Texts) -> None:
