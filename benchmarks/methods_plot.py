@@ -51,3 +51,28 @@ def draw_quality(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     figure.suptitle("solid lines and diamonds: KVStrata; dotted lines and dots: peers")
     figure.savefig(folder / "methods.png", dpi=110)
     plt.close(figure)
+
+
+def draw_prefill(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Draw prefill and attention time against prompt length, a line per tau."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    for panel, key in zip(panels, ("attention_ms", "prefill_ms"), strict=True):
+        for budget in sorted({row["budget"] for row in rows}, reverse=True):
+            points = sorted((r["tokens"], r[key]) for r in rows if r["budget"] == budget)
+            dense = budget == 1.0
+            panel.plot(
+                *zip(*points, strict=True),
+                marker="o",
+                linestyle=":" if dense else "-",
+                label="dense" if dense else f"ZipVL, tau {budget}",
+            )
+        panel.set(xscale="log", yscale="log", xlabel="prompt tokens", title=key.replace("_", ", "))
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    figure.savefig(folder / "prefill.png", dpi=110)
+    plt.close(figure)
