@@ -287,6 +287,8 @@ class BlockStore:
     ) -> int:
         """Forget blocks in the named tier, or in all; return how many were anywhere.
 
+        Dram comes last: a read in between would find the blocks below, and promote them again.
+
         Args:
             keys: The blocks.
             tier_name: The tier; all without it.
@@ -303,10 +305,15 @@ class BlockStore:
         if not tier_name:
             for key in keys:
                 self.pins.remove(key)
-        self._lower.forget(keys)
-        self.on_changed(keys)
-        for tier in tiers:
-            await self._deletion.delete(tier, keys)
+        try:
+            for tier in tiers:
+                if tier is not self.dram:
+                    await self._deletion.delete(tier, keys)
+        finally:  # and nothing waits from here until dram has forgotten
+            self._lower.forget(keys)
+            if self.dram in tiers:
+                await self._deletion.delete(self.dram, keys)
+            self.on_changed(keys)
         if not tier_name and reason != QUOTA:
             await self._deletion.tell(keys)
         if reason in (ADMIN, QUOTA):

@@ -14,6 +14,7 @@ from kvstrata.kvstore_service.run_lookup import FoundRun
 from kvstrata.kvstore_service.store import BlockStore
 from kvstrata.kvstore_service.testing import ManualClock, sample_block
 from kvstrata.kvstore_service.tier import StratumSizes, TierUnavailableError, TierUsage
+from kvstrata.protos.errors import CapacityError
 from kvstrata.protos.frame import Frame, encode_frame
 from kvstrata.protos.frame_pb2 import FrameHeader
 from kvstrata.protos.identity import BlockHash, BlockKey, ScopeDigest
@@ -382,3 +383,55 @@ async def test_unknown_hashes_do_not_stay_in_memory(store: BlockStore) -> None:
         await store.get(key, [BASE], soon(0.001))
     assert not store.arrivals._waiters
     assert not store._lower._flights
+
+
+async def test_a_read_during_a_deletion_brings_no_block_back(scope: ScopeDigest) -> None:
+    class HeldTier(SlowTier):
+        """Its deletions wait until they are let through."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.is_deleting, self.may_delete = asyncio.Event(), asyncio.Event()
+
+        async def delete(self, keys: Sequence[BlockKey]) -> int:
+            self.is_deleting.set()
+            await self.may_delete.wait()
+            return await super().delete(keys)
+
+    below = HeldTier()
+    store = BlockStore(DramTier(1 << 20), [below])
+    key, frames = sample_block(scope)
+    await store.put(key, frames)
+    changed: list[bool] = []
+    store.on_changed = lambda keys: changed.append(bool(store.dram.peek(keys[0], [BASE])))
+    deleting = asyncio.create_task(store.delete([key]))
+    async with asyncio.timeout(20):
+        await below.is_deleting.wait()
+        assert isinstance((await store.get(key, [BASE]))[BASE], Piece)
+        below.gate.clear()
+        await store.dram.delete([key])  # as eviction would
+        late = asyncio.create_task(store.get(key, [BASE]))
+        while below.num_gets < 1:
+            await asyncio.sleep(0)
+        below.may_delete.set()
+        assert await deleting == 1
+        below.gate.set()
+        await late
+    assert (await store.locate([key]))[0] == [[]]
+    assert await store.get(key, [BASE]) == {BASE: "absent"}
+    assert changed == [False]
+    await store.close()
+
+
+async def test_dram_forgets_a_block_although_the_deletion_below_fails(scope: ScopeDigest) -> None:
+    class ReadOnlyTier(SlowTier):
+        async def delete(self, keys: Sequence[BlockKey]) -> int:
+            raise CapacityError("read-only")
+
+    store = BlockStore(DramTier(1 << 20), [ReadOnlyTier()])
+    key, frames = sample_block(scope)
+    await store.put(key, frames)
+    with pytest.raises(CapacityError):
+        await store.delete([key])
+    assert await store.dram.contains([key]) == [None]
+    await store.close()
