@@ -75,13 +75,14 @@ class Deletion:
     async def follow(self, keys: Sequence[BlockKey]) -> None:
         """Forget what this process's memory holds of blocks that another one deleted.
 
-        Its disk keeps them: it may have acknowledged them after the deletion that is told now.
+        Its disk keeps them: it may have acknowledged them after the deletion that is told now. What
+        this process itself is still to delete there stays to be deleted.
         """
         for tier in self._tiers:
             if tier.resident:
                 await self.delete(tier, keys)
             elif tier.name in self._behind:
-                await self._behind[tier.name].forget(keys)
+                await self._behind[tier.name].forget_writes(keys)
         self._counters.add(DELETIONS, len(keys), outcome="followed")
 
     async def close(self) -> None:

@@ -86,9 +86,19 @@ class WriteBehind:
             self._worker = asyncio.create_task(self._work())
 
     async def forget(self, keys: Sequence[BlockKey]) -> None:
-        """Let none of these blocks be written any more; waits for one that is being written."""
+        """Let none of these be written, or deleted, any more; waits for one that is just now."""
         for key in keys:
             self._remove(key)
+        await self._settled(keys)
+
+    async def forget_writes(self, keys: Sequence[BlockKey]) -> None:
+        """Let none of these blocks be written any more; deletions of them that wait still do."""
+        for key in keys:
+            if self._waiting.get(key) is not None:
+                self._remove(key)
+        await self._settled(keys)
+
+    async def _settled(self, keys: Sequence[BlockKey]) -> None:
         while self._current in keys:
             await asyncio.sleep(0.001)
 

@@ -1,7 +1,7 @@
 """What a tier gets after a put was acknowledged, and what becomes of it when it does not answer."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import pytest
 
@@ -197,4 +197,30 @@ async def test_shed_refinements_are_counted_and_still_found_below(
     assert store.counters.get(names.SHED_BYTES, tier="dram") > 0
     found = await store.lookup(keys)
     assert [strata_of(mask) for mask in found.strata] == [(BASE, MID)] * 3
+    await store.close()
+
+
+async def test_a_deletion_by_another_process_does_not_end_one_of_ours_that_waits(
+    scope: ScopeDigest,
+) -> None:
+    class DiskTier(SlowTier):
+        name = "ssd"
+
+        async def delete(self, keys: Sequence[BlockKey]) -> int:
+            self._answer()
+            return await super().delete(keys)
+
+    disk = DiskTier()
+    store = BlockStore(DramTier(1 << 20), [disk])
+    (key, frames), (other, more) = sample_block(scope, 0), sample_block(scope, 1)
+    await store.put(key, frames)
+    disk.is_down = True
+    await store.delete([key])
+    await store.put(other, more, "dram")  # waits to be written
+    await store.forget_deleted([key, other])
+    disk.is_down = False
+    assert await store.flush(20)
+    assert await disk.contains([key, other]) == [None, None]
+    assert await store.get(key, [BASE]) == {BASE: "absent"}
+    assert store.counters.get(names.WRITTEN_BEHIND, outcome="deleted") == 1
     await store.close()
