@@ -56,7 +56,7 @@ async def measure(count: int) -> dict[str, float]:
             start = time.perf_counter()
             await tier.put(BlockKey(SCOPE, block_hash), {1: frame})
             longest_s = max(longest_s, time.perf_counter() - start)
-            frames_bytes += -(-sys.getsizeof(frame) // 16) * 16 + 16  # malloc's part of it
+            frames_bytes += -(-sys.getsizeof(frame) // 16) * 16  # small objects: no header
             hashes.append(block_hash)
             parent = block_hash
         if first % (count // 64 or 1) < PROMPT_BLOCKS:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from kvstrata.kvstore_service.client import StoreClient
+from kvstrata.kvstore_service.config import StoreLimits
 from kvstrata.kvstore_service.testing import sample_block
 from kvstrata.protos.credentials import ANONYMOUS
 from kvstrata.protos.errors import InvalidRequestError
@@ -19,7 +20,8 @@ from kvstrata.protos.identity import BlockKey, CacheScope
 from kvstrata.protos.sizes import parse_size
 
 BASE = 1
-BLOCKS_PER_CALL = 8
+BLOCKS_PER_CALL = 8  # of a Get
+NAMES_PER_CALL = StoreLimits().max_hashes  # of a Lookup and a Delete
 MAX_BYTES = 4 << 30
 MAX_STREAMS, MAX_ROUNDS = 256, 1000
 _LEAST_BYTES = 4096
@@ -81,16 +83,19 @@ class Bench:
         """Do ``rounds`` rounds; the blocks are deleted in the end, whatever happens."""
         put, get, lookup = self.ops
         shares = [self._blocks[i :: self._streams] for i in range(self._streams)]
-        count = BLOCKS_PER_CALL
-        calls = [self._blocks[i : i + count] for i in range(0, len(self._blocks), count)]
+        calls, names = self._parts(BLOCKS_PER_CALL), self._parts(NAMES_PER_CALL)
         try:
             for _ in range(rounds):
                 await self._round(put, [share for share in shares if share], self._put)
                 await self._round(get, calls, self._get)
-                await self._round(lookup, [self._blocks], self._lookup)
+                await self._round(lookup, names, self._lookup)
                 await self._delete()
         finally:
             await self._delete()
+
+    def _parts(self, count: int) -> list[Sequence[Block]]:
+        """Return the blocks in parts of at most ``count``."""
+        return [self._blocks[i : i + count] for i in range(0, len(self._blocks), count)]
 
     async def _round(
         self,
@@ -128,7 +133,8 @@ class Bench:
             op.fail("absent")
 
     async def _delete(self) -> None:
-        await self._client.delete([key for key, _ in self._blocks])
+        for part in self._parts(NAMES_PER_CALL):
+            await self._client.delete([key for key, _ in part])
 
 
 def make_blocks(count: int, block_bytes: int) -> list[Block]:

@@ -255,11 +255,15 @@ class DramTier:
             slots, used = slots[recent], used[recent]
         return [self._table.key(int(slot)) for slot in slots[np.argsort(used)[::-1]]]
 
-    async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> None:
+    async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
         """Exempt blocks from eviction; see ``Tier.pin``."""
+        missing = []
         for key in keys:
             if self._held.holds(self._table.find(key)):
                 self._pins.add(key, ttl_s)
+            else:
+                missing.append(key)
+        return missing
 
     async def unpin(self, keys: Sequence[BlockKey]) -> None:
         """End pins; see ``Tier.unpin``."""

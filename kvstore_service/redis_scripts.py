@@ -15,7 +15,7 @@ The keys share one hash tag, so a script runs on one node of a cluster; the valu
 * ``mid``, ``fine``: sorted sets like ``order``, of the blocks from which that stratum may be shed.
 * ``pins``, ``leases``: sorted sets, block key by the end of its pin, of its lease.
 * ``doomed``: a sorted set, block key by the time until which a process may be about to delete its
-  values; no lease is given on those.
+  values; no lease and no pin is given on those.
 
 A put *reserves* before it writes values and *records* after; a process that dies in between leaves
 too much accounted, never too little, and the next look at the block corrects it.
@@ -125,6 +125,26 @@ local function without(entry, stratum)
   if not size then return entry end
   local rest = string.gsub(entry, ' ' .. stratum .. ':%d+', '')
   return string.gsub(rest, '^%d+', string.format('%d', bytes_in(entry) - size)), nil
+end
+
+-- Whether it is here and nobody is about to delete it.
+local function stays(member)
+  local doom = redis.call('ZSCORE', doomed, member)
+  return redis.call('HEXISTS', sizes, member) == 1 and not (doom and tonumber(doom) > now)
+end
+
+-- Exempts ARGV[2] and further members for ARGV[1] ms; returns the positions of those that do not
+-- stay anyway, from 1.
+local function exempt(holders)
+  local missing = {}
+  for i = 2, #ARGV do
+    if stays(ARGV[i]) then
+      redis.call('ZADD', holders, 'GT', now + tonumber(ARGV[1]), ARGV[i])
+    else
+      table.insert(missing, i - 1)
+    end
+  end
+  return missing
 end
 
 local function is_exempt(member)
@@ -361,34 +381,11 @@ return count
 """
 )
 
-# ARGV: ttl_ms, member, ... Pins those that exist.
-PIN = (
-    _PRELUDE
-    + """
-for i = 2, #ARGV do
-  if redis.call('HEXISTS', sizes, ARGV[i]) == 1 then
-    redis.call('ZADD', pins, 'GT', now + tonumber(ARGV[1]), ARGV[i])
-  end
-end
-"""
-)
+# ARGV: ttl_ms, member, ... Pins those that stay; returns the positions of the others, from 1.
+PIN = _PRELUDE + "return exempt(pins)"
 
-# ARGV: ttl_ms, member, ... Leases those that exist; returns the positions of the others, from 1.
-LEASE = (
-    _PRELUDE
-    + """
-local missing = {}
-for i = 2, #ARGV do
-  local doom = redis.call('ZSCORE', doomed, ARGV[i])
-  if redis.call('HEXISTS', sizes, ARGV[i]) == 0 or (doom and tonumber(doom) > now) then
-    table.insert(missing, i - 1)
-  else
-    redis.call('ZADD', leases, 'GT', now + tonumber(ARGV[1]), ARGV[i])
-  end
-end
-return missing
-"""
-)
+# ARGV: ttl_ms, member, ... Leases those that stay; returns the positions of the others, from 1.
+LEASE = _PRELUDE + "return exempt(leases)"
 
 # ARGV: ttl_ms. Returns {blocks, bytes}.
 USAGE = (

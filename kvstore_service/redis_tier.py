@@ -216,10 +216,9 @@ class RedisTier:
             members: Any = await redis.zrevrange(scripts.USED_KEY, 0, limit - 1)
         return [BlockKey.decode(member.decode()) for member in members]
 
-    async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> None:
+    async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
         """Exempt blocks from eviction by any process; see ``Tier.pin``."""
-        if keys:
-            await self._eval(scripts.PIN, int(ttl_s * 1000), *(key.encode() for key in keys))
+        return await self._hold(scripts.PIN, keys, ttl_s)
 
     async def unpin(self, keys: Sequence[BlockKey]) -> None:
         """End pins; see ``Tier.unpin``."""
@@ -229,10 +228,12 @@ class RedisTier:
 
     async def lease(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
         """Exempt blocks from eviction by any process; see ``Tier.lease``."""
+        return await self._hold(scripts.LEASE, keys, ttl_s)
+
+    async def _hold(self, script: str, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
         if not keys:
             return []
-        members = (key.encode() for key in keys)
-        missing = await self._eval(scripts.LEASE, int(ttl_s * 1000), *members)
+        missing = await self._eval(script, int(ttl_s * 1000), *(key.encode() for key in keys))
         return [keys[position - 1] for position in missing]
 
     async def usage(self) -> TierUsage:

@@ -315,12 +315,13 @@ class SsdTier:
         self._worker.refuse_if_down()
         return self._index.keys(limit)
 
-    async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> None:
+    async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
         """Exempt blocks from eviction until then or the process's end; see ``Tier.pin``."""
         self._worker.refuse_if_down()
-        for key in keys:
-            if self._index.get(key) is not None:
-                self._pins.add(key, ttl_s)
+        missing = [key for key in keys if self._index.get(key) is None]
+        for key in set(keys).difference(missing):
+            self._pins.add(key, ttl_s)
+        return missing
 
     async def unpin(self, keys: Sequence[BlockKey]) -> None:
         """End pins; see ``Tier.unpin``."""

@@ -262,11 +262,16 @@ class BlockStore:
         """Exempt committed blocks from eviction for ``ttl_s``; return the others."""
         found, _ = await self.locate(keys)
         here = [key for key, presence in zip(keys, found, strict=True) if is_present(presence)]
+        pinned: set[BlockKey] = set()
+
+        async def pin(tier: Tier) -> None:
+            pinned.update(set(here).difference(await tier.pin(here, ttl_s)))
+
+        await self._in_all_tiers(pin(tier) for tier in self.tiers)
         for key, presence in zip(keys, found, strict=True):
-            if is_present(presence):
+            if key in pinned:  # in no tier: it went meanwhile, or is about to
                 self.pins.add(key, ttl_s, max(sum(sizes.values()) for _, sizes in presence))
-        await self._in_all_tiers(tier.pin(here, ttl_s) for tier in self.tiers)
-        return [key for key, presence in zip(keys, found, strict=True) if not is_present(presence)]
+        return [key for key in keys if key not in pinned]
 
     async def unpin(self, keys: Sequence[BlockKey]) -> None:
         """End pins early. Idempotent."""

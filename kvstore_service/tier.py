@@ -107,8 +107,11 @@ class Tier(Protocol):
         """Return at most ``limit`` keys, most recently used first."""
         ...
 
-    async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> None:
-        """Exempt the blocks from eviction for ``ttl_s`` from now; never shortens a pin."""
+    async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
+        """Exempt the blocks from eviction for ``ttl_s`` from now; never shortens a pin.
+
+        Returns the blocks that are not here, or about to go; nothing is promised of them.
+        """
         ...
 
     async def unpin(self, keys: Sequence[BlockKey]) -> None:

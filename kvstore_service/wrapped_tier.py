@@ -50,9 +50,9 @@ class WrappedTier:
         """See ``Tier.keys``."""
         return await self.inner.keys(limit)
 
-    async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> None:
+    async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
         """See ``Tier.pin``."""
-        await self.inner.pin(keys, ttl_s)
+        return await self.inner.pin(keys, ttl_s)
 
     async def unpin(self, keys: Sequence[BlockKey]) -> None:
         """See ``Tier.unpin``."""

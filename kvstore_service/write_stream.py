@@ -19,7 +19,7 @@ from kvstrata.kvstore_service.quota import Quotas
 from kvstrata.kvstore_service.read_ahead import cancel
 from kvstrata.kvstore_service.request_check import parse_key
 from kvstrata.kvstore_service.segment_assembly import SegmentAssembly
-from kvstrata.kvstore_service.store import BlockStore, Presence
+from kvstrata.kvstore_service.store import BlockStore, Presence, PutResult
 from kvstrata.kvstore_service.tenants import Tenant
 from kvstrata.kvstore_service.wire import key_message
 from kvstrata.kvstore_service.workload import Workload
@@ -32,7 +32,14 @@ from kvstrata.protos.errors import (
     ThrottledError,
 )
 from kvstrata.protos.frame import assemble_frame
+from kvstrata.protos.frame_pb2 import FrameHeader
 from kvstrata.protos.identity import BlockKey
+
+MAX_HEADER_BYTES = 4096
+"""Of an opening's header, which is kept outside every budget; real ones take about 400 bytes, since
+the tables of segments and attachments come last, with the head."""
+MAX_STATUSES = 1024
+"""That wait for a client to read them; beyond, its stream is read no further."""
 
 _UNFINISHED = ("abandoned", "writer_gone")
 OPEN, PENDING, DONE = pb.WRITE_STATE_OPEN, pb.WRITE_STATE_PENDING, pb.WRITE_STATE_DONE
@@ -84,7 +91,7 @@ class WriteStream:
         self._open: dict[int, OpenBlock] = {}
         self._last_number = -1
         self._commits: set[asyncio.Task[None]] = set()
-        self._statuses: asyncio.Queue[pb.WriteStatus | None] = asyncio.Queue()
+        self._statuses: asyncio.Queue[pb.WriteStatus | None] = asyncio.Queue(MAX_STATUSES)
         self._has_ended = False
 
     async def serve(
@@ -99,9 +106,13 @@ class WriteStream:
         finally:
             await cancel([receiving])
             if self._commits:  # they have arrived whole
+                unread = asyncio.create_task(self._discard_statuses())
                 await asyncio.wait(set(self._commits))
-            for block in list(self._open.values()):
-                await self._end(block, "writer_gone")
+                await cancel([unread])
+
+    async def _discard_statuses(self) -> None:
+        while True:
+            await self._statuses.get()
 
     async def _told(self) -> list[pb.WriteStatus]:
         """Return what there is to tell, waiting for it; nothing once all has been told."""
@@ -115,7 +126,7 @@ class WriteStream:
         return told
 
     async def _receive(self, requests: AsyncIterator[pb.WriteRequest]) -> None:
-        """Handle every request; the end of the stream ends what is not finished."""
+        """Handle every request; its end, however it comes, ends what is not finished."""
         try:
             while (request := await self._next(requests)) is not None:
                 await self._handle(request)
@@ -124,8 +135,11 @@ class WriteStream:
             if self._commits:
                 await asyncio.wait(set(self._commits))
         finally:
+            for block in list(self._open.values()):
+                await self._end(block, "writer_gone")
             self._has_ended = True
-            self._statuses.put_nowait(None)
+            if not self._statuses.full():  # else there is something to wake up for
+                self._statuses.put_nowait(None)
 
     async def _next(self, requests: AsyncIterator[pb.WriteRequest]) -> pb.WriteRequest | None:
         idle_s = self._limits.put_idle_s
@@ -186,6 +200,13 @@ class WriteStream:
             )
         self._last_number = opening.block
         key = parse_key(opening.key)
+        header_bytes = opening.header.ByteSize()
+        if header_bytes > MAX_HEADER_BYTES:
+            raise LimitError(
+                f"a header of {header_bytes} bytes exceeds the limit of {MAX_HEADER_BYTES}",
+                "open the block with what the codec's draft header says, and nothing more",
+                block_key=key.encode(),
+            )
         sizes = declared_sizes(key, opening.strata, self._limits)
         self._store.check_durability(opening.durability)
         return key, sizes
@@ -203,24 +224,26 @@ class WriteStream:
             check_draft(key, opening.header, sizes)
         except BlockRejectedError as error:
             self._count_rejected(error.kind)
-            self._tell(number, key, pb.PUT_OUTCOME_REJECTED, error.message)
+            await self._tell(number, key, pb.PUT_OUTCOME_REJECTED, error.message)
             return
         here = {stratum for _, held in presence for stratum in held}
         if here >= sizes.keys():
             self._count_open("exists")
             tiers = [name for name, _ in presence]
-            self._tell(number, key, pb.PUT_OUTCOME_EXISTS, "", tiers)
+            await self._tell(number, key, pb.PUT_OUTCOME_EXISTS, "", tiers)
             return
         if self._store.arrivals.num_pending([stored_key]):
             self._count_open("pending")
-            self._statuses.put_nowait(pb.WriteStatus(block=number, state=PENDING))
+            await self._say(pb.WriteStatus(block=number, state=PENDING))
             return
+        header = FrameHeader()
+        header.CopyFrom(opening.header)  # a part of a message keeps all of it in memory
         block = OpenBlock(
             number,
             key,
             opening.durability,
             sizes,
-            LiveBlock(stored_key, opening.header),
+            LiveBlock(stored_key, header),
             {stratum: SegmentAssembly(size) for stratum, size in sizes.items()},
         )
         try:
@@ -229,14 +252,14 @@ class WriteStream:
             self._quotas.count_request(self._tenant)
         except ThrottledError as error:
             self._count_open("throttled")
-            self._tell(number, key, pb.PUT_OUTCOME_REJECTED, f"throttled: {error.message}")
+            await self._tell(number, key, pb.PUT_OUTCOME_REJECTED, f"throttled: {error.message}")
             return
         block.held.enter_context(self._workload.receiving())
         block.held.enter_context(self._store.arrivals.following(block.live))
         block.held.callback(self._give_back, block)
         self._open[number] = block
         self._count_open("open")
-        self._statuses.put_nowait(pb.WriteStatus(block=number, state=OPEN))
+        await self._say(pb.WriteStatus(block=number, state=OPEN))
 
     def _reserve(self, block: OpenBlock, num_bytes: int) -> None:
         """Hold what the block's next segment needs, until the block ends.
@@ -313,22 +336,22 @@ class WriteStream:
                 result = await self._store.put(key, stored, block.durability)
                 room.kept = result.outcome != pb.PUT_OUTCOME_REJECTED
             reason = "" if room.kept else "rejected"
-            self._tell(block.number, block.key, result.outcome, result.reason, result.tiers)
         except ThrottledError as error:
             reason = "rejected"
             self._count_rejected("throttled")
-            told = f"throttled: {error.message}"
-            self._tell(block.number, block.key, pb.PUT_OUTCOME_REJECTED, told)
-        finally:
+            result = PutResult(pb.PUT_OUTCOME_REJECTED, f"throttled: {error.message}")
+        finally:  # before it is told: the client may read that late
             block.live.end(Ending(reason, {} if reason else heads))
             await block.held.aclose()
+        told = result.outcome, result.reason, result.tiers
+        await self._statuses.put(_done(block.number, block.key, *told))
 
     async def _reject(self, block: OpenBlock, kind: str, what: str) -> None:
         """End a block that will not be committed, and tell writer and readers."""
         if kind not in _UNFINISHED:
             self._count_rejected(kind)
-        self._tell(block.number, block.key, pb.PUT_OUTCOME_REJECTED, f"{kind}: {what}")
         await self._end(block, kind if kind in ("corrupt", *_UNFINISHED) else "rejected")
+        await self._tell(block.number, block.key, pb.PUT_OUTCOME_REJECTED, f"{kind}: {what}")
 
     def _count_rejected(self, kind: str) -> None:
         self._store.counters.add(names.PUTS, outcome="rejected", reason=kind)
@@ -343,8 +366,29 @@ class WriteStream:
     def _count_open(self, state: str) -> None:
         self._store.counters.add(names.OPENED, state=state)
 
-    def _tell(
+    async def _tell(
         self, number: int, key: BlockKey, outcome: Any, reason: str, tiers: Iterable[str] = ()
     ) -> None:
-        result = pb.PutReply(key=key_message(key), outcome=outcome, reason=reason, tiers=tiers)
-        self._statuses.put_nowait(pb.WriteStatus(block=number, state=DONE, result=result))
+        await self._say(_done(number, key, outcome, reason, tiers))
+
+    async def _say(self, status: pb.WriteStatus) -> None:
+        """Queue a status; waits while the client reads none, no longer than it may be silent.
+
+        Raises:
+            DeadlineError: It read none for so long.
+        """
+        idle_s = self._limits.put_idle_s
+        try:
+            async with asyncio.timeout(idle_s):
+                await self._statuses.put(status)
+        except TimeoutError:
+            raise DeadlineError(
+                f"no status was read for {idle_s} s while {MAX_STATUSES} wait", "read the replies"
+            ) from None
+
+
+def _done(
+    number: int, key: BlockKey, outcome: Any, reason: str, tiers: Iterable[str]
+) -> pb.WriteStatus:
+    result = pb.PutReply(key=key_message(key), outcome=outcome, reason=reason, tiers=tiers)
+    return pb.WriteStatus(block=number, state=DONE, result=result)

@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kvstrata.client.kvctl import app
-from kvstrata.kvstore_service.config import StoreConfig
+from kvstrata.kvstore_service import bench_command
+from kvstrata.kvstore_service.config import StoreConfig, StoreLimits
 from kvstrata.kvstore_service.testing import LocalStore
 
 SMALL = ["--blocks", "20", "--block-bytes", "8KiB", "--streams", "3", "--rounds", "2"]
@@ -31,6 +32,21 @@ async def test_it_measures_and_leaves_no_block_behind() -> None:
         assert all(result["gbps"] > 0 for result in found["results"][:2])
         assert await store.running.store.dram.keys(100) == []
         assert store.running.store.counters.get("puts_total", outcome="committed") == 40
+
+
+async def test_more_blocks_than_a_call_may_name_are_looked_up_and_deleted_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert StoreLimits().max_hashes == bench_command.NAMES_PER_CALL
+    monkeypatch.setattr(bench_command, "NAMES_PER_CALL", 8)
+    async with LocalStore(StoreConfig(limits=StoreLimits(max_hashes=8))) as store:
+        done = await run("--address", store.address, "--json", *SMALL)
+        assert done.exit_code == 0, done.output
+        assert [result["failures"] for result in json.loads(done.stdout)["results"]] == [{}] * 3
+        assert await store.running.store.dram.keys(100) == []
+        counters = store.running.store.counters
+        assert counters.get("lookup_blocks_total", result="hit") == 40
+        assert counters.get("lookups_total") == 6
 
 
 async def test_what_the_store_could_not_keep_is_told_and_exits_1() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
+from kvstrata.kvstore_service import write_stream
 from kvstrata.kvstore_service.client import (
     AttachedBlock,
     AttachedSegment,
@@ -19,11 +20,13 @@ from kvstrata.kvstore_service.client import (
     StoreClient,
 )
 from kvstrata.kvstore_service.config import StoreConfig, StoreLimits
+from kvstrata.kvstore_service.put_stream import ByteBudget
 from kvstrata.kvstore_service.testing import LocalStore, RedisServer, sample_block
+from kvstrata.kvstore_service.write_stream import MAX_HEADER_BYTES, WriteStream
 from kvstrata.protos import admin_pb2
 from kvstrata.protos import kvstore_pb2 as pb
 from kvstrata.protos.admin_pb2_grpc import AdminStub
-from kvstrata.protos.errors import DeadlineError, KVStrataError, from_rpc_error
+from kvstrata.protos.errors import DeadlineError, KVStrataError, LimitError, from_rpc_error
 from kvstrata.protos.frame import Frame, draft_header, encode_frame, segment_checksum
 from kvstrata.protos.frame_pb2 import FrameHeader
 from kvstrata.protos.identity import BlockKey, ScopeDigest
@@ -183,7 +186,10 @@ async def test_attaching_to_committed_blocks_is_a_read(
     counters = store.running.store.counters
     assert reader.ends[0].tier == "dram"
     assert sum(end.num_bytes for end in reader.ends.values()) == counters.get("sent_bytes_total")
-    assert reader.ends[0].num_bytes > sum(STRATA.values())
+    for end, (_, frames) in zip((reader.ends[0], reader.ends[1]), (whole, base_only), strict=True):
+        opened = [Frame.open(frame) for frame in frames.values()]
+        lengths = [f.head_bytes + sum(s.length for s in f.header.segments) for f in opened]
+        assert end.num_bytes == sum(lengths)  # all of the frames but what pads them
     assert counters.get("wanted_strata_total") == 8
     assert (counters.get("hits_total"), counters.get("misses_total")) == (3, 5)
     await nothing_is_held(store)
@@ -763,3 +769,115 @@ async def test_a_finished_block_is_committed_though_its_writer_dies_at_once(
     assert await reader.reasons() == ["", "writer_gone"]
     assert len((await client.lookup(scope, [made[0][0].block_hash])).blocks) == 1
     await nothing_is_held(store)
+
+
+def test_what_real_headers_take_is_far_below_what_an_opening_may_carry(scope: ScopeDigest) -> None:
+    header = draft(sample_block(scope, 0, strata=STRATA, num_layers=128))
+    header.token_ids[:] = [(1 << 32) - 1 - n for n in range(64)]
+    header.profile, header.codec = bytes(16), "a codec of a long name"
+    assert header.ByteSize() < MAX_HEADER_BYTES / 4
+
+
+@pytest.mark.parametrize("where", ["known", "unknown"])
+async def test_a_header_larger_than_any_real_one_is_refused_before_anything_is_kept(
+    raw: RawWriter, store: LocalStore, scope: ScopeDigest, where: str
+) -> None:
+    first, second = blocks(scope, 2)
+    large = opening(second, 1)
+    if where == "known":
+        large.header.codec = "x" * MAX_HEADER_BYTES
+    else:  # field 99, of bytes
+        large.header.MergeFromString(b"\x9a\x06\x80\x20" + bytes(4096))
+    await raw.say(opens=[opening(first), large])
+    error = await raw.error()
+    assert isinstance(error, LimitError)
+    assert "header of" in error.message
+    await nothing_is_held(store)
+    assert store.running.store.counters.get("opened_blocks_total") == 0
+
+
+class SlowReader:
+    """A Write stream whose client sends all that it is let, and reads what it is told to."""
+
+    def __init__(self, store: LocalStore, requests: list[pb.WriteRequest], idle_s: float) -> None:
+        self.num_sent = 0
+        running = store.running
+        self.stream = WriteStream(
+            running.store,
+            running.workload,
+            StoreLimits(put_idle_s=idle_s),
+            running.tenants.identify([]),
+            running.quotas,
+            ByteBudget(1 << 20),
+        )
+        self.replies = self.stream.serve(self._send(requests))
+
+    async def _send(self, requests: list[pb.WriteRequest]) -> AsyncIterator[pb.WriteRequest]:
+        for request in requests:
+            self.num_sent += 1
+            yield request
+
+    async def until_it_waits(self) -> int:
+        """Read one reply, and return how many requests were taken when no more are."""
+        await anext(self.replies)
+        async with asyncio.timeout(SOON_S):
+            while not self.stream._statuses.full():
+                await asyncio.sleep(0.01)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        return self.num_sent
+
+
+@pytest.fixture
+def few_statuses(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(write_stream, "MAX_STATUSES", 4)
+    return 4
+
+
+async def test_a_client_that_reads_nothing_is_read_no_further(
+    store: LocalStore, scope: ScopeDigest, few_statuses: int
+) -> None:
+    made = blocks(scope, 20)
+    opens = [pb.WriteRequest(opens=[opening(block, n)]) for n, block in enumerate(made)]
+    reader = SlowReader(store, opens, FOREVER_S)
+    assert await reader.until_it_waits() <= 2 * few_statuses + 2
+    assert len(reader.stream._open) < 20
+    told = [status async for reply in reader.replies for status in reply.statuses]
+    by_state = [status.block for status in told if status.state == pb.WRITE_STATE_OPEN]
+    assert by_state[-1] == 19
+    assert len(by_state) >= 20 - few_statuses - 1  # the first reply was read before
+    assert [s.block for s in told if s.state == pb.WRITE_STATE_DONE] == list(range(20))
+    await nothing_is_held(store)
+
+
+async def test_blocks_of_a_client_that_reads_nothing_for_too_long_end(
+    store: LocalStore, scope: ScopeDigest, few_statuses: int
+) -> None:
+    made = blocks(scope, 20)
+    opens = [pb.WriteRequest(opens=[opening(block, n)]) for n, block in enumerate(made)]
+    reader = SlowReader(store, opens, 0.3)
+    await reader.until_it_waits()
+    await nothing_is_held(store)
+    with pytest.raises(DeadlineError, match="no status was read"):
+        async for _ in reader.replies:
+            pass
+
+
+async def test_finished_blocks_are_committed_though_nobody_reads_their_outcome(
+    store: LocalStore, scope: ScopeDigest, few_statuses: int
+) -> None:
+    made = blocks(scope, 6)
+    requests = [pb.WriteRequest(opens=[opening(b, n) for n, b in enumerate(made[:4])])]
+    requests += [
+        pb.WriteRequest(segments=all_segments(n, block), finishes=[finishing(n, block[1])])
+        for n, block in enumerate(made[:4])
+    ]
+    requests.append(pb.WriteRequest(opens=[opening(b, 4 + n) for n, b in enumerate(made[4:])]))
+    reader = SlowReader(store, requests, FOREVER_S)
+    await reader.until_it_waits()
+    async with asyncio.timeout(SOON_S):
+        while len(await store.running.store.dram.keys(10)) < 4:
+            await asyncio.sleep(0.01)
+        await reader.replies.aclose()
+    await nothing_is_held(store)
+    assert not reader.stream._commits

@@ -12,8 +12,10 @@ from redis.asyncio import Redis
 from kvstrata.kvstore_service import redis_scripts as scripts
 from kvstrata.kvstore_service.client import StoreClient
 from kvstrata.kvstore_service.config import StoreConfig
+from kvstrata.kvstore_service.dram_tier import DramTier
 from kvstrata.kvstore_service.redis_connection import RedisConnection
 from kvstrata.kvstore_service.redis_tier import RedisTier
+from kvstrata.kvstore_service.store import BlockStore
 from kvstrata.kvstore_service.testing import LocalStore, RedisServer, sample_block
 from kvstrata.protos.errors import CapacityError
 from kvstrata.protos.identity import BlockKey, ScopeDigest
@@ -227,6 +229,32 @@ async def test_any_part_of_the_accounting_may_be_lost(
         assert victims in ([], [prompt[3][0]])
     for number in range(30):
         await tier.put(*block(scope, 100 + number))
+    await tier.check_integrity()
+
+
+async def test_neither_a_pin_nor_a_lease_is_given_on_what_a_process_is_about_to_delete(
+    redis: RedisServer, make: Make, scope: ScopeDigest
+) -> None:
+    blocks = [block(scope, n, mid=0) for n in range(3)]
+    tier = make(redis.url, size(blocks[:2], BASE))
+    evicting = make(redis.url, size(blocks[:2], BASE))
+    for each in blocks[:2]:
+        await tier.put(*each)
+    unlink, found = evicting._unlink, []
+
+    async def unlink_late(*args: Any) -> None:
+        keys = [key for key, _ in blocks]
+        for hold in (tier.pin, tier.lease):
+            found.append([keys.index(key) for key in await hold(keys, 60)])
+        found.append(await store.pin(keys[:1], 60))
+        await unlink(*args)
+
+    store = BlockStore(DramTier(1 << 20), [tier])
+    evicting._unlink = unlink_late  # type: ignore[method-assign]
+    assert await evicting.put(*blocks[2]) == [blocks[0][0]]
+    assert found == [[0, 2], [0, 2], [blocks[0][0]]]
+    assert not store.pins.holds(blocks[0][0])
+    assert await tier.pin([key for key, _ in blocks], 60) == [blocks[0][0]]
     await tier.check_integrity()
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,8 @@ import pytest
 from kvstrata.kvstore_service import redis_deletions, write_behind
 from kvstrata.kvstore_service.client import StoreClient
 from kvstrata.kvstore_service.config import StoreConfig
+from kvstrata.kvstore_service.redis_connection import RedisConnection
+from kvstrata.kvstore_service.redis_deletions import RedisDeletions
 from kvstrata.kvstore_service.redis_tier import RedisTier
 from kvstrata.kvstore_service.testing import LocalStore, RedisServer, sample_block
 from kvstrata.kvstore_service.tier import TierUnavailableError
@@ -199,6 +201,96 @@ async def test_entries_of_the_stream_that_are_not_ours_change_nothing(
         return await length(pair.two, blocks) == 1
 
     await pair.until(is_gone)
+
+
+async def test_a_value_of_another_type_in_place_of_the_stream_costs_deletions_and_nothing_else(
+    pair: Pair, own_redis: RedisServer, scope: ScopeDigest, caplog: pytest.LogCaptureFixture
+) -> None:
+    from redis.asyncio import Redis
+
+    blocks = prompt(scope, 0, 2)
+    counters = [store.running.store.counters for store in pair.stores]
+    await pair.one.put(blocks[:1])
+    assert await length(pair.two, blocks[:1]) == 1
+    async with Redis.from_url(own_redis.url) as direct:
+        await direct.delete(redis_deletions.STREAM_KEY)
+        await direct.set(redis_deletions.STREAM_KEY, "taken")
+
+        async def is_refused() -> bool:
+            return all(c.get("deletions_total", outcome="missed") == 1 for c in counters)
+
+        await pair.until(is_refused)
+        await pair.one.delete([blocks[0][0]])
+        assert counters[0].get("deletions_total", outcome="untold") == 1
+        for _ in range(20):  # of the pauses between two looks
+            assert not (await pair.two.lookup(scope, [blocks[1][0].block_hash])).degraded
+            await asyncio.sleep(0.01)
+        await pair.one.put(blocks[1:])
+        assert await read(pair.two, blocks[1:]) == [""] * 2
+        assert [c.get("tier_errors_total") for c in counters] == [0, 0]
+        assert [c.get("deletions_total", outcome="missed") for c in counters] == [1, 1]
+        told = [r.what for r in caplog.records if "refuses the stream" in r.message]  # type: ignore[attr-defined]
+        assert sorted(told) == ["follow", "follow", "tell"]
+        await direct.delete(redis_deletions.STREAM_KEY)
+    await pair.one.delete([blocks[1][0]])
+
+    async def is_gone() -> bool:
+        return await length(pair.two, blocks[1:]) == 0
+
+    await pair.until(is_gone)
+
+
+async def test_a_user_who_may_not_use_the_stream_may_use_the_tier(
+    own_redis: RedisServer, scope: ScopeDigest
+) -> None:
+    from redis.asyncio import Redis
+
+    async with Redis.from_url(own_redis.url) as direct:
+        rules = ["on", ">secret", "~*", "+@all", "-xadd", "-xread", "-xrevrange"]
+        await direct.execute_command("ACL", "SETUSER", "kv", *rules)
+    url = own_redis.url.replace("redis://", "redis://kv:secret@")
+    blocks = prompt(scope, 0, 2)
+    async with (
+        LocalStore(StoreConfig(redis_url=url, redis_probe_s=0.05)) as store,
+        StoreClient(store.address, timeout_s=60) as client,
+    ):
+        counters = store.running.store.counters
+        async with asyncio.timeout(SOON_S):
+            while counters.get("deletions_total", outcome="missed") < 1:
+                await asyncio.sleep(0.01)
+        await client.put(blocks)
+        assert await client.delete([blocks[0][0]]) == 1
+        assert not (await client.lookup(scope, [blocks[1][0].block_hash])).degraded
+        assert counters.get("deletions_total", outcome="untold") == 1
+        assert counters.get("tier_errors_total") == 0
+
+
+async def test_a_deletion_that_cannot_be_followed_is_counted_and_costs_no_other(
+    own_redis: RedisServer, scope: ScopeDigest
+) -> None:
+    keys = [sample_block(scope, n)[0] for n in range(2 * redis_deletions._READ_ENTRIES + 5)]
+    connection = RedisConnection(own_redis.url, timeout_s=SOON_S)
+    telling = RedisDeletions(connection)
+    for key in keys:
+        await telling.tell([key])
+    following = RedisDeletions(connection, poll_s=300)  # there is no pause after a full batch
+    following._read_up_to = "0-0"
+    missed, followed = [], []
+    following.on_missed = lambda: missed.append(followed[-1])
+
+    async def apply(told: Sequence[BlockKey]) -> None:
+        followed.extend(told)
+        if told[0] in (keys[0], keys[70]):
+            raise RuntimeError("no")
+
+    following.follow(apply)
+    async with asyncio.timeout(SOON_S):
+        while len(followed) < len(keys):
+            await asyncio.sleep(0.01)
+    assert followed == keys
+    assert missed == [keys[0], keys[70]]
+    await following.close()
+    await connection.close()
 
 
 async def test_after_a_lost_connection_both_know_what_redis_has(

@@ -117,7 +117,7 @@ async def test_a_block_beyond_the_capacity_is_refused_and_changes_nothing(tier: 
 
 async def test_pinned_blocks_are_exempt_until_unpinned(tier: Tier) -> None:
     await tier.put(key(1), {1: bytes(600)})
-    await tier.pin([key(1), key(7)], 60)
+    assert await tier.pin([key(1), key(7)], 60) == [key(7)]
     with pytest.raises(CapacityError):
         await tier.put(key(2), {1: bytes(600)})
     await tier.unpin([key(1)])
