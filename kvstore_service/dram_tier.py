@@ -37,7 +37,7 @@ class DramTier:
 
     Args:
         capacity_bytes: The bound on the frames' bytes; the index and the policy come on top, about
-            170 bytes a block, and Python's 33 bytes a frame.
+            146 bytes a block, and Python's 33 bytes a frame.
         clock: Monotonic seconds, for pins and leases.
         policy: Makes what decides which blocks go.
 

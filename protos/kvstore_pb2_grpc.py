@@ -162,7 +162,9 @@ class KVStoreServicer:
     def Delete(self, request, context):
         """Forgets blocks in every tier, pinned or not. Deleting an absent block is no error. Other stores that
         share a Redis forget what their memory holds of them within 100 ms, or when their connection is
-        back; their ssd keeps it.
+        back; their ssd keeps it. While a tier does not answer the deletion is incomplete, and the call
+        does not fail: a shared tier that is down keeps its blocks, and is not asked again. A deletion
+        has no time of its own: what another store acknowledged before it heard of one may go with it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
