@@ -69,6 +69,10 @@ def attend_blocks(
         from kvstrata.kernels.attend_blocks_numba import attend_blocks_numba
 
         return attend_blocks_numba(queries, pages, turns, scaling)
+    if backend == "triton":
+        from kvstrata.kernels.attend_blocks_triton import attend_blocks_triton
+
+        return attend_blocks_triton(queries, pages, turns, scaling)
     filled = pages.num_tokens > 0
     if not filled.all():
         rows = filled.nonzero().flatten()
@@ -76,10 +80,6 @@ def attend_blocks(
     if pages.offsets.shape[0] == 0:
         out = torch.zeros(queries.shape, device=queries.device)
         return out, out.new_full(queries.shape[:1], float("-inf"))
-    if backend == "triton":
-        from kvstrata.kernels.attend_blocks_triton import attend_blocks_triton
-
-        return attend_blocks_triton(queries, pages, turns, scaling)
     return attend_blocks_reference(queries, pages, turns, scaling)
 
 
@@ -105,10 +105,15 @@ def attend_batch(
         ValueError: Shapes, dtypes or devices that do not belong together.
     """
     _check_batch(queries, pages, table, turns)
-    if backend_of(queries, pages.arena, pages.keys.mean, pages.values.mean, *turns) == "numba":
+    backend = backend_of(queries, pages.arena, pages.keys.mean, pages.values.mean, *turns)
+    if backend == "numba":
         from kvstrata.kernels.attend_blocks_numba import attend_batch_numba
 
         return attend_batch_numba(queries, pages, table, turns, scaling)
+    if backend == "triton":
+        from kvstrata.kernels.attend_blocks_triton import attend_batch_triton
+
+        return attend_batch_triton(queries, pages, table, turns, scaling)
     return attend_batch_reference(queries, pages, table, turns, scaling)
 
 

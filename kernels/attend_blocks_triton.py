@@ -3,10 +3,12 @@
 
 A program decodes 16 tokens of one head in registers, in transform coordinates, and multiplies by
 all query heads of the group at once. Scores go through memory, 4 bytes each, because one kernel
-that decodes both keys and values spills registers on gfx942; ranges of
-blocks are put together afterwards (split K, as in FlashDecoding). Nothing expanded goes to memory.
+that decodes both keys and values spills registers on gfx942; ranges of blocks are put together
+afterwards (split K, as in FlashDecoding). Nothing expanded goes to memory. The blocks of all
+sequences of a batch lie behind each other; a range belongs to one sequence.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,16 +17,10 @@ import triton.language as tl
 
 from kvstrata.kernels import block_pages as layout
 from kvstrata.kernels.aot import AotCase
-from kvstrata.kernels.attend_blocks import (
-    Attention,
-    bias_steps,
-    turn_back,
-)
-from kvstrata.kernels.block_pages import (
-    BlockPages,
-    SideTables,
-    Turns,
-)
+from kvstrata.kernels.attend_blocks import Attention, bias_steps, turn_back
+from kvstrata.kernels.attend_merge_triton import STATE, merge_parts
+from kvstrata.kernels.attend_ranges import ranges_of
+from kvstrata.kernels.block_pages import BlockPages, PageTable, SideTables, Turns
 from kvstrata.kernels.hadamard import hadamard
 from kvstrata.kernels.sign_codes import COEFFICIENTS, FINE_LEVELS, MAX_WIDTH
 
@@ -38,7 +34,6 @@ FINE_AT = tl.constexpr(256 + (MAX_WIDTH + 1) * MAX_WIDTH)
 TILE = tl.constexpr(16)  # tokens decoded at once
 _MIN_ROWS = 16  # of a matrix product
 _WARPS, _VALUE_WARPS_NVIDIA = 4, 8  # with 4 the sum over values spills on sm_80, with 8 on gfx942
-_PROGRAMS = 512  # about four for each multiprocessor of a large GPU
 
 
 @triton.jit
@@ -187,8 +182,8 @@ def score_blocks_kernel(
 @triton.jit
 def sum_values_kernel(
     arena, offsets, row_starts, scores_of,
-    value_widths, value_counts, value_scale, tables, out,
-    num_blocks, num_heads, group, blocks_per_program,
+    value_widths, value_counts, value_scale, tables, ranges, out,
+    num_blocks, num_heads, group,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Weigh the values of one KV head in a range of blocks by the softmax of their scores.
@@ -207,13 +202,13 @@ def sum_values_kernel(
         value_counts: As ``score_blocks_kernel`` has ``key_counts``.
         value_scale: float32 (H, D).
         tables: As ``score_blocks_kernel`` has them.
+        ranges: int32 (programs, 2), the first block of each range and the one behind its last.
         out: float32 (programs, H, G, 2 D + 3): sums in transform coordinates, times scale, with
-            biases; sums of escapes in Hadamard coordinates; largest score, sum of weights, of
-            planed weights.
+            biases; sums of escapes in Hadamard coordinates; sum of planed weights; largest score,
+            sum of weights.
         num_blocks: N.
         num_heads: H.
         group: G.
-        blocks_per_program: Length of a range.
         DIM: D.
         BLOCK_D: D up to a power of two.
         ROWS: G up to a power of two, at least 16.
@@ -231,8 +226,8 @@ def sum_values_kernel(
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total, planed = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     half = DIM // 2
-    begin = part * blocks_per_program
-    for block in range(begin, tl.minimum(begin + blocks_per_program, num_blocks)):
+    bias_at, bias_shift = wide * half + c % half, c // half * 4  # from D on what is not stored
+    for block in range(tl.load(ranges + 2 * part), tl.load(ranges + 2 * part + 1)):
         wide_block = block + wide * 0
         fields = offsets + wide_block * FIELDS
         at = fields + SIDE
@@ -261,9 +256,8 @@ def sum_values_kernel(
             y = _components(
                 arena, words, mid_row, mids, tokens, c, widths, counts, mid_count, tables
             )
-            place = tl.load(fields + BIASES) + wide * half + c % half
-            packed = tl.load(arena + place).to(tl.int32)  # from D on what is not stored
-            bias = (tl.where(c < half, packed & 15, packed >> 4) - 8).to(tl.float32) * step
+            packed = tl.load(arena + tl.load(fields + BIASES) + bias_at).to(tl.int32)
+            bias = ((packed >> bias_shift & 15) - 8).to(tl.float32) * step
             is_base = ~_has(escape | mid, tokens)
             y = y * scale[None, :] + tl.where(is_base[:, None], bias[None, :], 0.0)
             sums = sums * decay[:, None] + tl.dot(of_planes, y, input_precision="tf32")
@@ -280,55 +274,66 @@ def sum_values_kernel(
     rows = out + row * (2 * DIM + 3)
     tl.store(rows[:, None] + c[None, :], sums, mask=wanted)
     tl.store(rows[:, None] + (DIM + c)[None, :], escaped, mask=wanted)
-    tl.store(rows + 2 * DIM, largest, mask=in_group)
-    tl.store(rows + 2 * DIM + 1, total, mask=in_group)
-    tl.store(rows + 2 * DIM + 2, planed, mask=in_group)
+    tl.store(rows + 2 * DIM, planed, mask=in_group)
+    tl.store(rows + 2 * DIM + 1, largest, mask=in_group)
+    tl.store(rows + 2 * DIM + 2, total, mask=in_group)
 
 
 def attend_blocks_triton(
     queries: torch.Tensor, pages: BlockPages, turns: Turns, scaling: float
 ) -> Attention:
     """Return what ``attend_blocks_reference`` returns, up to the rounding of TF32 products."""
+    table = PageTable.of([range(len(pages.num_tokens))])
+    out, lse = attend_batch_triton(queries[None], pages, table, turns, scaling)
+    return out[0], lse[0]
+
+
+def attend_batch_triton(
+    queries: torch.Tensor, pages: BlockPages, table: PageTable, turns: Turns, scaling: float
+) -> Attention:
+    """Return what ``attend_batch_reference`` returns, up to the rounding of TF32 products.
+
+    Three launches for all sequences. Offsets and the table go to the GPU once, and again after
+    ``BlockPages.put``.
+    """
     heads, dim = pages.keys.mean.shape
-    num_blocks, device = pages.offsets.shape[0], queries.device
-    grouped = (queries.float() * scaling).reshape(heads, 1, -1, dim)
-    rows = turn_back(grouped, turns).flatten(1, 2)
-    group = grouped.shape[2]
+    batch, num_rows, _ = queries.shape
+    group, device, plan = num_rows // heads, queries.device, ranges_of(pages, table)
+    if not plan.num_blocks or not num_rows:
+        out = torch.zeros(queries.shape, device=device)
+        return out, out.new_full(out.shape[:2], float("-inf"))
+    own = (queries.float() * scaling).view(batch, heads, group, dim)[plan.sequences]
+    turned = Turns(*(angles[plan.places] for angles in turns))
+    rows = turn_back(own.transpose(0, 1), turned).flatten(1, 2)
     projected = rows @ pages.keys.projection
     constants = rows @ pages.keys.mean[..., None]
     mirrored = rows @ hadamard(dim).to(device)
-    programs = max(1, min(num_blocks, _PROGRAMS // heads))
-    per_program = -(-num_blocks // programs)
-    programs = -(-num_blocks // per_program)
-    parts = torch.empty(programs, heads, group, 2 * dim + 3, device=device)
-    scores = torch.empty(heads, num_blocks, group, layout.BLOCK_TOKENS, device=device)
-    offsets, starts = pages.offsets.to(device), pages.starts.to(device)
+    parts = torch.empty(plan.num_ranges, num_rows, 2 * dim + 1 + STATE, device=device)
+    scores = torch.empty(heads, plan.num_blocks, group, layout.BLOCK_TOKENS, device=device)
     tables, values = _constants(device), pages.values
     shape = {
         "DIM": dim,
         "BLOCK_D": triton.next_power_of_2(dim),
         "ROWS": max(_MIN_ROWS, triton.next_power_of_2(group)),
     }
-    score_blocks_kernel[num_blocks, heads](
-        pages.arena, offsets, pages.num_tokens.to(device), starts, projected,
+    score_blocks_kernel[plan.num_blocks, heads](
+        pages.arena, plan.offsets, plan.num_tokens, plan.row_starts, projected,
         mirrored.contiguous(), constants, *_tables_of(pages.keys), tables, scores,
-        num_blocks, heads, group, projected.shape[-1], **shape, num_warps=_WARPS,
+        plan.num_blocks, heads, group, projected.shape[-1], **shape, num_warps=_WARPS,
     )  # fmt: skip
-    sum_values_kernel[heads, programs](
-        pages.arena, offsets, starts, scores, *_tables_of(values), values.scale.contiguous(),
-        tables, parts, num_blocks, heads, group, per_program, **shape,
+    sum_values_kernel[heads, plan.num_ranges](
+        pages.arena, plan.offsets, plan.row_starts, scores, *_tables_of(values),
+        values.scale.contiguous(), tables, plan.ranges, parts,
+        plan.num_blocks, heads, group, **shape,
         num_warps=_WARPS if torch.version.hip else _VALUE_WARPS_NVIDIA,
     )  # fmt: skip
-    sums, escaped, stats = parts.split([dim, dim, 3], -1)
-    largest, total, planed = stats.unbind(-1)
-    top = largest.amax(0)
-    shares = (largest - top.masked_fill(top == float("-inf"), 0.0)).exp()
-    norm = (shares * total).sum(0)
-    shares = shares / norm.clamp_min(torch.finfo(torch.float32).tiny)
-    out = (sums * shares[..., None]).sum(0) @ values.inverse
-    out += (planed * shares).sum(0)[..., None] * values.mean[:, None]
-    out += (escaped * shares[..., None]).sum(0) @ hadamard(dim).to(device)
-    return out.flatten(0, 1), (top + norm.log()).flatten()
+    merged, lse = merge_parts(parts, plan.starts)
+    by_head = merged.view(batch, heads, group, -1).transpose(0, 1).flatten(1, 2)
+    sums, escaped, planed = by_head.split([dim, dim, 1], -1)
+    found = sums @ values.inverse + planed * values.mean[:, None]
+    found += escaped @ hadamard(dim).to(device)
+    out = found.view(heads, batch, group, dim).transpose(0, 1).reshape(queries.shape)
+    return out, lse
 
 
 def _tables_of(tables: SideTables) -> tuple[torch.Tensor, torch.Tensor]:
@@ -338,6 +343,7 @@ def _tables_of(tables: SideTables) -> tuple[torch.Tensor, torch.Tensor]:
     return layout.widths.int().contiguous(), counts
 
 
+@cache
 def _constants(device: torch.device) -> torch.Tensor:
     padded = [x for row in COEFFICIENTS for x in (*row, *[0.0] * (MAX_WIDTH - len(row)))]
     fine = [level for levels in FINE_LEVELS for level in levels]
@@ -349,8 +355,7 @@ def _case(name: str, kernel: Any, dim: int) -> AotCase:
     longs = ("offsets", "num_tokens", "row_starts", "key_counts", "value_counts")
     kinds = dict.fromkeys(longs, "*i64")
     kinds |= dict.fromkeys(("num_blocks", "num_heads", "group", "columns"), "i32")
-    kinds |= {"arena": "*u8", "key_widths": "*i32", "value_widths": "*i32"}
-    kinds["blocks_per_program"] = "i32"
+    kinds |= {"arena": "*u8", "ranges": "*i32", "key_widths": "*i32", "value_widths": "*i32"}
     constants = {"DIM": dim, "BLOCK_D": triton.next_power_of_2(dim), "ROWS": _MIN_ROWS}
     names = [argument for argument in kernel.arg_names if argument not in constants]
     return AotCase(

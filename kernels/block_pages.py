@@ -91,6 +91,7 @@ class BlockPages:
         keys: The tables that the keys were coded with.
         values: The same of the values.
         starts: Rows in CODES and bytes in MID before each head: int64 (N, 2 sides, 2, H + 1), CPU.
+        num_puts: How often ``put`` has changed rows, for whoever keeps copies.
     """
 
     arena: torch.Tensor
@@ -99,6 +100,7 @@ class BlockPages:
     keys: SideTables
     values: SideTables
     starts: torch.Tensor = field(init=False)
+    num_puts: int = field(init=False, default=0)
 
     @classmethod
     def empty(
@@ -125,6 +127,7 @@ class BlockPages:
         _check_rows("rows", rows, len(self.num_tokens))
         self.offsets[rows], self.num_tokens[rows] = offsets, num_tokens
         self.starts[rows] = new.starts
+        object.__setattr__(self, "num_puts", self.num_puts + 1)
 
     def select(self, rows: torch.Tensor) -> "BlockPages":
         """Return some rows, int64 (n,), as pages of their own; they do not follow ``put``."""

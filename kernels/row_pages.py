@@ -129,8 +129,12 @@ def step_rows(
         ValueError: Shapes, dtypes or devices that do not belong together.
     """
     _check(queries, keys, values, step, layer)
-    pages = step.pages
-    if backend_of(queries, keys, values, pages.memory) == "numba" and pages.head_dim % 16 == 0:
+    backend = backend_of(queries, keys, values, step.pages.memory)
+    if backend == "triton":
+        from kvstrata.kernels.row_pages_triton import step_rows_triton
+
+        return step_rows_triton(queries, keys, values, step, layer, scaling)
+    if backend == "numba" and step.pages.head_dim % 16 == 0:
         from kvstrata.kernels.row_pages_numba import step_rows_numba
 
         return step_rows_numba(queries, keys, values, step, layer, scaling)

@@ -29,10 +29,15 @@ def add_row_saliency(
         scaling: Factor on the dot products.
         firsts: int32 (R,), the first row to count of each sequence, the same for all its heads, at
             most the new one; below 0 to leave a sequence out.
-        sums: float32 (S, L, H, n), contiguous, on the CPU; the new row less ``firsts`` is below n.
-            Written at the step's slots.
+        sums: float32 (S, L, H, n), contiguous, on the CPU or where the pages are; the new row less
+            ``firsts`` is below n. Written at the step's slots.
     """
-    if backend_of(queries, lse, step.pages.memory) == "numba" and step.pages.head_dim % 16 == 0:
+    backend = backend_of(queries, lse, step.pages.memory)
+    if backend == "triton":
+        from kvstrata.kernels.row_saliency_triton import add_row_saliency_triton
+
+        add_row_saliency_triton(queries, lse, step, layer, scaling, firsts, sums)
+    elif backend == "numba" and step.pages.head_dim % 16 == 0:
         from kvstrata.kernels.row_saliency_numba import add_row_saliency_numba
 
         add_row_saliency_numba(queries, lse, step, layer, scaling, firsts, sums)

@@ -16,7 +16,7 @@ from kvstrata.kernels.attend_blocks import (
     merge_attention,
 )
 from kvstrata.kernels.attend_blocks_numba import attend_blocks_numba
-from kvstrata.kernels.attend_blocks_triton import attend_blocks_triton
+from kvstrata.kernels.attend_blocks_triton import attend_batch_triton, attend_blocks_triton
 from kvstrata.kernels.block_pages import (
     ABSENT,
     BIAS_CODES,
@@ -359,7 +359,11 @@ def test_a_part_outside_the_arena_is_refused(column: int) -> None:
             BlockPages(pages.arena, offsets, pages.num_tokens, pages.keys, pages.values)
 
 
-BATCHES = {"reference": attend_batch_reference, "dispatched": attend_batch}
+BATCHES = {
+    "reference": attend_batch_reference,
+    "dispatched": attend_batch,
+    "triton": attend_batch_triton,
+}
 PAGES = (3, 3, 64, 40, 9, (0.05, 0.2, 0.1), True)
 
 
@@ -367,27 +371,36 @@ def rows_of(turns: Turns, rows: list[int]) -> Turns:
     return Turns(turns.cos[rows], turns.sin[rows])
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("version", BATCHES)
+@pytest.mark.parametrize(
+    ("version", "threads", "case", "counts"),
+    [
+        *(("dispatched", n, PAGES, (7, 1, 0, 40, 13, 2, 39)) for n in (1, 2)),
+        ("reference", 1, PAGES, (7, 1, 0, 40, 13, 2, 39)),
+        ("triton", 1, (2, 3, 32, 6, 9, (0.05, 0.2, 0.1), True), (5, 0, 1, 6)),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_sequence_of_a_batch_is_attended_as_if_alone(
-    version: str, dtype: torch.dtype, threads: int
+    version: str,
+    threads: int,
+    case: tuple,  # type: ignore[type-arg]
+    counts: tuple[int, ...],
+    dtype: torch.dtype,
 ) -> None:
     """Ragged lengths, none among them, a page in two sequences, pages out of order."""
-    pages, turns = make_pages(PAGES), make_turns(list(range(0, 2560, 64)), 64)
+    heads, group, dim, blocks = case[:4]
+    pages, turns = make_pages(case), make_turns(list(range(0, 64 * blocks, 64)), dim)
     gen = torch.Generator().manual_seed(3)
-    sequences = [
-        torch.randperm(40, generator=gen)[:count].tolist() for count in (7, 1, 0, 40, 13, 2, 39)
-    ]
+    sequences = [torch.randperm(blocks, generator=gen)[:count].tolist() for count in counts]
     table = PageTable.of(sequences)
-    queries = (torch.randn(7, 9, 64, generator=gen) * 3).to(dtype)
+    queries = (torch.randn(len(counts), heads * group, dim, generator=gen) * 3).to(dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         out, lse = BATCHES[version](queries, pages, table, turns, 0.2)
     finally:
         torch.set_num_threads(before)
-    assert (out.shape, lse.shape) == ((7, 9, 64), (7, 9))
+    assert (out.shape, lse.shape) == (queries.shape, queries.shape[:2])
     for i, sequence in enumerate(sequences):
         own = rows_of(turns, list(range(len(sequence))))
         alone = attend_blocks_reference(
@@ -412,9 +425,10 @@ def test_a_sequence_does_not_see_what_else_is_in_the_batch() -> None:
 
 @pytest.mark.parametrize("version", BATCHES)
 def test_rows_are_filled_moved_and_emptied(version: str) -> None:
-    pages, turns = make_pages(PAGES), make_turns(list(range(0, 2560, 64)), 64)
+    case = (2, 1, 32, 4, 9, (0.05, 0.2, 0.1), True)
+    pages, turns = make_pages(case), make_turns([0, 64, 128], 32)
     pool = BlockPages.empty(pages.arena, 9, pages.keys, pages.values)
-    queries, table = torch.randn(1, 9, 64), PageTable.of([[8, 3, 5]])
+    queries, table = torch.randn(1, 2, 32), PageTable.of([[8, 3, 5]])
 
     def attended() -> Attention:
         return BATCHES[version](queries, pool, table, turns, 0.2)
@@ -422,16 +436,16 @@ def test_rows_are_filled_moved_and_emptied(version: str) -> None:
     out, lse = attended()
     assert (out == 0).all()
     assert lse.isneginf().all()
-    for rows, blocks in (([8, 3], [0, 39]), ([5], [11]), ([3], [20])):
+    for rows, blocks in (([8, 3], [0, 3]), ([5], [1]), ([3], [2])):
         pool.put(torch.tensor(rows), pages.offsets[blocks], pages.num_tokens[blocks])
     want = attend_blocks_reference(
-        queries[0], pages.select(torch.tensor([0, 20, 11])), rows_of(turns, [0, 1, 2]), 0.2
+        queries[0], pages.select(torch.tensor([0, 2, 1])), rows_of(turns, [0, 1, 2]), 0.2
     )
     out, lse = attended()
     check((out[0], lse[0]), tuple(x.numpy() for x in want), 512)  # type: ignore[arg-type]
     pool.put(torch.tensor([8]), pages.offsets[:1], torch.tensor([0]))
     want = attend_blocks_reference(
-        queries[0], pages.select(torch.tensor([20, 11])), rows_of(turns, [1, 2]), 0.2
+        queries[0], pages.select(torch.tensor([2, 1])), rows_of(turns, [1, 2]), 0.2
     )
     out, lse = attended()
     check((out[0], lse[0]), tuple(x.numpy() for x in want), 512)  # type: ignore[arg-type]

@@ -1,8 +1,11 @@
 """Attention over rows in pages: what dense attention gives, wherever the pages lie."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from kvstrata.kernels.attend_blocks import Attention
 from kvstrata.kernels.row_pages import (
     PAGE_TOKENS,
     RowPages,
@@ -13,9 +16,12 @@ from kvstrata.kernels.row_pages import (
     write_rows,
 )
 from kvstrata.kernels.row_pages_numba import SPLIT_ROWS
+from kvstrata.kernels.row_pages_triton import SPLIT_ROWS as GPU_SPLIT_ROWS
+from kvstrata.kernels.row_pages_triton import step_rows_triton
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 LONG = SPLIT_ROWS + 17
+interpreted = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
 
 
 def assert_near(got: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -62,8 +68,8 @@ class Case:
         scores = grouped @ keys.mT * self.scaling
         return (scores.softmax(-1) @ values).flatten(0, 1), scores.logsumexp(-1).flatten()
 
-    def check(self, tolerance: float) -> None:
-        out, lse = step_rows(self.queries, *self.new, self.step, 1, self.scaling)
+    def check(self, tolerance: float, attend: Callable[..., Attention] = step_rows) -> None:
+        out, lse = attend(self.queries, *self.new, self.step, 1, self.scaling)
         assert (out.dtype, lse.dtype) == (torch.float32, torch.float32)
         for i in range(len(self.rows)):
             wanted = self.expected(i)
@@ -78,6 +84,53 @@ def test_attention_over_pages_equals_dense_attention(
     dtype: torch.dtype, group: int, dim: int
 ) -> None:
     Case([0, 1, 15, 16, 33], group=group, dim=dim, dtype=dtype).check(DTYPES[dtype])
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("lengths", "heads", "group", "dim", "dtype"),
+    [
+        ([0], 1, 1, 32, torch.float32),
+        ([0, 1, 15, 16, 33], 2, 3, 64, torch.float16),  # the interpreter multiplies no bf16
+        ([5, 47], 1, 4, 80, torch.float16),
+        ([31], 2, 5, 96, torch.float32),
+        ([70, 2], 1, 8, 128, torch.float16),
+        ([17], 1, 17, 256, torch.float32),
+        ([GPU_SPLIT_ROWS - 1, GPU_SPLIT_ROWS, 3], 1, 1, 16, torch.float32),
+        ([2 * GPU_SPLIT_ROWS + 9, 0], 1, 2, 8, torch.float32),
+    ],
+    ids=str,
+)
+def test_triton_s_attention_equals_dense_attention(
+    lengths: list[int], heads: int, group: int, dim: int, dtype: torch.dtype
+) -> None:
+    case = Case(lengths, heads=heads, group=group, dim=dim, dtype=dtype)
+    case.check(DTYPES[dtype], step_rows_triton)
+    for i, n in enumerate(lengths):
+        keys, values = read_rows(case.pages.memory, case.pages.tables[i, 1], 0, n + 1)
+        assert torch.equal(keys[:, :n], case.rows[i][0, i, :, :n])
+        assert torch.equal(values[:, :n], case.rows[i][1, i, :, :n])
+        assert torch.equal(keys[:, n], case.new[0][i])
+        assert torch.equal(values[:, n], case.new[1][i])
+
+
+@interpreted
+def test_on_a_gpu_a_sequence_is_not_moved_by_the_others() -> None:
+    case = Case([GPU_SPLIT_ROWS + 40, 3, 40], layers=1, dim=32)
+    case.pages.lengths[2, 0, 1] = 7
+    step = RowStep(case.pages, torch.tensor([2, 0, 1]))
+    case.queries[1, 2] = float("nan")
+    rows = [rows[[2, 0, 1]] for rows in (case.queries, *case.new)]
+    out, lse = step_rows_triton(*rows, step, 0, case.scaling)
+    assert out[2, 2].isnan().all()
+    assert out[:2].isfinite().all()
+    for i in range(3):
+        alone = RowStep(case.pages, step.slots[i : i + 1])
+        one = step_rows_triton(*(rows[i : i + 1] for rows in rows), alone, 0, case.scaling)
+        assert torch.equal(one[0][0].nan_to_num(), out[i].nan_to_num())
+        assert torch.equal(one[1][0].nan_to_num(), lse[i].nan_to_num())
+    wanted = step_rows_reference(*rows, step, 0, case.scaling)
+    torch.testing.assert_close((out, lse), wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("dim", [8, 24])

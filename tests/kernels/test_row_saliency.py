@@ -1,22 +1,33 @@
 """Attention to the newest rows, added up as rows pass, equals the column sums of all of them."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from kvstrata.kernels.row_pages import RowStep, step_rows
 from kvstrata.kernels.row_saliency import add_row_saliency, add_row_saliency_reference
-from tests.kernels.test_row_pages import Case
+from kvstrata.kernels.row_saliency_triton import add_row_saliency_triton
+from tests.kernels.test_row_pages import Case, interpreted
 
 
-@pytest.mark.parametrize("dim", [8, 64, 80])
-@pytest.mark.parametrize("group", [1, 3, 5])
-def test_it_adds_the_weights_of_the_new_row(dim: int, group: int) -> None:
+@interpreted
+@pytest.mark.parametrize(
+    ("add", "dim", "group"),
+    [
+        *((add_row_saliency, dim, group) for dim in (8, 64, 80) for group in (1, 3, 5)),
+        *((add_row_saliency_triton, dim, 3) for dim in (8, 32, 64, 80, 96)),
+        (add_row_saliency_triton, 128, 1),
+        (add_row_saliency_triton, 256, 5),
+    ],
+)
+def test_it_adds_the_weights_of_the_new_row(add: Callable[..., None], dim: int, group: int) -> None:
     case = Case([0, 20, 40, 3], dim=dim, group=group)
     _, lse = step_rows(case.queries, *case.new, case.step, 1, case.scaling)
     firsts = torch.tensor([0, 5, 39, -1], dtype=torch.int32)
     got, wanted = torch.zeros(2, 4, 2, 2, 20)
     arguments = (case.queries, lse, case.step, 1, case.scaling, firsts)
-    add_row_saliency(*arguments, got)
+    add(*arguments, got)
     add_row_saliency_reference(*arguments, wanted)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
     assert not got[:, 0].any()
