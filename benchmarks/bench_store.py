@@ -34,6 +34,7 @@ sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out, for th
 
 import records
 import store_peers
+from child_peer import ChildPeer, PeerError
 from store_calls import (
     BASE,
     BLOCKS_PER_CALL,
@@ -48,7 +49,6 @@ from store_calls import (
     timed,
 )
 from store_marks import marks
-from store_peers import ChildPeer, PeerError
 from store_wires import GrpcPeer, Memcpy, RedisPeer, SocketPeer
 
 from kvstrata.kvstore_service.client import StoreClient
@@ -137,7 +137,7 @@ async def peers_of(tier: str, shape: Shape, count: int, stack: Any) -> list[Any]
             wanted.append((name, "peer_lmcache.py", (f"{scheme}://127.0.0.1:{port}", *kv)))
     started = []
     for name, script, args in wanted:
-        peer = ChildPeer(script, *map(str, args))
+        peer = ChildPeer(store_peers.ENVIRONMENT, script, *map(str, args))
         stack.callback(peer.close)
         try:
             await peer.start()

@@ -83,16 +83,3 @@ def test_a_part_that_is_measured_again_replaces_that_part_only() -> None:
     ]
     assert [bench_store.part_of(row) for row in rows] == ["dram", "redis", "lookup", "index"]
     assert records.saved("no such benchmark", {}) == []
-
-
-async def test_a_peer_that_dies_tells_why(tmp_path: Path) -> None:
-    python = tmp_path / "bin/python"
-    python.parent.mkdir()
-    python.write_text("#!/bin/sh\necho it broke >&2\n")
-    python.chmod(0o755)
-    peer = store_peers.ChildPeer("peer_mooncake.py")
-    try:
-        with pytest.raises(store_peers.PeerError, match=r"died.*it broke"):
-            await peer.start()
-    finally:
-        peer.close()
