@@ -13,6 +13,8 @@ from kvstrata.engine.errors import UnsupportedModelError
 from kvstrata.engine.spec import KVSpec
 
 VERIFIED_MODEL_TYPES = ("llama", "mistral", "opt", "qwen2", "qwen3")
+VISION_MODEL_TYPES = ("idefics3", "llava", "llava_onevision", "smolvlm")
+_THREE_DIMENSIONAL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 _RECURRENT_FIELDS = (
@@ -39,7 +41,11 @@ def check_config(config: Any, source: str, *, is_converted: bool = False) -> Non
     Raises:
         UnsupportedModelError: Names the source, the model type and every reason.
     """
-    reasons = [*_attention_reasons(config), *_position_reasons(config)]
+    if config.model_type in VISION_MODEL_TYPES:
+        check_config(config.get_text_config(), f"{source} ({config.model_type})")
+        return
+    text = config.get_text_config()
+    reasons = [*_attention_reasons(text), *_position_reasons(text)]
     if getattr(config, "quantization_config", None) is not None and not is_converted:
         reasons.append("quantised checkpoints are not verified")
     if config.model_type not in VERIFIED_MODEL_TYPES:
@@ -81,7 +87,7 @@ def build_spec(config: Any, dtype: torch.dtype, eos_token_ids: frozenset[int]) -
 
 
 def _verified() -> str:
-    return ", ".join(VERIFIED_MODEL_TYPES)
+    return ", ".join([*VERIFIED_MODEL_TYPES, *VISION_MODEL_TYPES])
 
 
 def _attention_reasons(config: Any) -> list[str]:
@@ -122,6 +128,8 @@ def _position_reasons(config: Any) -> list[str]:
     rope = getattr(config, "rope_parameters", None)
     if config.model_type == "opt" or rope is None:
         return reasons
+    if "mrope_section" in rope or config.model_type.startswith(_THREE_DIMENSIONAL):
+        reasons.append("images have three-dimensional positions (M-RoPE)")
     if "rope_type" not in rope:
         return [*reasons, "rotary parameters differ between layers"]
     if rope["rope_type"] in ("dynamic", "longrope"):

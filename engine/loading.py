@@ -8,7 +8,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -17,9 +17,15 @@ from transformers.utils.hub import cached_file
 from kvstrata.engine import gguf_conversion
 from kvstrata.engine.adapters import adapter_files, merge_adapter
 from kvstrata.engine.attention import ATTENTION_NAME, register
-from kvstrata.engine.compatibility import VERIFIED_MODEL_TYPES, check_config, check_model
+from kvstrata.engine.compatibility import (
+    VERIFIED_MODEL_TYPES,
+    VISION_MODEL_TYPES,
+    check_config,
+    check_model,
+)
 from kvstrata.engine.errors import ModelNotFoundError, UnsupportedModelError
 from kvstrata.engine.fingerprint import compute_fingerprint
+from kvstrata.engine.vision import VisionTower, load_processor, take_apart
 
 __all__ = [
     "ModelNotFoundError",
@@ -36,6 +42,16 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ROUND_TRIP_TEXT = (
     "A line with  two spaces,\n\ta tab, \u00e4\u00f6\u00fc, \u4f60\u597d and \U0001f389."
 )
+
+
+class LoadedModel(NamedTuple):
+    """A model, its tokenizer, its 16-byte fingerprint, the id of its profile, and its tower."""
+
+    model: Any
+    tokenizer: Any
+    fingerprint: bytes
+    model_id: bytes
+    vision: VisionTower | None
 
 
 def find_default_model() -> tuple[Path, str]:
@@ -56,8 +72,8 @@ def find_default_model() -> tuple[Path, str]:
 
 def load_pretrained(
     source: str | None, dtype: torch.dtype, adapter: str | None = None
-) -> tuple[Any, Any, bytes, bytes]:
-    """Return the model, its tokenizer, its 16-byte fingerprint and the id of its profile.
+) -> LoadedModel:
+    """Return a model and what belongs to it.
 
     The model is in eval mode, on the CPU, and calls our attention hook. Local sources never touch
     the network.
@@ -79,7 +95,9 @@ def load_pretrained(
     else:
         loaded = _load_folder_or_hub(str(source), dtype)
     model, tokenizer, weights = loaded
-    name = str(source or gguf)
+    name, vision = str(source or gguf), None
+    if model.config.model_type in VISION_MODEL_TYPES:
+        model, vision = take_apart(model, load_processor(name), name)
     check_model(model, name)
     check_round_trip(tokenizer, name)
     files = weights
@@ -87,7 +105,8 @@ def load_pretrained(
         files = [*weights, *adapter_files(adapter)]
         model = merge_adapter(model, adapter)
     fingerprint = compute_fingerprint(files, model.config, dtype)
-    return model.eval(), tokenizer, fingerprint, compute_fingerprint(weights, model.config, None)
+    model_id = compute_fingerprint(weights, model.config, None)
+    return LoadedModel(model.eval(), tokenizer, fingerprint, model_id, vision)
 
 
 def check_round_trip(tokenizer: Any, source: str) -> None:
@@ -160,12 +179,21 @@ def _load_folder_or_hub(source: str, dtype: torch.dtype) -> tuple[Any, Any, list
         model, tokenizer = _from_pretrained(name, dtype, is_local=is_local)
     except OSError as error:
         raise ModelNotFoundError(f"{source}: cannot load weights or tokenizer: {error}") from error
-    return model, tokenizer, _weight_files(config_file.parent, source)
+    weights = _weight_files(config_file.parent, source)
+    if config.model_type in VISION_MODEL_TYPES:  # how the tower sees is part of what it is
+        weights += [config_file, *config_file.parent.glob("p*processor_config.json")]
+    return model, tokenizer, weights
 
 
 def _from_pretrained(name: str, dtype: torch.dtype, *, is_local: bool) -> tuple[Any, Any]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, attn_implementation=ATTENTION_NAME, local_files_only=is_local
+    config = transformers.AutoConfig.from_pretrained(name, local_files_only=is_local)
+    kind: Any = transformers.AutoModelForCausalLM
+    attention: Any = ATTENTION_NAME
+    if config.model_type in VISION_MODEL_TYPES:
+        kind = transformers.AutoModelForImageTextToText
+        attention = {"text_config": ATTENTION_NAME, "vision_config": "sdpa"}
+    model = kind.from_pretrained(
+        name, dtype=dtype, attn_implementation=attention, local_files_only=is_local
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=is_local)
     return model, tokenizer

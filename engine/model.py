@@ -26,6 +26,7 @@ from kvstrata.engine.attention import (
 from kvstrata.engine.batch import KVCache, Span, begin_pass
 from kvstrata.engine.cache import SequenceCache
 from kvstrata.engine.compatibility import build_spec
+from kvstrata.engine.held_images import HeldImages
 from kvstrata.engine.layer_inputs import show_inputs_in
 from kvstrata.engine.layer_rows import select_rows_in
 from kvstrata.engine.loading import (
@@ -39,6 +40,7 @@ from kvstrata.engine.model_tables import gates_of, profile_of
 from kvstrata.engine.packed_decoder import PackedDecoder, can_pack
 from kvstrata.engine.rotary import Rotary
 from kvstrata.engine.spec import KVSpec
+from kvstrata.engine.vision import VisionTower
 from kvstrata.methods.gate_weights import GateWeights
 from kvstrata.methods.profile import Profile
 
@@ -57,6 +59,8 @@ class Model:
         device: Where the weights are.
         attention_scaling: Factor on q . k before the softmax, as the hook gets it; 1.0 for OPT,
             whose queries come scaled.
+        vision: What sees images for it; None for a model of text alone.
+        images: Those that may be in a pass now.
     """
 
     def __init__(
@@ -68,8 +72,11 @@ class Model:
         *,
         name: str,
         device: torch.device,
+        vision: VisionTower | None = None,
     ) -> None:
         """Wrap a model from ``load_pretrained``; callers use ``Model.load``."""
+        self.vision = None if vision is None else vision.to(device)
+        self.images = HeldImages(self.vision)
         self._hf_model = hf_model.to(device).requires_grad_(False)
         select_rows_in(self._hf_model)
         show_inputs_in(self._hf_model)
@@ -114,9 +121,9 @@ class Model:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
         dtype = resolve_dtype(dtype, device)
-        hf_model, tokenizer, fingerprint, model_id = load_pretrained(source, dtype, adapter)
+        loaded = load_pretrained(source, dtype, adapter)
         name = Path(find_default_model()[1]).stem if source is None else display_name(source)
-        return cls(hf_model, tokenizer, fingerprint, model_id, name=name, device=device)
+        return cls(*loaded[:4], name=name, device=device, vision=loaded.vision)
 
     def pack(self) -> bool:
         """Take the weights out of transformers for faster passes, if the family allows it.
@@ -216,7 +223,7 @@ class Model:
         self, state: AttentionState, token_ids: Sequence[int], *, num_logits: int = 0
     ) -> torch.Tensor:
         """As ``forward_once``, of a sequence that attends by ``state``."""
-        self._check_tokens(token_ids, 0)
+        self.spec.check_tokens(token_ids, 0)
         return self._call(token_ids, range(len(token_ids)), state, num_logits)
 
     def add_adapter(self, rank: int) -> dict[str, torch.nn.Parameter]:
@@ -257,7 +264,7 @@ class Model:
         if self._decoder is not None and any(k.requires_grad for k in [*keys, *values]):
             raise RuntimeError("a packed model has no gradients: load it anew")
         positions = range(keys[0].shape[1], keys[0].shape[1] + len(token_ids))
-        self._check_tokens(token_ids, positions.start)
+        self.spec.check_tokens(token_ids, positions.start)
         return self._call(token_ids, positions, AttendOver(following(keys, values)), 0)
 
     def first_layer_kv(
@@ -335,7 +342,7 @@ class Model:
         if not spans:
             raise ValueError("a pass needs at least one span")
         for span in spans:
-            self._check_tokens(span.token_ids, span.cache.length)
+            self.spec.check_tokens(span.token_ids, span.cache.length)
         row = begin_pass(spans)
         keep = 0 if all_rows else torch.tensor(row.kept, dtype=torch.int64, device=self.device)
         logits = self._run(row.token_ids, row.positions, row.state, keep)
@@ -349,7 +356,7 @@ class Model:
         first_position: int,
         positions: Sequence[int] | None = None,
     ) -> CaptureFirstLayer:
-        self._check_tokens(token_ids, first_position)
+        self.spec.check_tokens(token_ids, first_position)
         state = CaptureFirstLayer()
         try:
             end = first_position + len(token_ids)
@@ -375,26 +382,18 @@ class Model:
         state: AttentionState,
         logits_to_keep: int | torch.Tensor,
     ) -> torch.Tensor:
+        words, images = self.images.split(token_ids)
         if self._decoder is not None:
-            return self._decoder(token_ids, positions, state, logits_to_keep)
+            return self._decoder(words, positions, state, logits_to_keep, images)
+        given = torch.tensor([words], dtype=torch.int64, device=self.device)
+        if images is not None:
+            given = self._hf_model.get_input_embeddings()(given)
+            given[0, images.at.to(self.device)] = images.rows
         logits: torch.Tensor = self._hf_model(
-            input_ids=torch.tensor([token_ids], dtype=torch.int64, device=self.device),
+            **{"input_ids" if images is None else "inputs_embeds": given},
             position_ids=torch.tensor([positions], dtype=torch.int64, device=self.device),
             use_cache=False,
             logits_to_keep=logits_to_keep,
             kv_cache_state=state,
         ).logits[0]
         return logits
-
-    def _check_tokens(self, token_ids: Sequence[int], first: int) -> None:
-        if len(token_ids) == 0:
-            raise ValueError("token_ids must hold at least one token")
-        low, high = min(token_ids), max(token_ids)
-        if low < 0 or high >= self.spec.vocab_size:
-            wrong = low if low < 0 else high
-            raise ValueError(f"token ids must be in 0..{self.spec.vocab_size - 1}, not {wrong}")
-        if first < 0 or first + len(token_ids) > self.spec.max_positions:
-            raise ValueError(
-                f"{len(token_ids)} tokens at position {first} do not fit: the model's limit is "
-                f"{self.spec.max_positions} positions"
-            )

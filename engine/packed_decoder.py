@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from kvstrata.engine.attention import AttentionState
+from kvstrata.engine.held_images import ImageRows
 from kvstrata.engine.layer_inputs import ObservingState
 from kvstrata.engine.packed_linear import PackedLinear
 from kvstrata.engine.rotary import Rotary
@@ -102,6 +103,7 @@ class PackedDecoder:
         positions: Sequence[int],
         state: AttentionState,
         logits_to_keep: int | torch.Tensor,
+        images: ImageRows | None = None,
     ) -> torch.Tensor:
         """Run a pass.
 
@@ -110,6 +112,7 @@ class PackedDecoder:
             positions: Of each token in its sequence.
             state: Attends, and tells which tokens run which layer.
             logits_to_keep: The last so many tokens, 0 for all; or int64, which tokens.
+            images: What stands in the place of some tokens' embeddings.
 
         Returns:
             Logits (kept, vocab_size), of the model's dtype.
@@ -118,6 +121,8 @@ class PackedDecoder:
         at = torch.tensor(positions, dtype=torch.int64)
         tables = self._rotary.cos_sin(0, max(positions) + 1)
         hidden = self._embedding[torch.tensor(token_ids, dtype=torch.int64, device=device)]
+        if images is not None:
+            hidden[images.at.to(device)] = images.rows
         delta: torch.Tensor | None = None
         for index, layer in enumerate(self._layers):
             rows = state.rows(index)

@@ -23,7 +23,7 @@ from kvstrata.engine.stepper import Stepper
 from kvstrata.methods.framing import SealedBlock
 from kvstrata.methods.presets import Method
 from kvstrata.protos.errors import CapacityError, DrainingError
-from kvstrata.protos.identity import BLOCK_TOKENS
+from kvstrata.protos.identity import BLOCK_TOKENS, is_of_image
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -118,7 +118,7 @@ class StepLoop:
         prompt = len(token_ids) if num_prompt is None else num_prompt
         # What was generated fills block after block; one of them is rows at a time.
         rows = max(prompt - num_cached, 0) + min(len(token_ids) - prompt, BLOCK_TOKENS)
-        codec = method.codec if is_pooled else None
+        codec = method.codec if is_pooled and not any(map(is_of_image, token_ids)) else None
         needed = self.pool.bytes_for(codec, len(token_ids), len(token_ids) - rows)
         if needed > self.pool.arena.capacity_bytes:
             raise CapacityError(

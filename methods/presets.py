@@ -1,6 +1,5 @@
 """Presets and explicit settings, resolved to one value that says all about a request's KV."""
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ from kvstrata.methods.zipcache_codec import ZipCacheCodec
 from kvstrata.methods.zipvl import ZipVL
 from kvstrata.protos.errors import LimitError, UnknownPresetError
 from kvstrata.protos.frame_pb2 import Stratum
-from kvstrata.protos.identity import CacheScope, digest
+from kvstrata.protos.identity import CacheScope, digest, pack_token_ids
 from kvstrata.protos.inference_pb2 import MethodSettings
 
 DEFAULT_PRESET = "balanced"
@@ -86,7 +85,7 @@ class Method:
         if self.pipeline.settings():
             settings.append(self.pipeline.settings())
         if self.pipeline.needs_whole_prompt:
-            ids = struct.pack(f"<{len(prompt_ids)}I", *prompt_ids)
+            ids = pack_token_ids(prompt_ids)
             settings.append(f"prompt={digest('prompt', [ids]).hex()}")
         return CacheScope(
             model=model,

@@ -7,6 +7,10 @@
     . MalformedMessageError
     . LimitError
     . MethodConflictError
+    . ImageError
+      - EmptyVideoError
+      - ImageCountError
+      - TextOnlyModelError
   - PromptTooLongError          OUT_OF_RANGE
   - NotFoundError               NOT_FOUND
     . UnknownPresetError
@@ -109,6 +113,22 @@ class LimitError(InvalidRequestError):
 
 class MethodConflictError(InvalidRequestError):
     """Methods that exclude each other; ``metadata["rule"]`` says by which rule."""
+
+
+class ImageError(InvalidRequestError):
+    """An image, or a frame of a video, of the wrong size or type."""
+
+
+class EmptyVideoError(ImageError):
+    """A video without a frame."""
+
+
+class ImageCountError(ImageError):
+    """More images than places for them in the prompt, or fewer."""
+
+
+class TextOnlyModelError(ImageError):
+    """Images for a model that sees none."""
 
 
 class PromptTooLongError(KVStrataError):

@@ -6,6 +6,10 @@ ids from the first on. Both are truncated SHA-256 over length-prefixed fields, s
 every process, on every machine, without any environment variable, and no field can run into the
 next one.
 
+An image is a run of token ids that no vocabulary has: each holds 62 bits of a hash of the image's
+content and of the token's place in it (``image_token_ids``). So whatever is done with token ids,
+naming blocks above all, tells images apart, and knows an image again.
+
 Blocks are one canonical copy per KV head; nothing about tensor parallelism enters the identity.
 """
 
@@ -17,6 +21,7 @@ from typing import NewType
 
 BLOCK_TOKENS = 64
 HASH_BYTES = 16
+_IMAGE_TOKENS = 1 << 62  # the first id of those that stand for pieces of images
 
 BlockHash = NewType("BlockHash", bytes)
 ScopeDigest = NewType("ScopeDigest", bytes)
@@ -96,9 +101,37 @@ class BlockKey:
         return cls(ScopeDigest(bytes.fromhex(scope)), BlockHash(bytes.fromhex(block_hash)))
 
 
+def image_token_ids(content: bytes, num_tokens: int) -> list[int]:
+    """Return the token ids that stand for an image in a prompt.
+
+    Args:
+        content: A digest of its pixels.
+        num_tokens: As many as the model makes of one image.
+    """
+    ids = []
+    for index in range(num_tokens):
+        hashed = digest("image token", (content, struct.pack("<I", index)))
+        ids.append(_IMAGE_TOKENS | int.from_bytes(hashed[:8], "little") >> 2)
+    return ids
+
+
+def is_of_image(token_id: int) -> bool:
+    """Tell whether a token stands for a piece of an image."""
+    return token_id >= _IMAGE_TOKENS
+
+
+def pack_token_ids(token_ids: Sequence[int]) -> bytes:
+    """Return token ids as little-endian uint32; as uint64 where one of them needs it."""
+    kind = "Q" if max(token_ids, default=0) >= 1 << 32 else "I"
+    return struct.pack(f"<{len(token_ids)}{kind}", *token_ids)
+
+
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> BlockHash:
-    """Return the hash of one block: H(parent, token ids as little-endian uint32)."""
-    return BlockHash(digest("block", (parent, struct.pack(f"<{len(token_ids)}I", *token_ids))))
+    """Return the hash of one block: H(parent, token ids as little-endian uint32).
+
+    Where one of them needs more, as those of images do, all are uint64.
+    """
+    return BlockHash(digest("block", (parent, pack_token_ids(token_ids))))
 
 
 def block_hashes(scope: ScopeDigest, token_ids: Sequence[int]) -> list[BlockHash]:

