@@ -15,7 +15,7 @@ The keys share one hash tag, so a script runs on one node of a cluster; the valu
 * ``mid``, ``fine``: sorted sets like ``order``, of the blocks from which that stratum may be shed.
 * ``pins``, ``leases``: sorted sets, block key by the end of its pin, of its lease.
 * ``doomed``: a sorted set, block key by the time until which a process may be about to delete its
-  values; no lease and no pin is given on those.
+  values; no lease and no pin is given on those. Or ``key:2``: of that stratum; it counts as gone.
 
 A put *reserves* before it writes values and *records* after; a process that dies in between leaves
 too much accounted, never too little, and the next look at the block corrects it.
@@ -31,7 +31,7 @@ values as they are looked at.
 
 _NAMES = ("sizes", "order", "used", "kids", "mid", "fine", "pins", "leases", "doomed")
 INDEX_KEYS = tuple(f"kvs:{{index}}:{name}" for name in _NAMES)
-SIZES_KEY, ORDER_KEY, USED_KEY, KIDS_KEY, MID_KEY, FINE_KEY, PINS_KEY, _, _ = INDEX_KEYS
+SIZES_KEY, ORDER_KEY, USED_KEY, KIDS_KEY, MID_KEY, FINE_KEY, PINS_KEY, _, DOOMED_KEY = INDEX_KEYS
 TOTAL_FIELD = "total"
 
 _PRELUDE = (
@@ -92,10 +92,14 @@ local function rank(member, entry, bonus)
   rank_refinements(member, entry, score)
 end
 
+local function spare(member)
+  redis.call('ZREM', doomed, member, member .. ':2', member .. ':3')
+end
+
 local function forget(member)
   local entry = entry_of(member)
-  -- First: without memory, no script may start by adding.
-  for _, set in ipairs({order, used, mid, fine, doomed}) do redis.call('ZREM', set, member) end
+  spare(member)  -- first: without memory, no script may start by adding
+  for _, set in ipairs({order, used, mid, fine}) do redis.call('ZREM', set, member) end
   if entry then
     redis.call('HDEL', sizes, member)
     redis.call('HINCRBY', sizes, 'total', -bytes_in(entry))
@@ -215,7 +219,7 @@ if excess <= 0 then
   entry = set(member, entry)
   redis.call('ZADD', used, now, member)
   rank(member, entry, old and read_bonus or 0)
-  redis.call('ZREM', doomed, member)
+  spare(member)
   return {1}
 end
 
@@ -309,7 +313,8 @@ evict_leaves()
 if excess > 0 then evict_any() end
 if excess > 0 then return {2} end
 for i = 2, #reply, 4 do
-  if reply[i + 2] == '' then redis.call('ZADD', doomed, now + doom_ms, reply[i]) end
+  local what = reply[i + 2] == '' and reply[i] or reply[i] .. ':' .. reply[i + 2]
+  redis.call('ZADD', doomed, now + doom_ms, what)
 end
 return reply
 """
@@ -323,6 +328,7 @@ FORGET = (
 local count = 0
 for i = 1, #ARGV, 4 do
   local member, stratum = ARGV[i], ARGV[i + 2]
+  redis.call('ZREM', doomed, member .. ':' .. stratum)
   if redis.call('ZSCORE', order, member) == ARGV[i + 1] then
     if stratum == '' then
       forget(member)
@@ -359,12 +365,7 @@ end
 )
 
 # ARGV: member, ... Counts as a use.
-TOUCH = (
-    _PRELUDE
-    + """
-for i = 1, #ARGV do touch(ARGV[i]) end
-"""
-)
+TOUCH = _PRELUDE + "for i = 1, #ARGV do touch(ARGV[i]) end"
 
 # ARGV: member, ... Removes members from the accounting and their pins; returns how many were there.
 DELETE = (

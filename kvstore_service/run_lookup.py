@@ -55,28 +55,18 @@ class RunLookup:
         """Return the longest run of blocks that can be read.
 
         One round trip below: only blocks that dram does not hold whole are asked for. A lease takes
-        another one; what went meanwhile is not told.
+        another one, before: what is told is still there when it is leased.
         """
         near = self._dram.look(keys)
-        below, degraded = await self._look_below(keys, near)
-        found = _FoundBlocks(near, below)
-        if lease_s:
-            run = keys[: len(found.packed(degraded))]
-            for number, tier in enumerate((self._dram, *self._lower)):
-                at = found.held_by(number, len(run))
-                wanted = run if len(at) == len(run) else [run[i] for i in at]
-                try:
-                    gone = set(await tier.lease(wanted, lease_s) if wanted else [])
-                except (TierUnavailableError, CapacityError):
-                    self._counters.add(names.TIER_ERRORS, tier=tier.name)
-                    gone, degraded = set(wanted), True
-                if gone:
-                    found.lose(number, [i for i in at if run[i] in gone])
-            return found.packed(degraded, len(run))
-        return found.packed(degraded)
+        if lease_s:  # nothing goes in between
+            held = np.flatnonzero(near.strata).tolist()
+            all_of_them = keys if len(held) == len(keys) else [keys[i] for i in held]
+            await self._dram.lease(all_of_them, lease_s)
+        below, degraded = await self._look_below(keys, near, lease_s)
+        return _packed(near, below, degraded)
 
     async def _look_below(
-        self, keys: Sequence[BlockKey], near: Held
+        self, keys: Sequence[BlockKey], near: Held, lease_s: float
     ) -> tuple[list[dict[int, StratumSizes]], bool]:
         """Return what each lower tier holds of the blocks that may be there, by index in ``keys``.
 
@@ -88,50 +78,41 @@ class RunLookup:
         wanted = [keys[i] for i in doubtful] if self._lower else []
         for tier in self._lower if wanted else ():
             try:
-                held = await tier.contains(wanted)
-            except TierUnavailableError:
+                held = await _leased(tier, wanted, lease_s)
+            except (TierUnavailableError, CapacityError):
                 self._counters.add(names.TIER_ERRORS, tier=tier.name)
                 held, degraded = [None] * len(wanted), True
             below.append({i: sizes for i, sizes in zip(doubtful, held, strict=True) if sizes})
         return below, degraded
 
 
-class _FoundBlocks:
-    """What the tiers hold of each block: columns for dram, which has most, sizes for others."""
+async def _leased(
+    tier: Tier, keys: Sequence[BlockKey], lease_s: float
+) -> Sequence[StratumSizes | None]:
+    """Return what the tier holds of each block, and goes on to hold for ``lease_s``."""
+    if not lease_s:
+        return await tier.contains(keys)
+    gone = set(await tier.lease(keys, lease_s))
+    held = await tier.contains(keys)
+    late = [key for key, sizes in zip(keys, held, strict=True) if sizes and key in gone]
+    if not late:
+        return held
+    # Blocks of other processes, or whose accounting was lost: the tier knows them now.
+    gone = set(await tier.lease(late, lease_s))
+    return [None if key in gone else sizes for key, sizes in zip(keys, held, strict=True)]
 
-    def __init__(self, near: Held, below: list[dict[int, StratumSizes]]) -> None:
-        self._near = near
-        self._below = below
 
-    def held_by(self, number: int, length: int) -> list[int]:
-        """Return which of the first ``length`` blocks the tier of that number holds."""
-        if number == 0:
-            return np.flatnonzero(self._near.strata[:length]).tolist()
-        held = self._below[number - 1] if self._below else {}
-        return [i for i in held if i < length]
-
-    def lose(self, number: int, blocks: Sequence[int]) -> None:
-        """Know that the tier does not hold these any more."""
-        if number == 0:
-            self._near.strata[blocks] = 0
-            self._near.num_bytes[blocks] = 0
-        else:
-            for block in blocks:
-                del self._below[number - 1][block]
-
-    def packed(self, degraded: bool, length: int | None = None) -> FoundRun:
-        """Return the run of the blocks, or of the first ``length``."""
-        strata = bytearray(self._near.strata[:length].tobytes())
-        tiers = bytearray(len(strata))
-        num_bytes: list[int] = self._near.num_bytes[:length].tolist()
-        for number, held in enumerate(self._below, start=1):
-            for i, sizes in held.items():
-                if i >= len(strata):
-                    continue
-                if not strata[i]:
-                    tiers[i] = number
-                new = strata_mask(sizes) & ~strata[i]
-                num_bytes[i] += sum(sizes[stratum] for stratum in strata_of(new))
-                strata[i] |= new
-        run = next((i for i, mask in enumerate(strata) if not mask & _READABLE), len(strata))
-        return FoundRun(bytes(strata[:run]), bytes(tiers[:run]), num_bytes[:run], degraded)
+def _packed(near: Held, below: Sequence[dict[int, StratumSizes]], degraded: bool) -> FoundRun:
+    """Return the run: columns of dram, which has most, and sizes of what others hold."""
+    strata = bytearray(near.strata.tobytes())
+    tiers = bytearray(len(strata))
+    num_bytes: list[int] = near.num_bytes.tolist()
+    for number, held in enumerate(below, start=1):
+        for i, sizes in held.items():
+            if not strata[i]:
+                tiers[i] = number
+            new = strata_mask(sizes) & ~strata[i]
+            num_bytes[i] += sum(sizes[stratum] for stratum in strata_of(new))
+            strata[i] |= new
+    run = next((i for i, mask in enumerate(strata) if not mask & _READABLE), len(strata))
+    return FoundRun(bytes(strata[:run]), bytes(tiers[:run]), num_bytes[:run], degraded)
