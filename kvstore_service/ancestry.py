@@ -31,6 +31,11 @@ def ancestry(key: BlockKey, frames: Mapping[int, bytes]) -> Ancestry | None:
         header = FrameHeader.FromString(frame[PRELUDE_BYTES : head_size(frame)])
     except (CorruptFrameError, DecodeError):
         return None
+    return ancestry_by(key, header)
+
+
+def ancestry_by(key: BlockKey, header: FrameHeader) -> Ancestry:
+    """Return where the block stands by the header of one of its frames."""
     depth = header.first_position // BLOCK_TOKENS
     if len(header.parent_hash) != HASH_BYTES or header.parent_hash == key.scope:
         return Ancestry(None, depth)

@@ -100,7 +100,7 @@ def open_verified(key: BlockKey, stratum: int, frame: bytes) -> FrameHeader:
     if frame[: len(SEALED_MAGIC)] == SEALED_MAGIC:
         raise BlockRejectedError(UNDECRYPTABLE, "it is encrypted, and the key is not here")
     try:
-        opened = Frame.open(frame)
+        opened = Frame.open(frame, is_stored=True)  # verify checks the table
         opened.verify()
     except CorruptFrameError as error:
         raise BlockRejectedError("corrupt", error.message) from error

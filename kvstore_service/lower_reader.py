@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 from kvstrata.kvstore_service import counters as names
+from kvstrata.kvstore_service.ancestry import ancestry_by
 from kvstrata.kvstore_service.commit_rule import (
     ALL_STRATA,
     BASE,
@@ -22,14 +23,28 @@ from kvstrata.kvstore_service.dram_tier import DramTier
 from kvstrata.kvstore_service.tier import Tier, TierUnavailableError
 from kvstrata.protos.errors import CapacityError
 from kvstrata.protos.frame import open_head
+from kvstrata.protos.frame_pb2 import FrameHeader
 from kvstrata.protos.identity import BlockKey
 
 
-class Piece(NamedTuple):
-    """A verified frame and the tier it came from."""
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A verified frame.
+
+    Attributes:
+        frame: Its bytes.
+        tier: The tier it came from.
+        header: Its header, where that was read to verify it; not from dram.
+    """
 
     frame: bytes
     tier: str
+    header: FrameHeader | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def encoding(self) -> bytes:
+        """Which writing of the block it is of."""
+        return (self.header or open_head(self.frame)[0]).encoding_id
 
 
 Found = Piece | str
@@ -106,9 +121,10 @@ class LowerReader:
         """
         for tier in self._lower:
             read = await self._fetch_from(tier, key, strata)
-            frames = {s: piece.frame for s, piece in read.items() if isinstance(piece, Piece)}
-            if len(frames) == len(strata) and len(set(map(_encoding_id, frames.values()))) == 1:
+            pieces = {s: piece for s, piece in read.items() if isinstance(piece, Piece)}
+            if len(pieces) == len(strata) and len({p.encoding for p in pieces.values()}) == 1:
                 if self._dram.peek(key, [BASE]):  # not deleted meanwhile
+                    frames = {s: piece.frame for s, piece in pieces.items()}
                     with contextlib.suppress(CapacityError):
                         self.evicted(self._dram, await self._dram.put(key, frames))
                         self._dram.set_partial(key, True)
@@ -135,10 +151,10 @@ class LowerReader:
         if base is None:
             resident = self._dram.peek(key, [BASE]).get(BASE)
             base = Piece(resident, self._dram.name) if resident else None
-        wanted = _encoding_id(base.frame) if isinstance(base, Piece) else None
+        wanted = base.encoding if isinstance(base, Piece) else None
         for stratum in refinements:
             piece = read[stratum]
-            if isinstance(piece, Piece) and _encoding_id(piece.frame) != wanted:
+            if isinstance(piece, Piece) and piece.encoding != wanted:
                 read[stratum] = "stale_encoding" if wanted else "absent"
 
     def _are_of_one_writing(self, read: Read) -> bool:
@@ -156,12 +172,8 @@ class LowerReader:
             for stratum in new:
                 self._flights[key, stratum] = task
         flights = {s: self._flights[key, s] for s in strata}
-        found: Read = {}
-        for stratum, flight in flights.items():
-            read = await asyncio.shield(flight)
-            if stratum in read:
-                found[stratum] = read[stratum]
-        return found
+        reads = {flight: await asyncio.shield(flight) for flight in set(flights.values())}
+        return {s: reads[flight][s] for s, flight in flights.items() if s in reads[flight]}
 
     async def _fetch(self, key: BlockKey, strata: Sequence[int]) -> Read:
         """Read from the tiers below in order; the outcome of one flight."""
@@ -187,8 +199,8 @@ class LowerReader:
             frames = await tier.get(key, strata)
             for stratum, frame in frames.items():
                 try:
-                    open_verified(key, stratum, frame)
-                    read[stratum] = Piece(frame, tier.name)
+                    header = open_verified(key, stratum, frame)
+                    read[stratum] = Piece(frame, tier.name, header)
                 except BlockRejectedError as error:
                     if error.kind == UNDECRYPTABLE:
                         read[stratum] = UNDECRYPTABLE
@@ -205,16 +217,17 @@ class LowerReader:
 
     async def _promote(self, key: BlockKey, read: Read) -> None:
         """Put what was found into dram, with what dram holds of the same writing."""
-        frames = {s: piece.frame for s, piece in read.items() if isinstance(piece, Piece)}
-        if not frames:
+        pieces = {s: piece for s, piece in read.items() if isinstance(piece, Piece)}
+        if not pieces:
             return
-        encoding = _encoding_id(next(iter(frames.values())))
-        frames = {s: f for s, f in frames.items() if _encoding_id(f) == encoding}
+        first = next(iter(pieces.values()))
+        frames = {s: p.frame for s, p in pieces.items() if p.encoding == first.encoding}
         held = self._dram.peek(key, ALL_STRATA)
-        if held and _encoding_id(next(iter(held.values()))) != encoding:
+        if held and _encoding_id(next(iter(held.values()))) != first.encoding:
             return
+        standing = ancestry_by(key, first.header) if first.header else None
         try:
-            victims = await self._dram.put(key, {**held, **frames})
+            victims = await self._dram.put(key, {**held, **frames}, standing)
         except CapacityError:
             return
         self._dram.set_partial(key, True)

@@ -8,17 +8,17 @@ of the blocks, then blocks, the last of a prompt first.
 """
 
 import contextlib
-import functools
-import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError
 
 from kvstrata.kvstore_service import redis_scripts as scripts
 from kvstrata.kvstore_service.ancestry import Ancestry, ancestry
 from kvstrata.kvstore_service.redis_connection import RedisConnection
+from kvstrata.kvstore_service.redis_eval import queue_script, run_script
+from kvstrata.kvstore_service.redis_reads import RedisReads, values_of
 from kvstrata.kvstore_service.tier import StratumSizes, TierUnavailableError, TierUsage
 from kvstrata.protos.errors import CapacityError
 from kvstrata.protos.frame import stratum_name
@@ -78,24 +78,14 @@ class RedisTier:
         self.connection = connection
         self._capacity_bytes = capacity_bytes
         self._ttl_ms = int(ttl_s * 1000)
-        self._max_stratum_bytes = max_stratum_bytes
+        self._reads = RedisReads(connection, _value_keys, self._ttl_ms, max_stratum_bytes)
         self._evictions = 0
         self.on_shed: Callable[[int], None] = _ignore
 
     async def get(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
         """Return the strata that are here, each in one bounded read; see ``Tier.get``."""
-        member = key.encode()
-        async with self.connection.use() as redis:
-            pipe = self._ask_for(redis, key, strata)
-            pipe.hget(scripts.SIZES_KEY, member)
-            for name in _value_keys(key):
-                pipe.pexpire(name, self._ttl_ms)
-            pipe.execute_command("EVALSHA", *_call(scripts.TOUCH, member))
-            replies = await pipe.execute(raise_on_error=False)
-        if isinstance(replies[-1], NoScriptError):
-            await self._eval(scripts.TOUCH, member)
-        found = _values(strata, replies)
-        recorded = _parse_entry(replies[len(strata)])
+        found, entry = await self._reads.read(key, strata)
+        recorded = _parse_entry(entry)
         if any(stratum in recorded and stratum not in found for stratum in strata):
             await self._reconcile([key])
         return found
@@ -103,15 +93,10 @@ class RedisTier:
     async def examine(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
         """Return what ``get`` would, no time to live renewed; see ``Tier.examine``."""
         async with self.connection.use() as redis:
-            replies = await self._ask_for(redis, key, strata).execute(raise_on_error=False)
-        return _values(strata, replies)
-
-    def _ask_for(self, redis: Any, key: BlockKey, strata: Sequence[int]) -> Any:
-        """Return a pipeline that reads the strata, each in one bounded read."""
-        pipe = redis.pipeline(transaction=False)
-        for stratum in strata:
-            pipe.getrange(value_key(key, stratum), 0, self._max_stratum_bytes)
-        return pipe
+            pipe = redis.pipeline(transaction=False)
+            self._reads.queue(pipe, key, strata)
+            replies = await pipe.execute(raise_on_error=False)
+        return values_of(strata, replies)
 
     async def put(
         self, key: BlockKey, frames: Mapping[int, bytes], standing: Ancestry | None = None
@@ -121,19 +106,33 @@ class RedisTier:
         entry += _suffix(standing or ancestry(key, frames))
         victims = await self._reserve(key, entry)
         try:
-            async with self.connection.use() as redis:
-                pipe = redis.pipeline(transaction=True)
-                for stratum in STRATA:
-                    if stratum in frames:
-                        pipe.set(value_key(key, stratum), frames[stratum], px=self._ttl_ms)
-                    else:
-                        pipe.execute_command("UNLINK", value_key(key, stratum))
-                await pipe.execute()
-            await self._eval(scripts.RECORD, key.encode(), entry)
+            if not await self._write(key, frames, entry):
+                await self._eval(scripts.RECORD, key.encode(), entry)
         except CapacityError:
             await self._reconcile([key])
             raise
         return victims
+
+    async def _write(self, key: BlockKey, frames: Mapping[int, bytes], entry: str) -> bool:
+        """Write the values in one MULTI; return whether they are recorded in it, too.
+
+        They are where values and accounting share a server, which saves a round trip.
+        """
+        is_recorded = not self.connection.is_cluster
+        async with self.connection.use() as redis:
+            pipe = redis.pipeline(transaction=True)
+            for stratum in STRATA:
+                if stratum in frames:
+                    pipe.set(value_key(key, stratum), frames[stratum], px=self._ttl_ms)
+                else:
+                    pipe.execute_command("UNLINK", value_key(key, stratum))
+            if is_recorded:
+                queue_script(pipe, scripts.RECORD, scripts.INDEX_KEYS, [key.encode(), entry])
+            try:
+                await pipe.execute()
+            except NoScriptError:  # all else was done
+                is_recorded = False
+        return is_recorded
 
     async def _reserve(self, key: BlockKey, entry: str) -> list[BlockKey]:
         victims: list[BlockKey] = []
@@ -164,16 +163,19 @@ class RedisTier:
             return []
         async with self.connection.use() as redis:
             pipe = redis.pipeline(transaction=False)
+            pipe.zrange(scripts.DOOMED_KEY, 0, -1)  # few, if any
             pipe.hmget(scripts.SIZES_KEY, [key.encode() for key in keys])
             if self.connection.is_cluster:  # a block's keys share a slot, those of several do not
                 for key in keys:
                     pipe.execute_command("EXISTS", *_value_keys(key))
             else:
                 pipe.exists(*(name for key in keys for name in _value_keys(key)))
-            entries, *counts = await pipe.execute()
+            doomed, entries, *counts = await pipe.execute()
         sizes = [_parse_entry(entry) for entry in entries]
         if sum(map(len, sizes)) != sum(counts):
             sizes = await self._reconcile(keys)
+        if doomed:
+            sizes = _without(keys, sizes, set(doomed))
         return [found or None for found in sizes]
 
     async def _reconcile(self, keys: Sequence[BlockKey]) -> list[StratumSizes]:
@@ -279,19 +281,10 @@ class RedisTier:
     async def close(self) -> None:
         """Close the connection."""
         await self.connection.close()
+        await self._reads.close()
 
     async def _eval(self, script: str, *args: Any) -> Any:
-        async with self.connection.use() as redis:
-            try:
-                try:
-                    return await redis.evalsha(*_call(script, *args))
-                except NoScriptError:
-                    number = len(scripts.INDEX_KEYS)
-                    return await redis.eval(script, number, *scripts.INDEX_KEYS, *args)
-            except ResponseError as error:
-                if "OOM" in str(error):
-                    raise CapacityError("redis is out of memory", tier=self.name) from error
-                raise
+        return await run_script(self.connection, script, scripts.INDEX_KEYS, args)
 
     async def _unlink(self, keys: Sequence[BlockKey], shed: Sequence[Shed] = ()) -> None:
         async with self.connection.use() as redis:
@@ -301,15 +294,6 @@ class RedisTier:
             for key, stratum, _ in shed:
                 pipe.execute_command("UNLINK", value_key(key, stratum))
             await pipe.execute()
-
-
-def _values(strata: Sequence[int], replies: Sequence[Any]) -> dict[int, bytes]:
-    """Return what there is of each stratum; an error or nothing is none."""
-    return {
-        stratum: value
-        for stratum, value in zip(strata, replies, strict=False)
-        if isinstance(value, bytes) and value
-    }
 
 
 def _entry(sizes: Mapping[int, int]) -> str:
@@ -334,6 +318,16 @@ def _parse_entry(entry: Any) -> StratumSizes:
     return {int(stratum): int(size) for stratum, size in pairs}
 
 
+def _without(
+    keys: Sequence[BlockKey], sizes: Sequence[StratumSizes], doomed: Set[bytes]
+) -> list[StratumSizes]:
+    """Return ``sizes`` less the single strata that a process is about to delete."""
+    return [
+        {s: n for s, n in found.items() if f"{key.encode()}:{s}".encode() not in doomed}
+        for key, found in zip(keys, sizes, strict=True)
+    ]
+
+
 def _parent(member: str, entry: bytes) -> str:
     """Return the member of the block before; empty if there is none."""
     parent = entry.partition(b"@")[2].partition(b":")[2].decode()
@@ -352,16 +346,6 @@ def _losses(reply: Sequence[Any]) -> tuple[list[BlockKey], list[Shed]]:
             gone.append(key)
     whole = set(gone)
     return gone, [each for each in shed if each[0] not in whole]
-
-
-@functools.cache
-def _sha(script: str) -> str:
-    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
-
-
-def _call(script: str, *args: Any) -> tuple[Any, ...]:
-    """Return the arguments of EVALSHA."""
-    return _sha(script), len(scripts.INDEX_KEYS), *scripts.INDEX_KEYS, *args
 
 
 def _ignore(num_bytes: int) -> None:

@@ -182,8 +182,9 @@ class Frame:
 
         Args:
             buffer: The frame.
-            is_stored: Whether a store checked the offset table when it took the frame, so that it
-                need not be checked again; what points beyond the frame is found in any case.
+            is_stored: Whether a store checked the offset table when it took the frame, or
+                ``verify`` will, so that it need not be checked here; what points beyond the frame
+                is found in any case.
 
         Raises:
             CorruptFrameError: Not a frame, another version, truncated, or the header's checksum is
@@ -246,21 +247,30 @@ class Frame:
         Raises:
             CorruptFrameError: A checksum is off, or bytes between the parts are not zero.
         """
+        if self.first_byte == 0 and len(self.payload) == self.frame_bytes:
+            self._verify_whole()
+            return
         self.segments()
         for entry in self.header.attachments:
             if self._holds(entry):
                 self._take(entry, entry.name)
-        if self.first_byte == 0 and len(self.payload) == self.frame_bytes:
-            self._check_padding()
 
-    def _check_padding(self) -> None:
+    def _verify_whole(self) -> None:
+        """Check table, checksums and padding in one pass, since attributes of entries cost most."""
+        payload, frame_bytes, digest = self.payload, self.frame_bytes, xxhash.xxh3_64_intdigest
         cursor = self.head_bytes
         gaps = []
-        entries: list[Segment | Attachment] = [*self.header.segments, *self.header.attachments]
-        for entry in entries:
-            gaps.append(self.payload[cursor : entry.offset])
-            cursor = entry.offset + entry.length
-        if b"".join((*gaps, self.payload[cursor:])).strip(b"\0"):
+        for entries in (self.header.segments, self.header.attachments):
+            for entry in entries:  # hot, as in ``segments``
+                offset = entry.offset
+                end = offset + entry.length
+                _check_entry(cursor, offset, end, frame_bytes)
+                if digest(payload[offset:end]) != entry.checksum:
+                    raise _wrong_checksum(_name_of(entry))
+                if offset > cursor:
+                    gaps.append(payload[cursor:offset])
+                cursor = end
+        if b"".join((*gaps, payload[cursor:])).strip(b"\0"):
             raise CorruptFrameError("bytes between segments are not zero", "fetch it again")
 
     def layer_run(self, first_layer: int, last_layer: int) -> tuple[int, int]:
@@ -366,11 +376,20 @@ def _check_table(header: FrameHeader, head_bytes: int, frame_bytes: int) -> None
     for entries in (header.segments, header.attachments):
         for entry in entries:  # hot, as in ``segments``
             offset = entry.offset
-            if offset < cursor or offset % ALIGNMENT:
-                raise CorruptFrameError("the offset table does not describe this frame")
-            cursor = offset + entry.length
-            if cursor > frame_bytes:
-                raise CorruptFrameError("the offset table points beyond the frame")
+            end = offset + entry.length
+            _check_entry(cursor, offset, end, frame_bytes)
+            cursor = end
+
+
+def _check_entry(cursor: int, offset: int, end: int, frame_bytes: int) -> None:
+    if offset < cursor or offset % ALIGNMENT:
+        raise CorruptFrameError("the offset table does not describe this frame")
+    if end > frame_bytes:
+        raise CorruptFrameError("the offset table points beyond the frame")
+
+
+def _name_of(entry: Segment | Attachment) -> str:
+    return f"layer {entry.layer}" if isinstance(entry, Segment) else entry.name
 
 
 def stratum_name(stratum: int) -> str:

@@ -13,6 +13,8 @@ from kvstrata.kvstore_service import redis_scripts as scripts
 from kvstrata.kvstore_service.client import StoreClient
 from kvstrata.kvstore_service.config import StoreConfig
 from kvstrata.kvstore_service.dram_tier import DramTier
+from kvstrata.kvstore_service.held_frames import strata_of
+from kvstrata.kvstore_service.lower_reader import Piece
 from kvstrata.kvstore_service.redis_connection import RedisConnection
 from kvstrata.kvstore_service.redis_tier import RedisTier
 from kvstrata.kvstore_service.store import BlockStore
@@ -23,6 +25,7 @@ from tests.kvstore_service.redis_servers import RedisClusterServers
 
 BASE, MID, FINE = 1, 2, 3
 Block = tuple[BlockKey, dict[int, bytes]]
+TWO_OF_FOUR_SHED = [(BASE,), (BASE,), (BASE, MID), (BASE, MID)]
 
 
 def block(scope: ScopeDigest, number: int, parent: Block | None = None, **sizes: int) -> Block:
@@ -255,6 +258,89 @@ async def test_neither_a_pin_nor_a_lease_is_given_on_what_a_process_is_about_to_
     assert found == [[0, 2], [0, 2], [blocks[0][0]]]
     assert not store.pins.holds(blocks[0][0])
     assert await tier.pin([key for key, _ in blocks], 60) == [blocks[0][0]]
+    await tier.check_integrity()
+
+
+def about_to_shed(scope: ScopeDigest, make: Make, url: str) -> tuple[list[Block], Tier, Tier]:
+    """Return five blocks and two tiers that have room for four: the fifth takes two others' MID."""
+    blocks = [block(scope, n) for n in range(4)]
+    blocks.append(block(scope, 4, base=600, mid=0))
+    capacity = size(blocks[:4], BASE, MID)
+    return blocks, make(url, capacity), make(url, capacity)
+
+
+async def told_by(store: BlockStore, blocks: Sequence[Block]) -> list[tuple[int, ...]]:
+    """Return what a Lookup with a lease tells of each block."""
+    return [strata_of((await store.lookup([key], 60)).strata[0]) for key, _ in blocks]
+
+
+async def can_be_read(
+    store: BlockStore, blocks: Sequence[Block], told: Sequence[tuple[int, ...]]
+) -> bool:
+    reads = [await store.get(key, wanted) for (key, _), wanted in zip(blocks, told, strict=False)]
+    return all(isinstance(found, Piece) for read in reads for found in read.values())
+
+
+async def test_a_lookup_tells_no_stratum_that_a_process_is_about_to_shed(
+    server: RedisServer | RedisClusterServers, make: Make, scope: ScopeDigest
+) -> None:
+    blocks, tier, evicting = about_to_shed(scope, make, server.url)
+    for each in blocks[:4]:
+        await tier.put(*each)
+    unlink, told = evicting._unlink, []
+    store = BlockStore(DramTier(1 << 20), [tier])
+
+    async def unlink_late(*args: Any) -> None:
+        told.append(await told_by(store, blocks[:4]))
+        await unlink(*args)
+
+    evicting._unlink = unlink_late  # type: ignore[method-assign]
+    assert await evicting.put(*blocks[4]) == []
+    assert sorted(told[0]) == TWO_OF_FOUR_SHED
+    assert await told_by(store, blocks[:4]) == told[0]
+    assert await can_be_read(store, blocks, told[0])
+    await tier.check_integrity()
+
+
+async def test_what_is_shed_before_the_lease_is_not_told(
+    server: RedisServer | RedisClusterServers, make: Make, scope: ScopeDigest
+) -> None:
+    blocks, tier, evicting = about_to_shed(scope, make, server.url)
+    for each in blocks[:4]:
+        await tier.put(*each)
+    lease = tier.lease
+
+    async def lease_late(keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
+        tier.lease = lease  # type: ignore[method-assign]
+        await evicting.put(*blocks[4])
+        return await lease(keys, ttl_s)
+
+    tier.lease = lease_late  # type: ignore[method-assign]
+    store = BlockStore(DramTier(1 << 20), [tier])
+    told = await told_by(store, blocks[:4])
+    assert sorted(told) == TWO_OF_FOUR_SHED
+    assert await can_be_read(store, blocks, told)
+
+
+async def test_a_process_that_dies_before_it_sheds_hides_the_stratum_only_for_a_while(
+    redis: RedisServer, make: Make, scope: ScopeDigest
+) -> None:
+    blocks, tier, evicting = about_to_shed(scope, make, redis.url)
+    for each in blocks[:4]:
+        await tier.put(*each)
+
+    async def die(*args: Any) -> None:
+        raise asyncio.CancelledError
+
+    evicting._unlink = die  # type: ignore[method-assign]
+    with pytest.raises(asyncio.CancelledError):
+        await evicting.put(*blocks[4])
+    assert sorted(map(tuple, await tier.held(blocks[:4]))) == TWO_OF_FOUR_SHED
+    async with Redis.from_url(redis.url) as direct:
+        for member in await direct.zrange(scripts.DOOMED_KEY, 0, -1):
+            await direct.zadd(scripts.DOOMED_KEY, {member: 1})  # ten seconds later
+    await tier.usage()
+    assert await tier.held(blocks[:4]) == [{BASE, MID}] * 4
     await tier.check_integrity()
 
 

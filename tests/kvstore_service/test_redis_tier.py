@@ -108,6 +108,70 @@ async def test_expired_blocks_leave_the_accounting(redis: RedisServer) -> None:
     await tier.close()
 
 
+def count_uses(tier: RedisTier) -> list[None]:
+    """Return a list that grows by each command or pipeline that the tier sends from now on."""
+    uses: list[None] = []
+    use = tier.connection.use
+
+    def counted() -> Any:
+        uses.append(None)
+        return use()
+
+    tier.connection.use = counted  # type: ignore[method-assign]
+    return uses
+
+
+async def test_reads_that_come_together_share_round_trips(tier: RedisTier, direct: Any) -> None:
+    for n in range(9):
+        await tier.put(key(n), {1: b"%d" % n, 2: b"mid"})
+        await direct.pexpire(value_key(key(n), 1), 1000)
+    await tier.get(key(8), [1])  # scripts are known
+    uses = count_uses(tier)
+    found = await asyncio.gather(*(tier.get(key(n), [1, 3, 2]) for n in range(9)))
+    assert found == [{1: b"%d" % n, 2: b"mid"} for n in range(9)]
+    assert len(uses) <= 3
+    assert all([await direct.pttl(value_key(key(n), 1)) > 50_000 for n in range(9)])
+
+
+async def test_scripts_that_redis_lost_are_sent_again_by_reads_and_writes(
+    tier: RedisTier, direct: Any
+) -> None:
+    await tier.put(key(1), {1: b"one"})
+    await tier.put(key(2), {1: b"two"})
+    await direct.pexpire(value_key(key(1), 1), 1000)
+    await direct.script_flush()
+    assert await tier.get(key(1), [1]) == {1: b"one"}
+    assert await direct.pttl(value_key(key(1), 1)) > 50_000
+    assert await tier.keys(9) == [key(1), key(2)]
+    await direct.script_flush()
+    await tier.put(key(1), {1: b"longer"})
+    await tier.check_integrity()
+
+
+async def test_a_reader_that_gives_up_takes_nothing_from_others(tier: RedisTier) -> None:
+    for n in range(3):
+        await tier.put(key(n), {1: b"%d" % n})
+    reads = [asyncio.create_task(tier.get(key(n), [1])) for n in range(3)]
+    await asyncio.sleep(0)
+    reads[1].cancel()
+    assert [await reads[0], await reads[2]] == [{1: b"0"}, {1: b"2"}]
+    reads = [asyncio.create_task(tier.get(key(n), [1])) for n in range(3)]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    reads[1].cancel()
+    assert [await reads[0], await reads[2]] == [{1: b"0"}, {1: b"2"}]
+
+
+async def test_a_redis_that_dies_fails_all_reads_of_a_round_trip() -> None:
+    with RedisServer() as server:
+        tier = make_tier(server.url)
+        await tier.put(key(1), {1: b"one"})
+    reads = [tier.get(key(n), [1]) for n in range(3)]
+    found = await asyncio.gather(*reads, return_exceptions=True)
+    assert [type(each) for each in found] == [TierUnavailableError] * 3
+    await tier.close()
+
+
 async def test_two_processes_share_blocks_pins_and_the_bound(
     tier: RedisTier, other: RedisTier
 ) -> None:
