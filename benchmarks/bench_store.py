@@ -56,6 +56,7 @@ from kvstrata.kvstore_service.testing import RedisServer, sample_block
 from kvstrata.protos.identity import BLOCK_TOKENS
 
 TIERS = ("dram", "redis", "ssd", "object")
+PARTS = (*TIERS, "lookup", "index")
 STREAMS = (1, 4, 16, 32)
 ROUNDS, QUICK_ROUNDS = 7, 3
 LOOKUP_BLOCKS = 2048
@@ -271,7 +272,7 @@ async def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     count = QUICK_ROUNDS if options.quick else ROUNDS
     shapes = ["SmolLM2-135M"] if options.quick else list(SHAPES)
     streams = (1, 16) if options.quick else STREAMS
-    parts = options.part or [*TIERS, "lookup", "index"]
+    parts = options.part or PARTS
     rows = []
     with Progress(console=Console(stderr=True), disable=options.json) as progress:
         bar = progress.add_task("", total=None)
@@ -295,7 +296,7 @@ def part_of(row: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one shape, few streams and rounds")
-    parser.add_argument("--part", action="append", choices=[*TIERS, "lookup", "index"])
+    parser.add_argument("--part", action="append", choices=PARTS)
     parser.add_argument("--json", action="store_true", help="print one JSON object per row")
     parser.add_argument("--no-save", action="store_true", help="leave results/ as it is")
     options = parser.parse_args()
@@ -303,8 +304,11 @@ def main() -> int:
     if not (options.quick or options.no_save):
         facts = records.machine(*PACKAGES) | store_peers.versions()
         known = records.saved("store", facts) if options.part else []
+        if options.part and not known and records.load("store"):
+            print("rows of another machine, or of other versions, are left out", file=sys.stderr)
         kept = [one for one in known if part_of(one) not in options.part]
-        records.save("store", kept + rows, **facts)
+        joined = sorted(kept + rows, key=lambda one: PARTS.index(part_of(one)))
+        records.save("store", joined, **facts)
     if options.json:
         for one in rows:
             print(json.dumps(one))
