@@ -293,6 +293,17 @@ def part_of(row: dict[str, Any]) -> str:
     return row["tier"] if row["op"] in ("put", "get") else row["op"].partition(" ")[0]
 
 
+def save(rows: Sequence[dict[str, Any]], parts: Sequence[str]) -> None:
+    """Write the results; if only ``parts`` were measured, beside what is known of the others."""
+    facts = records.machine(*PACKAGES) | store_peers.versions()
+    known = records.saved("store", facts) if parts else []
+    if parts and not known and (records.FOLDER / "store.json").exists():
+        print("rows of another machine, or of other versions, are left out", file=sys.stderr)
+    kept = [one for one in known if part_of(one) not in parts]
+    ordered = sorted([*kept, *rows], key=lambda one: PARTS.index(part_of(one)))
+    records.save("store", ordered, **facts)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one shape, few streams and rounds")
@@ -302,13 +313,7 @@ def main() -> int:
     options = parser.parse_args()
     rows = asyncio.run(run(options))
     if not (options.quick or options.no_save):
-        facts = records.machine(*PACKAGES) | store_peers.versions()
-        known = records.saved("store", facts) if options.part else []
-        if options.part and not known and records.load("store"):
-            print("rows of another machine, or of other versions, are left out", file=sys.stderr)
-        kept = [one for one in known if part_of(one) not in options.part]
-        joined = sorted(kept + rows, key=lambda one: PARTS.index(part_of(one)))
-        records.save("store", joined, **facts)
+        save(rows, options.part or [])
     if options.json:
         for one in rows:
             print(json.dumps(one))

@@ -1,4 +1,5 @@
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,27 @@ def test_a_peer_that_moves_bf16_is_compared_by_the_kv_that_arrives() -> None:
     assert ours["effective_gbps"] == pytest.approx(7000e-9, abs=1e-3)
     (mark,) = store_marks.marks([ours, peer])
     assert mark == "get redis, x: 3.0 of lmcache's; by streams: 4.00 (1): reached"
+
+
+def test_parts_join_and_those_of_another_machine_are_left_out_aloud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(records, "FOLDER", tmp_path)
+    machine = {"machine": "this"}
+    monkeypatch.setattr(records, "machine", lambda *packages: machine)
+
+    def tell(op: str, tier: str, gbps: float, part: str) -> list[Any]:
+        bench_store.save([{"op": op, "tier": tier, "gbps": gbps}], [part])
+        head = json.loads((tmp_path / "store.json").read_text())
+        return [(row["op"], row["gbps"]) for row in head["rows"]]
+
+    tell("lookup 2048", "dram", 1, "lookup")
+    assert tell("get", "redis", 2, "redis") == [("get", 2), ("lookup 2048", 1)]
+    assert tell("get", "redis", 3, "redis") == [("get", 3), ("lookup 2048", 1)]
+    assert not capsys.readouterr().err
+    machine["machine"] = "another"
+    assert tell("get", "redis", 4, "redis") == [("get", 4)]
+    assert "left out" in capsys.readouterr().err
 
 
 def test_a_part_that_is_measured_again_replaces_that_part_only() -> None:
