@@ -28,12 +28,19 @@ def token_classes(mid: torch.Tensor, escape: torch.Tensor) -> TokenClasses:
 
 def to_mask(flags: torch.Tensor) -> torch.Tensor:
     """Return int64 (...) of flags, bool (..., 64)."""
+    if flags.device.type == "cpu" and flags.dtype == torch.bool:  # a fifth of the time
+        packed = np.packbits(flags.numpy(), axis=-1, bitorder="little")
+        return torch.from_numpy(packed.view("<i8")[..., 0].astype(np.int64))
     places = torch.arange(TOKENS, dtype=torch.int64, device=flags.device)
     return (flags.long() << places).sum(-1)
 
 
 def to_flags(masks: torch.Tensor) -> torch.Tensor:
     """Return bool (..., 64) of int64 masks (...)."""
+    if masks.device.type == "cpu":
+        words = np.ascontiguousarray(masks.numpy()).astype("<i8", copy=False).view(np.uint8)
+        bits = np.unpackbits(words, bitorder="little").view(np.bool_)
+        return torch.from_numpy(bits).view(*masks.shape, TOKENS)
     places = torch.arange(TOKENS, dtype=torch.int64, device=masks.device)
     return (masks[..., None] >> places & 1).bool()
 

@@ -7,6 +7,7 @@ q in -8..7, stored as q + 8, component i in the low half of byte i and i + D/2 i
 One byte s tells the step, 2 ** ((s - 192) / 16); s = 0 means no bias.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,11 @@ LOWEST, HIGHEST = -8, 7
 # Tables, because exp2 and log2 differ in the last bit between machines, and blocks must not.
 STEPS = (0.0, *(2.0 ** ((s - 192) / 16) for s in range(1, 256)))
 BORDERS = tuple(2.0 ** ((s + 0.5 - 192) / 16) for s in range(1, 255))
+
+
+@cache
+def _table(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 class ValueBias(NamedTuple):
@@ -99,9 +105,9 @@ def to_nibbles_reference(bias: torch.Tensor) -> ValueBias:
     bias = bias.transpose(0, 1)
     peak = bias.abs().amax(-1)
     usable = torch.isfinite(peak) & (peak > 0)
-    borders = torch.tensor(BORDERS, dtype=torch.float32, device=bias.device)
+    borders = _table(BORDERS, bias.device)
     scales = (1 + torch.bucketize(peak / HIGHEST, borders, right=True)).masked_fill_(~usable, 0)
-    steps = torch.tensor(STEPS, dtype=torch.float32, device=bias.device)
+    steps = _table(STEPS, bias.device)
     step = steps[scales].masked_fill_(~usable, 1.0)
     codes = (bias.masked_fill(~usable[..., None], 0.0) / step[..., None]).round_()
     codes = (codes.clamp_(LOWEST, HIGHEST) - LOWEST).to(torch.uint8)
@@ -130,6 +136,6 @@ def decode_value_bias(bias: ValueBias) -> torch.Tensor:
 def decode_value_bias_reference(bias: ValueBias) -> torch.Tensor:
     """Return what ``decode_value_bias`` returns; the definition."""
     nibbles, scales = bias
-    steps = torch.tensor(STEPS, dtype=torch.float32, device=scales.device)
+    steps = _table(STEPS, scales.device)
     codes = torch.cat([nibbles & 15, nibbles >> 4], -1).float()
     return codes.add_(LOWEST).mul_(steps[scales.long()][..., None])

@@ -24,6 +24,7 @@ SHAPES = [
     (2, 1, 128, 1),
     (2, 1, 256, 1),
     (3, 2, 12, 2),
+    (2, 1, 32, 19),
 ]
 each_shape = pytest.mark.parametrize(("layers", "heads", "dim", "blocks"), SHAPES, ids=str)
 # Sums of up to 1.5 C float32 terms, then the rounding of the output.
