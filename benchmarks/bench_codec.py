@@ -271,13 +271,13 @@ def main() -> int:
     samples: list[Sample] = []
     found: list[dict[str, Any]] = []
     jobs = jobs_of(contexts, schemes, options)
-    profile_id = model.profile.profile_id if model.profile else None
+    settings = {s.name: s.settings for s in our_schemes(model.profile)}
     threads = None if options.untimed else torch.get_num_threads()
     measurements = run(model, jobs, options.seed, quiet=options.json, repeats=options.repeats)
     for measured in measurements:
         samples += measured
         of_texts = [
-            row | {"profile": None if row["peer"] else profile_id} for row in rows(samples, threads)
+            row | {"settings": settings.get(row["scheme"])} for row in rows(samples, threads)
         ]
         if not options.no_save:
             facts = {
@@ -292,7 +292,7 @@ def main() -> int:
                 saved = [
                     row
                     for row in records.saved("codec", facts)
-                    if row["text"] != ALL and row["profile"] in (None, profile_id)
+                    if row["text"] != ALL and row["settings"] == settings.get(row["scheme"])
                 ]
                 of_texts = records.replaced(saved, of_texts, KEYS)
                 found = of_texts + totals(of_texts)

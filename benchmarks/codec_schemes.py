@@ -99,6 +99,12 @@ class OurScheme:
     method: Method
     peer: bool = False
 
+    @property
+    def settings(self) -> str:
+        """What the figures depend on: blocks of equal settings are equal."""
+        codec = self.method.codec
+        return f"{codec.name}/{codec.version};{codec.settings()}"
+
     def store(self, prompt: Prefilled) -> Stored:
         """Seal all blocks and load them into another sequence; see ``Scheme.store``.
 
@@ -156,24 +162,13 @@ class PeerScheme:
         return Stored(cache, encoded.num_bits, encode_s, decode_s)
 
 
-PREDICTED_BITS = (2.2, 1.4)
-
-
 def our_schemes(profile: Profile | None) -> list[OurScheme]:
-    """Return what the presets mean for a model with this profile, and the codecs without preset.
+    """Return what the presets mean for a model with this profile, and the fallback codec.
 
     Without a profile the lossy presets are the fallback codec, which is measured once.
     """
     names = [ExactCodec.name, *(PRESET_BITS if profile is not None else ())]
     schemes = [OurScheme(name, from_preset(name, profile)) for name in names]
-    if profile is not None and profile.prediction is not None:
-        schemes += [
-            OurScheme(
-                f"predicted-{bits}",
-                from_settings(MethodSettings(codec="predicted", bits=bits), profile),
-            )
-            for bits in PREDICTED_BITS
-        ]
     return [*schemes, OurScheme("fallback", from_settings(MethodSettings(codec="fallback")))]
 
 
