@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from kvstrata.methods.bit_allocation import VALUE_WEIGHT, allocate
-from kvstrata.methods.presets import PRESET_BITS
+from kvstrata.methods.calibrated import CalibratedCodec
+from kvstrata.methods.presets import PRESET_BITS, from_preset
 from kvstrata.methods.profile import Profile
 
 
@@ -18,11 +18,11 @@ def plot_widths(profile: Profile, path: Path) -> Path:
         2, len(PRESET_BITS), figsize=(4 * len(PRESET_BITS), 7), squeeze=False
     )
     image = None
-    for column, (preset, bits) in enumerate(PRESET_BITS.items()):
-        threshold = profile.threshold_for_bits(bits)
-        sides = (("K", profile.keys["pre"], 1.0), ("V", profile.values, VALUE_WEIGHT))
-        for row, (name, tables, weight) in enumerate(sides):
-            widths = allocate(tables, threshold, weight=weight).widths.float().mean(-1).numpy()
+    for column, preset in enumerate(PRESET_BITS):
+        codec = from_preset(preset, profile).codec
+        assert isinstance(codec, CalibratedCodec)
+        for row, (name, basis) in enumerate(zip("KV", codec.bases, strict=True)):
+            widths = basis.layout.widths.float().mean(-1).view(profile.shape[:2]).numpy()
             axis = axes[row][column]
             image = axis.imshow(widths, aspect="auto", vmin=0, vmax=5, cmap="viridis")
             axis.set_title(f"{preset}: {name}, mean {widths.mean():.2f} bits")

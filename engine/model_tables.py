@@ -5,6 +5,7 @@ import logging
 from kvstrata.engine.spec import KVSpec
 from kvstrata.engine.storage import profile_folder
 from kvstrata.methods.gate_weights import GATES, GateError, GateWeights
+from kvstrata.methods.presets import PREDICTED_PRESET_BITS
 from kvstrata.methods.profile import PROFILES, Profile, ProfileError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,13 @@ def profile_of(model_id: bytes, spec: KVSpec, name: str) -> Profile | None:
         found.shape[0] + found.first_layer != spec.num_layers
     ):
         raise ProfileError(f"the profile of {name} is of another shape")
+    elif found.prediction is None:
+        logger.warning(
+            "the profile cannot predict: %s use the calibrated codec, at more bytes; "
+            "run `kvstrata calibrate --extend`",
+            " and ".join(sorted(PREDICTED_PRESET_BITS)),
+            extra={"model": name},
+        )
     return found
 
 

@@ -3,7 +3,8 @@
 Per layer, head and side: components of the profile's transform, each with its own number of bit
 planes (``bit_allocation``); a few tokens get two planes more (mid), a few become int8 escapes; the
 base tokens of a block share a bias of V. No scale per token or group is left. It is what
-``near-lossless``, ``balanced`` and ``small`` mean for a model with a profile.
+``balanced`` means for a model with a profile; ``near-lossless`` and ``small`` code what is left
+after prediction where the profile can predict (``predicted.py``).
 
 Segment of one layer, H heads, D head_dim, E escaped tokens of all heads together:
 

@@ -106,8 +106,10 @@ PAPERS = {
     "h2o": Pipeline(evict=H2O()),
     "zipvl": Pipeline(attention=ZipVL(), quantise=PUBLISHED),
 }
-# Stored bits per element that the calibrated presets aim at, everything counted.
+# Stored bits per element that presets aim at with the calibrated codec, everything counted,
 PRESET_BITS = {"near-lossless": 2.83, "balanced": 2.22, "small": 1.64}
+# and with the predicted one, where the profile can predict. The default stays with the faster.
+PREDICTED_PRESET_BITS = {"near-lossless": 2.2, "small": 1.38}
 # And those that explicit settings of the predicted codec aim at if they name no target.
 PREDICTED_BITS = 1.4
 PRESETS = tuple(sorted((ExactCodec.name, *PRESET_BITS, *PAPERS)))
@@ -125,7 +127,8 @@ def from_preset(
 
     Args:
         name: One of ``PRESETS``.
-        profile: Of the served model. Without one lossy presets are the fallback codec.
+        profile: Of the served model. Without one lossy presets are the fallback codec; with one
+            that cannot predict, all of them are the calibrated one.
         gates: Of the served model.
 
     Raises:
@@ -143,6 +146,9 @@ def from_preset(
         return Method(_codec(MethodSettings(), pipeline, profile), pipeline=pipeline)
     if profile is None:
         return Method(FallbackCodec())
+    prediction, bits = profile.prediction, PREDICTED_PRESET_BITS.get(name)
+    if prediction is not None and bits is not None:
+        return Method(predicted_codec(profile, threshold_for_bits(prediction.rates, bits)))
     return Method(calibrated_codec(profile, profile.threshold_for_bits(PRESET_BITS[name])))
 
 

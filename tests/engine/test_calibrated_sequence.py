@@ -27,6 +27,7 @@ from tests.engine.test_sequence import (
     prompt_of,
     tail,
 )
+from tests.methods.predictions import predicting_profile
 from tests.methods.profiles import make_profile
 
 __all__ = ["one_thread"]
@@ -197,6 +198,19 @@ def test_a_model_finds_its_profile_in_the_cache_folder(
     assert fresh.profile is not None
     assert fresh.profile.profile_id == profiles["llama"].profile_id
     assert fresh.profile is fresh.profile
+    (record,) = caplog.records  # its presets need more bytes than they could
+    assert "near-lossless and small use the calibrated codec" in record.message
+    assert "kvstrata calibrate --extend" in record.message
+
+
+def test_of_a_profile_that_can_predict_nothing_is_said(
+    fresh: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    profile = dataclasses.replace(
+        predicting_profile(2, 2, 8), model_id=fresh.model_id, first_layer=1
+    )
+    model_tables.PROFILES.add(profile)
+    assert fresh.profile is profile
     assert not caplog.records
 
 

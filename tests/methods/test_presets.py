@@ -12,6 +12,7 @@ from kvstrata.methods.presets import (
     DEFAULT_PRESET,
     PAPERS,
     PREDICTED_BITS,
+    PREDICTED_PRESET_BITS,
     PRESET_BITS,
     PRESETS,
     from_preset,
@@ -69,13 +70,24 @@ def test_with_a_profile_every_lossy_preset_is_calibrated(name: str, profile: Pro
     assert again.settings() == codec.settings()
 
 
-def test_presets_do_not_depend_on_a_prediction() -> None:
+def test_presets_predict_where_the_profile_can_and_the_default_never_does() -> None:
     profile = predicting_profile(2, 2, 32)
     without = replace(profile, prediction=None)
+    assert profile.prediction is not None
     for name in PRESET_BITS:
-        codecs = [from_preset(name, p).codec for p in (profile, without)]
-        assert codecs[0].settings() == codecs[1].settings()
-        assert not isinstance(codecs[0], PredictedCodec)
+        codec, plain = (from_preset(name, p).codec for p in (profile, without))
+        assert isinstance(plain, CalibratedCodec)
+        assert not isinstance(plain, PredictedCodec)
+        if name in PREDICTED_PRESET_BITS:
+            assert isinstance(codec, PredictedCodec)
+            wanted = threshold_for_bits(profile.prediction.rates, PREDICTED_PRESET_BITS[name])
+            assert codec.threshold == wanted
+            assert codec.strata == plain.strata  # coarse reads go on
+        else:
+            assert codec.settings() == plain.settings()
+            assert not isinstance(codec, PredictedCodec)
+    assert DEFAULT_PRESET not in PREDICTED_PRESET_BITS
+    assert set(PREDICTED_PRESET_BITS) < set(PRESET_BITS)
 
 
 def test_predicted_settings_are_taken_as_given_or_refused(profile: Profile) -> None:
