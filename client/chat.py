@@ -42,6 +42,7 @@ class Conversation(Generic[StreamT]):
             self._messages.append(ChatMessage("system", check_text("system", system)))
         self._session_id = defaults.get("session_id") or str(uuid.uuid4())
         self._defaults: GenerateOptions = {**defaults, "session_id": self._session_id}
+        self._images = list(defaults.get("images") or ())
         self._turn: weakref.ref[StreamT] | None = None
 
     @property
@@ -57,6 +58,8 @@ class Conversation(Generic[StreamT]):
     def stream(self, text: str, **options: Unpack[GenerateOptions]) -> StreamT:
         """Return the answer to ``text`` as it comes; read to its end, it joins the history.
 
+        A turn's ``images`` join the history with it, and are sent again with the turns that follow.
+
         Raises:
             InvalidRequestError: An earlier turn is still running, or the input is bad.
         """
@@ -66,11 +69,14 @@ class Conversation(Generic[StreamT]):
                 "an earlier turn is still running", "read its stream to the end or close it first"
             )
         message = ChatMessage("user", check_text("the message", text))
+        images = [*self._images, *(options.get("images") or ())]
 
         def commit(completion: Completion) -> None:
             self._messages += [message, ChatMessage("assistant", completion.text)]
+            self._images = images
 
-        stream = self._open_stream([*self._messages, message], self._merge(options), commit)
+        merged: GenerateOptions = {**self._merge(options), "images": images}
+        stream = self._open_stream([*self._messages, message], merged, commit)
         self._turn = weakref.ref(stream)
         return stream
 

@@ -10,6 +10,7 @@ from typing import Literal, TypedDict
 
 from kvstrata.client.method_settings import MethodSettings, set_method
 from kvstrata.client.validation import check_integer, check_number, check_text
+from kvstrata.client.visuals import Visual, to_visuals
 from kvstrata.protos import inference_pb2
 from kvstrata.protos.errors import (
     EmptyPromptError,
@@ -55,6 +56,8 @@ class GenerateOptions(TypedDict, total=False):
         session_id: Names the conversation in logs; never part of a block's identity.
         model: Refuse to be answered by another model.
         timeout_s: Time limit of this call, in place of the client's.
+        images: One for each placeholder in the prompt: a PNG or JPEG file as bytes or Path, or
+            8-bit RGB pixels, (height, width, 3), such as a NumPy array; a list is a video.
     """
 
     preset: str | None
@@ -69,6 +72,7 @@ class GenerateOptions(TypedDict, total=False):
     session_id: str | None
     model: str | None
     timeout_s: float | None
+    images: Sequence[Visual] | None
 
 
 def build_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.GenerateRequest:
@@ -86,6 +90,7 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.Gen
         )
     request = inference_pb2.GenerateRequest()
     _set_prompt(request, prompt)
+    request.visuals.extend(to_visuals(options.get("images") or ()))
     set_method(request, options.get("preset"), options.get("settings"))
     _set_sampling(request.sampling, options)
     request.session_id = check_text("session_id", options.get("session_id") or "")
@@ -93,7 +98,7 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.Gen
     if request.ByteSize() > MAX_MESSAGE_BYTES:
         raise MessageTooLargeError(
             f"the request has {request.ByteSize()} bytes, a server accepts {MAX_MESSAGE_BYTES}",
-            "shorten the prompt",
+            "shorten the prompt, or scale images down",
         )
     return request
 

@@ -144,7 +144,11 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The served model, its limits and its presets. ``fingerprint`` is hex."""
+    """The served model, its limits and its presets. ``fingerprint`` is hex.
+
+    ``placeholder`` marks the place of an image in a prompt, and is empty for a model of text alone;
+    each picture, or frame of a video, takes ``picture_tokens`` tokens.
+    """
 
     name: str
     fingerprint: str
@@ -153,6 +157,8 @@ class ModelInfo:
     presets: tuple[str, ...]
     block_tokens: int
     kv_bytes_per_token_bf16: int
+    placeholder: str = ""
+    picture_tokens: int = 0
 
     @classmethod
     def from_proto(cls, message: pb.GetModelReply) -> "ModelInfo":
@@ -165,4 +171,6 @@ class ModelInfo:
             presets=tuple(message.presets),
             block_tokens=message.block_tokens,
             kv_bytes_per_token_bf16=message.kv_bytes_per_token_bf16,
+            placeholder=message.placeholder,
+            picture_tokens=message.picture_tokens,
         )

@@ -7,6 +7,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvstrata.cluster.visuals import place_visuals
 from kvstrata.engine.chat import encode_text, render_chat
 from kvstrata.engine.sampling import SamplingParams
 from kvstrata.methods.gate_weights import GATES, GateError, GateWeights
@@ -57,6 +58,7 @@ class Admission:
                 range.
             NotFoundError: No such preset, codec or model.
             PromptTooLongError: The prompt leaves no room for one token.
+            ImageError: See ``place_visuals``.
         """
         if request.model and request.model != self.info.model:
             raise UnknownModelError(
@@ -65,7 +67,7 @@ class Admission:
             )
         method = self._method(request)
         sampling = sampling_params(request.sampling)
-        prompt_ids = self._prompt_ids(request)
+        prompt_ids, images = place_visuals(self._prompt_ids(request), request.visuals, self.info)
         if len(prompt_ids) >= self.info.max_positions:
             raise PromptTooLongError(
                 f"the prompt has {len(prompt_ids)} tokens, the model's context is "
@@ -74,7 +76,8 @@ class Admission:
             )
         return Task(
             request_id=uuid.uuid4().hex,
-            prompt_ids=prompt_ids,
+            prompt_ids=tuple(prompt_ids),
+            images=images,
             method=method,
             sampling=sampling,
             deadline_unix_s=time.time()
@@ -82,6 +85,13 @@ class Admission:
             session_id=request.session_id[:MAX_SESSION_CHARS],
             salt=self.salt,
         )
+
+    @property
+    def placeholder(self) -> str:
+        """Text that marks the place of a picture or video; empty for a model of text alone."""
+        if not self.info.image_tokens:
+            return ""
+        return str(self.tokenizer.decode([self.info.placeholder_id]))
 
     @property
     def _profile(self) -> Profile | None:

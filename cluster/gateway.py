@@ -145,6 +145,8 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
             block_tokens=BLOCK_TOKENS,
             kv_bytes_per_token_bf16=info.kv_bytes_per_token_bf16,
             profile_id=info.profile_id,
+            placeholder=self._admission.placeholder,
+            picture_tokens=info.image_tokens,
         )
 
     async def _serve(

@@ -48,31 +48,48 @@ class HeldImages:
 
     @contextmanager
     def hold(self, images: Sequence[Image]) -> Iterator[None]:
-        """Make the tokens of images known, for as long as the block runs; sees what is new."""
-        digests = [image.digest for image in images]
-        with self._lock:
-            self._holders.update(digests)
+        """Make the tokens of images known, for as long as the block runs.
+
+        Raises:
+            ImageError: The model's processor refuses an image.
+        """
+        self.acquire(images)
         try:
-            for digest, image in zip(digests, images, strict=True):
-                self._see(digest, image)
+            self.see(images)
             yield
         finally:
-            with self._lock:
-                self._holders.subtract(digests)
-                self._holders += Counter()  # drops what nobody holds
-                self._forget()
+            self.release(images)
 
-    def _see(self, digest: bytes, image: Image) -> None:
+    def acquire(self, images: Sequence[Image]) -> None:
+        """Let images stay from when they are seen until ``release``, which must follow."""
         with self._lock:
-            if digest in self._seen:
-                self._seen.move_to_end(digest)
-                return
-        assert self._tower is not None, "admission refuses images for a model without a tower"
-        seen = self._tower.see(image)
+            self._holders.update(image.digest for image in images)
+
+    def see(self, images: Sequence[Image]) -> None:
+        """Make the tokens of acquired images known; runs the tower over those that are new.
+
+        Raises:
+            ImageError: The model's processor refuses an image.
+        """
+        for image in images:
+            digest = image.digest
+            with self._lock:
+                if digest in self._seen:
+                    self._seen.move_to_end(digest)
+                    continue
+            assert self._tower is not None, "admission refuses images for a model without a tower"
+            seen = self._tower.see(image)
+            with self._lock:
+                self.num_seen += 1
+                self._seen[digest] = seen
+                self._piece_of.update(zip(image_token_ids(digest, len(seen)), seen, strict=True))
+
+    def release(self, images: Sequence[Image]) -> None:
+        """End ``acquire``; the oldest images that nobody holds are forgotten."""
         with self._lock:
-            self.num_seen += 1
-            self._seen[digest] = seen
-            self._piece_of.update(zip(image_token_ids(digest, len(seen)), seen, strict=True))
+            self._holders.subtract(image.digest for image in images)
+            self._holders += Counter()  # drops what nobody holds
+            self._forget()
 
     def _forget(self) -> None:
         idle = [digest for digest in self._seen if digest not in self._holders]

@@ -15,21 +15,28 @@ import transformers
 from kvstrata.engine.attention import ATTENTION_NAME
 from kvstrata.engine.errors import ModelNotFoundError, UnsupportedModelError
 from kvstrata.engine.images import Image
+from kvstrata.protos.errors import ImageError
 
 Prepare = Callable[[Any, Any], dict[str, Any]]
 
 
 def _one_picture(processor: Any, pixels: Any) -> dict[str, Any]:
-    return dict(processor(images=[pixels], return_tensors="pt"))
+    return _prepared(processor, pixels)
 
 
 def _unsplit(processor: Any, pixels: Any) -> dict[str, Any]:
-    return dict(processor(images=[pixels], do_image_splitting=False, return_tensors="pt"))
+    return _prepared(processor, pixels, do_image_splitting=False)
 
 
 def _first_tile(processor: Any, pixels: Any) -> dict[str, Any]:
     """As one of several images, of which transformers sees the whole and no tiles."""
-    return dict(processor(images=[pixels], return_tensors="pt")) | {"batch_num_images": [2]}
+    return _prepared(processor, pixels) | {"batch_num_images": [2]}
+
+
+def _prepared(processor: Any, pixels: Any, **settings: Any) -> dict[str, Any]:
+    last = {"input_data_format": "channels_last", "return_tensors": "pt"}
+    found = dict(processor(images=[pixels], **last, **settings))
+    return {name: value for name, value in found.items() if name not in ("rows", "cols")}
 
 
 _PREPARE: dict[str, Prepare] = {
@@ -73,16 +80,27 @@ class VisionTower:
 
     @torch.inference_mode()
     def see(self, image: Image) -> torch.Tensor:
-        """Return the embeddings of an image's tokens, (num_tokens, width)."""
+        """Return the embeddings of an image's tokens, (num_tokens, width).
+
+        Raises:
+            ImageError: The model's processor refuses the image.
+        """
         shape = (image.height, image.width, 3)
         pixels = np.frombuffer(image.pixels, np.uint8).reshape(shape)
+        try:
+            prepared = self._prepare(self._processor, pixels)
+        except Exception as error:  # a processor is a program of the model's makers
+            raise ImageError(
+                f"the model's processor refuses an image of {image.height} x {image.width} "
+                f"pixels: {error}"[:300],
+                "send an image whose sides differ less",
+            ) from error
         like = next(self._inner.parameters())
         inputs = {
             key: value.to(like.device, like.dtype if value.is_floating_point() else None)
             if isinstance(value, torch.Tensor)
             else value
-            for key, value in self._prepare(self._processor, pixels).items()
-            if key != "rows" and key != "cols"
+            for key, value in prepared.items()
         }
         (seen,) = self._inner.get_image_features(**inputs, return_dict=True).pooler_output
         return torch.as_tensor(seen)

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
+from kvstrata.engine.images import Image
 from kvstrata.engine.sampling import SamplingParams
 from kvstrata.methods.presets import Method
 from kvstrata.protos.errors import DeadlineError
@@ -26,6 +27,7 @@ class Task:
         generated_ids: Tokens already delivered; they are replayed, not delivered again.
         deadline_unix_s: Wall-clock time after which nobody waits for the answer.
         traceparent: The span that this is part of; empty where tracing is off.
+        images: Those that the prompt's tokens stand for, each once.
     """
 
     request_id: str
@@ -40,6 +42,7 @@ class Task:
     ask_store: bool = True
     generated_ids: tuple[int, ...] = ()
     traceparent: str = ""
+    images: tuple[Image, ...] = field(default=(), repr=False)
 
     @property
     def remaining_s(self) -> float:

@@ -75,6 +75,8 @@ class WorkerInfo:
     profile_id: str = ""
     gates_id: str = ""
     num_layers: int = 0
+    placeholder_id: int = 0
+    image_tokens: int = 0  # that an image takes; 0 for a model of text alone
 
 
 class Worker:
@@ -113,7 +115,7 @@ class Worker:
 
     def info(self) -> WorkerInfo:
         """Return what this worker serves."""
-        spec = self.model.spec
+        spec, vision = self.model.spec, self.model.vision
         return WorkerInfo(
             model=self.model.name,
             fingerprint=self.model.fingerprint,
@@ -125,32 +127,41 @@ class Worker:
             profile_id=self.model.profile.profile_id if self.model.profile else "",
             gates_id=self.model.gates.gates_id if self.model.gates else "",
             num_layers=spec.num_layers,
+            placeholder_id=vision.placeholder_id if vision else 0,
+            image_tokens=vision.num_tokens if vision else 0,
         )
 
     @contextlib.asynccontextmanager
     async def open(
         self, task: Task, token_ids: Sequence[int], num_cached: int, order: int
     ) -> AsyncIterator[RunningSequence]:
-        """Wait for room and hold a sequence of a task; see ``StepLoop.open``.
+        """See the images, wait for room and hold a sequence of a task; see ``StepLoop.open``.
 
         Raises:
             DeadlineError: The task's deadline passed.
+            ImageError: The model's processor refuses an image.
         """
         _ = task.remaining_s
-        sequence = await self.steps.open(
-            task.method,
-            token_ids,
-            num_cached=num_cached,
-            tenant=task.tenant,
-            deadline_unix_s=task.deadline_unix_s,
-            salt=task.salt,
-            num_prompt=len(task.prompt_ids),
-            order=order,
-        )
+        images = self.model.images
+        images.acquire(task.images)
         try:
-            yield sequence
+            await asyncio.to_thread(images.see, task.images)
+            sequence = await self.steps.open(
+                task.method,
+                token_ids,
+                num_cached=num_cached,
+                tenant=task.tenant,
+                deadline_unix_s=task.deadline_unix_s,
+                salt=task.salt,
+                num_prompt=len(task.prompt_ids),
+                order=order,
+            )
+            try:
+                yield sequence
+            finally:
+                await self.steps.close(sequence)
         finally:
-            await self.steps.close(sequence)
+            images.release(task.images)
 
     async def fetch(
         self,

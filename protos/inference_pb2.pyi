@@ -161,8 +161,34 @@ class Sampling(_message.Message):
     ignore_eos: bool
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
 
+class Picture(_message.Message):
+    __slots__ = ("rgb", "file", "height", "width")
+    RGB_FIELD_NUMBER: _ClassVar[int]
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    rgb: bytes
+    file: bytes
+    height: int
+    width: int
+    def __init__(self, rgb: _Optional[bytes] = ..., file: _Optional[bytes] = ..., height: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
+
+class Video(_message.Message):
+    __slots__ = ("frames",)
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    frames: _containers.RepeatedCompositeFieldContainer[Picture]
+    def __init__(self, frames: _Optional[_Iterable[_Union[Picture, _Mapping]]] = ...) -> None: ...
+
+class Visual(_message.Message):
+    __slots__ = ("picture", "video")
+    PICTURE_FIELD_NUMBER: _ClassVar[int]
+    VIDEO_FIELD_NUMBER: _ClassVar[int]
+    picture: Picture
+    video: Video
+    def __init__(self, picture: _Optional[_Union[Picture, _Mapping]] = ..., video: _Optional[_Union[Video, _Mapping]] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
-    __slots__ = ("text", "messages", "token_ids", "preset", "settings", "sampling", "session_id", "model")
+    __slots__ = ("text", "messages", "token_ids", "preset", "settings", "sampling", "session_id", "model", "visuals")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +197,7 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    VISUALS_FIELD_NUMBER: _ClassVar[int]
     text: str
     messages: ChatMessages
     token_ids: TokenIds
@@ -179,7 +206,8 @@ class GenerateRequest(_message.Message):
     sampling: Sampling
     session_id: str
     model: str
-    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., preset: _Optional[str] = ..., settings: _Optional[_Union[MethodSettings, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., session_id: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
+    visuals: _containers.RepeatedCompositeFieldContainer[Visual]
+    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., preset: _Optional[str] = ..., settings: _Optional[_Union[MethodSettings, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., session_id: _Optional[str] = ..., model: _Optional[str] = ..., visuals: _Optional[_Iterable[_Union[Visual, _Mapping]]] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens")
@@ -262,7 +290,7 @@ class GetModelRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelReply(_message.Message):
-    __slots__ = ("name", "fingerprint", "max_positions", "vocab_size", "presets", "block_tokens", "kv_bytes_per_token_bf16", "profile_id")
+    __slots__ = ("name", "fingerprint", "max_positions", "vocab_size", "presets", "block_tokens", "kv_bytes_per_token_bf16", "profile_id", "placeholder", "picture_tokens")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MAX_POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -271,6 +299,8 @@ class GetModelReply(_message.Message):
     BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_PER_TOKEN_BF16_FIELD_NUMBER: _ClassVar[int]
     PROFILE_ID_FIELD_NUMBER: _ClassVar[int]
+    PLACEHOLDER_FIELD_NUMBER: _ClassVar[int]
+    PICTURE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     name: str
     fingerprint: bytes
     max_positions: int
@@ -279,4 +309,6 @@ class GetModelReply(_message.Message):
     block_tokens: int
     kv_bytes_per_token_bf16: int
     profile_id: str
-    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., max_positions: _Optional[int] = ..., vocab_size: _Optional[int] = ..., presets: _Optional[_Iterable[str]] = ..., block_tokens: _Optional[int] = ..., kv_bytes_per_token_bf16: _Optional[int] = ..., profile_id: _Optional[str] = ...) -> None: ...
+    placeholder: str
+    picture_tokens: int
+    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., max_positions: _Optional[int] = ..., vocab_size: _Optional[int] = ..., presets: _Optional[_Iterable[str]] = ..., block_tokens: _Optional[int] = ..., kv_bytes_per_token_bf16: _Optional[int] = ..., profile_id: _Optional[str] = ..., placeholder: _Optional[str] = ..., picture_tokens: _Optional[int] = ...) -> None: ...
