@@ -41,9 +41,23 @@ def methods(model: Model) -> dict[str, Method]:
 
 
 async def decode(
-    model: Model, method: Method, prompt: Sequence[int], batch: int, num_tokens: int
+    model: Model,
+    method: Method,
+    prompt: Sequence[int],
+    batch: int,
+    num_tokens: int,
+    arriving: Sequence[int] = (),
 ) -> Run:
-    """Generate from ``batch`` sequences whose prompt but its last token comes as blocks."""
+    """Generate from ``batch`` sequences whose prompt but its last token comes as blocks.
+
+    Args:
+        model: What runs.
+        method: Of all sequences.
+        prompt: Of those that generate.
+        batch: How many they are.
+        num_tokens: Of each.
+        arriving: A prompt that comes meanwhile, again and again: computed, sealed, gone.
+    """
     steps = StepLoop(model, KVPool(model, POOL_BYTES))
     try:
         blocks = await _blocks(steps, method, prompt)
@@ -52,15 +66,32 @@ async def decode(
             loaded = await steps.load(sequence, blocks)
             assert loaded.num_blocks == len(blocks), loaded.reason
         times: list[list[float]] = [[] for _ in sequences]
+        others = asyncio.create_task(_arrive(steps, method, arriving))
         await asyncio.gather(
             *(_generate(steps, s, own, num_tokens) for s, own in zip(sequences, times, strict=True))
         )
+        assert not arriving or not others.done(), "prompts stopped arriving"
+        others.cancel()
+        await asyncio.wait({others})
         kv_bytes = await steps.call(lambda: steps.pool.num_bytes)
         for sequence in sequences:
             await steps.close(sequence)
         return Run(times, kv_bytes)
     finally:
         await asyncio.to_thread(steps.stop)
+
+
+async def _arrive(steps: StepLoop, method: Method, prompt: Sequence[int]) -> None:
+    """Compute and seal a prompt, as a prefill does, until cancelled; nothing without one."""
+    count = len(prompt) // BLOCK_TOKENS
+    while prompt:
+        sequence = await steps.open(method, prompt)
+        try:
+            async for _ in steps.compute(sequence, count * BLOCK_TOKENS):
+                pass
+            await steps.seal(sequence, 0, count)
+        finally:
+            await steps.close(sequence)
 
 
 async def _blocks(steps: StepLoop, method: Method, prompt: Sequence[int]) -> list[FrameSet]:

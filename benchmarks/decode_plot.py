@@ -10,6 +10,7 @@ COLOURS = {
     "kvstrata exact": "tab:orange",
     "transformers DynamicCache": "tab:blue",
     "transformers QuantizedCache 4 bit": "tab:gray",
+    "vllm": "tab:green",
 }
 LINES = {1: ":", 8: "-", 16: "--"}
 
