@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from kvstrata.kernels.rope import rotate
+
 _FIRST_TABLE_ROWS = 1024
 
 
@@ -52,10 +54,12 @@ class Rotary:
         if inverse:
             # With a scaling s the tables hold s cos and s sin; the inverse needs cos/s, -sin/s.
             squared_scaling = cos.square() + sin.square()
-            cos, sin = cos / squared_scaling, -sin / squared_scaling
-        exact = keys.float()
-        low, high = exact.chunk(2, dim=-1)
-        return (exact * cos + torch.cat((-high, low), dim=-1) * sin).to(keys.dtype)
+            cos, sin = cos / squared_scaling, sin / squared_scaling
+        if not keys.requires_grad:
+            return rotate(keys, cos, sin, inverse=inverse)
+        low, high = keys.float().chunk(2, dim=-1)  # the kernel has no gradients
+        turned = torch.cat((-high, low), dim=-1) * (-sin if inverse else sin)
+        return (keys.float() * cos + turned).to(keys.dtype)
 
     def _num_rows(self, needed: int) -> int:
         num_rows = max(_FIRST_TABLE_ROWS, len(self._table[0]))
