@@ -174,7 +174,7 @@ def encode_block_planes_reference(
     for h, sizes in enumerate(layout.plane_sizes.tolist()):
         for plane, size in enumerate(sizes):
             shift = layout.widths[h, :size, None].long() - 1 - plane
-            words.append(to_mask(by_component[:, h, :size] >> shift & 1))
+            words.append(to_mask((by_component[:, h, :size] >> shift & 1).bool()))
     return torch.cat(words, 1), error
 
 

@@ -36,6 +36,10 @@ def add_rms_norm(
         from kvstrata.kernels.decoder_ops_numba import add_rms_norm_numba
 
         return add_rms_norm_numba(x, residual, weight, eps)
+    if backend_of(x) == "triton":
+        from kvstrata.kernels.decoder_ops_triton import add_rms_norm_triton
+
+        return add_rms_norm_triton(x, residual, weight, eps)
     return add_rms_norm_reference(x, residual, weight, eps)
 
 
@@ -68,6 +72,10 @@ def rotate_heads(
         from kvstrata.kernels.decoder_ops_numba import rotate_heads_numba
 
         return rotate_heads_numba(x, cos, sin, positions)
+    if backend_of(x) == "triton":
+        from kvstrata.kernels.decoder_ops_triton import rotate_heads_triton
+
+        return rotate_heads_triton(x, cos, sin, positions)
     return rotate_heads_reference(x, cos, sin, positions)
 
 
@@ -99,6 +107,10 @@ def silu_gate(x: torch.Tensor) -> torch.Tensor:
         from kvstrata.kernels.decoder_ops_numba import silu_gate_numba
 
         return silu_gate_numba(x)
+    if backend_of(x) == "triton":
+        from kvstrata.kernels.decoder_ops_triton import silu_gate_triton
+
+        return silu_gate_triton(x)
     return silu_gate_reference(x)
 
 

@@ -1,14 +1,14 @@
 """Tokens that quantise badly, as int8: turned by a Hadamard matrix, one bf16 scale per token.
 
 Rows go block by block, heads ascending, tokens ascending; masks tell which tokens they are. There
-are few, so a CPU takes them through torch.
+are few.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from kvstrata.kernels.backend import backend_of
+from kvstrata.kernels.backend import FLOATS, backend_of
 from kvstrata.kernels.hadamard import hadamard
 from kvstrata.kernels.quantize import dequantize_int8, quantize_int8
 from kvstrata.kernels.token_masks import TOKENS, check_masks, count_tokens, to_flags
@@ -50,8 +50,11 @@ def pack_escape_rows(x: torch.Tensor, masks: torch.Tensor) -> EscapeRows:
     if x.ndim != 4 or x.shape[2] != TOKENS:
         raise ValueError(f"tokens must be (heads, blocks, {TOKENS}, dim), not {tuple(x.shape)}")
     check_masks("escape masks", masks, x.shape[0], x.shape[1])
-    if backend_of(x, masks) == "triton":
+    backend = backend_of(x, masks)
+    if backend == "triton":
         from kvstrata.kernels.escape_rows_triton import pack_escape_rows_triton as pack
+    elif backend == "numba":
+        from kvstrata.kernels.escape_rows_numba import pack_escape_rows_numba as pack
     else:
         pack = pack_escape_rows_reference
     codes, scales = pack(x, masks)
@@ -88,10 +91,15 @@ def check_escape_rows(rows: EscapeRows, num_heads: int, num_blocks: int, dim: in
 
 def unpack_escape_rows(rows: EscapeRows) -> torch.Tensor:
     """Return float32 (E, D): the escaped tokens in the order of their rows."""
-    if backend_of(rows.codes, rows.scales) == "triton":
+    backend = backend_of(rows.codes, rows.scales)
+    if backend == "triton":
         from kvstrata.kernels.escape_rows_triton import unpack_escape_rows_triton
 
         return unpack_escape_rows_triton(rows)
+    if backend == "numba":
+        from kvstrata.kernels.escape_rows_numba import unpack_escape_rows_numba
+
+        return unpack_escape_rows_numba(rows)
     return unpack_escape_rows_reference(rows)
 
 
@@ -108,8 +116,11 @@ def scatter_escape_rows(rows: EscapeRows, out: torch.Tensor) -> None:
         ValueError: The rows do not fit ``out``.
     """
     check_escape_rows(rows, out.shape[0], out.shape[1], out.shape[3])
-    if backend_of(rows.codes, rows.scales, out) == "triton":
+    backend = backend_of(rows.codes, rows.scales, out)
+    if backend == "triton":
         from kvstrata.kernels.escape_rows_triton import scatter_escape_rows_triton as scatter
+    elif backend == "numba" and out.is_contiguous() and out.dtype in FLOATS:
+        from kvstrata.kernels.escape_rows_numba import scatter_escape_rows_numba as scatter
     else:
         scatter = scatter_escape_rows_reference
     scatter(rows, out)

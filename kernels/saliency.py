@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from kvstrata.kernels.backend import backend_of
 from kvstrata.kernels.colsum import column_sums
 
 Normaliser = Literal["probe_nnz", "full_nnz"]
@@ -49,12 +50,50 @@ def normalised_saliency(
         raise ValueError("saliency needs at least one probe row")
     sums = column_sums(queries, keys, positions, scaling)
     num_keys = keys.shape[-2]
-    scores: torch.Tensor = sums.unflatten(-2, (keys.shape[-3], -1)).mean(-2)
-    if normaliser == "full_nnz":
-        scores /= torch.arange(num_keys, 0, -1, device=keys.device)
-        return scores
-    counts = seeing_rows(positions.to(keys.device), num_keys)
-    scores /= counts.clamp(min=1)
+    counts = torch.arange(num_keys, 0, -1, device=keys.device)
+    if normaliser == "probe_nnz":
+        counts = seeing_rows(positions.to(keys.device), num_keys)
+    return normalise_sums(sums.unflatten(-2, (keys.shape[-3], -1)), counts)
+
+
+def normalise_sums(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Return column sums, averaged over the query heads of a group, divided by what sees them.
+
+    Args:
+        sums: float32 (num_layers, num_kv_heads, G, num_keys).
+        counts: int64 (num_keys,), how many rows see each key. A key that none sees gets the least
+            score of the seen ones in its head; one at least is seen.
+
+    Returns:
+        float32 (num_layers, num_kv_heads, num_keys).
+
+    Raises:
+        ValueError: Shapes, dtypes or devices that do not belong together.
+    """
+    if sums.ndim != 4 or sums.dtype != torch.float32 or not sums.shape[2]:
+        raise ValueError(
+            f"sums must be float32 (layers, heads, group, keys), not {sums.dtype} of shape "
+            f"{tuple(sums.shape)}"
+        )
+    if counts.dtype != torch.int64 or counts.shape != sums.shape[3:]:
+        raise ValueError(
+            f"counts must be int64 ({sums.shape[3]},), not {counts.dtype} {tuple(counts.shape)}"
+        )
+    backend = backend_of(sums, counts)
+    if backend == "numba":
+        from kvstrata.kernels.saliency_numba import normalise_sums_numba
+
+        return normalise_sums_numba(sums, counts)
+    if backend == "triton":
+        from kvstrata.kernels.saliency_triton import normalise_sums_triton
+
+        return normalise_sums_triton(sums, counts)
+    return normalise_sums_reference(sums, counts)
+
+
+def normalise_sums_reference(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Return what ``normalise_sums`` returns; the definition."""
+    scores: torch.Tensor = sums.mean(-2) / counts.clamp(min=1)
     seen = counts > 0
     if not seen.all():
         scores[..., ~seen] = scores[..., seen].amin(-1, keepdim=True)

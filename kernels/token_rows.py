@@ -63,7 +63,12 @@ def attend_tokens(
     Returns:
         Output float32 (B, H * G, D), and lse float32 (B, H * G), as ``attend_batch``.
     """
-    if queries.shape[2] % (2 * _LANES) == 0 and backend_of(queries, table.keys) == "numba":
+    backend = backend_of(queries, table.keys)
+    if backend == "triton":
+        from kvstrata.kernels.token_rows_triton import attend_tokens_triton
+
+        return attend_tokens_triton(queries, table, rows, scaling)
+    if backend == "numba" and queries.shape[2] % (2 * _LANES) == 0:
         from kvstrata.kernels.token_rows_numba import attend_tokens_numba
 
         return attend_tokens_numba(queries, table, rows, scaling)

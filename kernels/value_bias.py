@@ -79,10 +79,12 @@ def encode_value_bias(
 
         return encode_value_bias_triton(y, words, layout, weights, base, deviation)
     if backend == "numba" and layout.dim % KEPT_MULTIPLE == 0:
-        from kvstrata.kernels.value_bias_numba import mean_errors_numba as mean_errors
-    else:
-        mean_errors = mean_errors_reference
-    return to_nibbles_reference(mean_errors(y, words, layout, weights, base) * deviation[:, None])
+        from kvstrata.kernels.value_bias_numba import mean_errors_numba, to_nibbles_numba
+
+        means = mean_errors_numba(y, words, layout, weights, base)
+        return to_nibbles_numba(means * deviation[:, None])
+    means = mean_errors_reference(y, words, layout, weights, base)
+    return to_nibbles_reference(means * deviation[:, None])
 
 
 def mean_errors_reference(
@@ -126,10 +128,15 @@ def decode_value_bias(bias: ValueBias) -> torch.Tensor:
         raise ValueError(f"nibbles must be uint8 (N, H, D/2), not {tuple(nibbles.shape)}")
     if scales.dtype != torch.uint8 or scales.shape != nibbles.shape[:2]:
         raise ValueError(f"scales must be uint8 {tuple(nibbles.shape[:2])}")
-    if backend_of(nibbles, scales) == "triton":
+    backend = backend_of(nibbles, scales)
+    if backend == "triton":
         from kvstrata.kernels.value_bias_triton import decode_value_bias_triton
 
         return decode_value_bias_triton(bias)
+    if backend == "numba":
+        from kvstrata.kernels.value_bias_numba import decode_value_bias_numba
+
+        return decode_value_bias_numba(bias)
     return decode_value_bias_reference(bias)
 
 

@@ -34,7 +34,7 @@ from kvstrata.kernels.byte_planes import merge_bytes, split_bytes
 from kvstrata.kernels.colsum import column_sums
 from kvstrata.kernels.component_basis import ComponentBasis, encode_tokens, expand, product_dtype
 from kvstrata.kernels.decoder_ops import add_rms_norm, rotate_heads, silu_gate
-from kvstrata.kernels.escape_rows import pack_escape_rows
+from kvstrata.kernels.escape_rows import pack_escape_rows, scatter_escape_rows
 from kvstrata.kernels.gather import gather_by_mask, scatter_by_mask
 from kvstrata.kernels.layer_prediction import LayerWeights, Rest, add_predictions, steps
 from kvstrata.kernels.mid_rows import pack_mid_rows
@@ -50,7 +50,8 @@ from kvstrata.kernels.planes import unpack_planar
 from kvstrata.kernels.rope import rotate
 from kvstrata.kernels.row_pages import PAGE_TOKENS, RowPages, RowStep, step_rows
 from kvstrata.kernels.row_saliency import add_row_saliency
-from kvstrata.kernels.token_masks import TOKENS, token_classes
+from kvstrata.kernels.saliency import normalise_sums
+from kvstrata.kernels.token_masks import TOKENS, to_flags, to_mask, token_classes
 from kvstrata.kernels.token_rows import TokenRows, TokenTable, attend_tokens
 from kvstrata.kernels.value_bias import encode_value_bias
 
@@ -167,13 +168,14 @@ def _calibrated(dim: int, dtype: torch.dtype) -> None:
     deviation, eye = torch.ones(_HEADS, dim), torch.eye(dim).repeat(_HEADS, 1, 1)
     basis = ComponentBasis(layout, torch.zeros(_HEADS, dim), eye, eye, deviation)
     masks = torch.ones(_HEADS, _BLOCKS, dtype=torch.int64)
-    classes = token_classes(masks, 2 * masks)
+    classes = token_classes(to_mask(to_flags(masks)), 2 * masks)
     y, words, _ = encode_tokens(x, basis, deviation)
     weights = torch.ones(_HEADS, _BLOCKS, TOKENS)
     rest: dict[str, Any] = {
         "mid": pack_mid_rows(y, classes.mid, layout),
         "escapes": pack_escape_rows(x, classes.escape),
     }
+    scatter_escape_rows(rest["escapes"], x.clone())
     bias = encode_value_bias(
         y, words, layout, weights=weights, base=classes.base, deviation=deviation
     )
@@ -250,7 +252,8 @@ def _rope(dim: int, dtype: torch.dtype) -> None:
 
 def _column_sums(dim: int, dtype: torch.dtype) -> None:
     x = _tokens(dim, dtype)
-    column_sums(x, x, torch.arange(TOKENS), 1.0)
+    sums = column_sums(x, x, torch.arange(TOKENS), 1.0)
+    normalise_sums(sums[:, :, None], torch.ones(TOKENS, dtype=torch.int64))
 
 
 def _unpack(dim: int, dtype: torch.dtype) -> None:

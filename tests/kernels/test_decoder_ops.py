@@ -12,10 +12,19 @@ from kvstrata.kernels.decoder_ops import (
     silu_gate,
     silu_gate_reference,
 )
+from kvstrata.kernels.decoder_ops_triton import (
+    add_rms_norm_triton,
+    rotate_heads_triton,
+    silu_gate_triton,
+)
 
 DTYPES = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_shape = pytest.mark.parametrize(("rows", "width"), [(1, 16), (3, 48), (7, 50), (130, 576)])
+
+
+# The interpreter cuts bf16 off where a GPU rounds it.
+each_interpreted = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 
 
 def near(got: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -90,3 +99,61 @@ def test_numbers_that_are_none_stay_none() -> None:
     normed, _ = add_rms_norm(x, None, torch.ones(64), 1e-6)
     assert normed[1].isnan().all()
     assert normed[2].isfinite().all()
+
+
+@each_interpreted
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 48), (7, 50), (2, 4100)])
+@pytest.mark.parametrize("has_residual", [True, False])
+def test_triton_s_norm(dtype: torch.dtype, rows: int, width: int, has_residual: bool) -> None:
+    x, residual = torch.randn(2, rows, width).to(dtype)
+    weight = (torch.rand(width) + 0.5).to(dtype)
+    added = residual if has_residual else None
+    got, wanted = (
+        norm(x, added, weight, 1e-5) for norm in (add_rms_norm_triton, add_rms_norm_reference)
+    )
+    near(got[0], wanted[0])
+    assert torch.equal(got[1], wanted[1])
+
+
+@each_interpreted
+@pytest.mark.parametrize(
+    ("rows", "heads", "dim", "rotary"),
+    [
+        (1, 1, 32, 32),
+        (5, 3, 64, 64),
+        (2, 9, 128, 64),
+        (3, 2, 80, 80),
+        (1, 1, 96, 96),
+        (1, 5, 256, 256),
+    ],
+)
+def test_triton_s_rotation(
+    dtype: torch.dtype, rows: int, heads: int, dim: int, rotary: int
+) -> None:
+    angles = torch.arange(50)[:, None] * 0.8 ** torch.arange(rotary // 2)
+    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+    positions = torch.randint(50, (rows,))
+    for x in (
+        torch.randn(rows, heads + 2, dim).to(dtype)[:, 1:-1],
+        torch.randn(heads, rows, dim).to(dtype).transpose(0, 1),
+    ):
+        got = rotate_heads_triton(x, cos, sin, positions)
+        near(got, rotate_heads_reference(x, cos, sin, positions))
+        assert torch.equal(got[..., rotary:], x[..., rotary:])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
+@each_interpreted
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 48), (2, 2051)])
+def test_triton_s_gate(dtype: torch.dtype, rows: int, width: int) -> None:
+    x = (8 * torch.randn(rows, 2 * width)).to(dtype)
+    near(silu_gate_triton(x), silu_gate_reference(x))
+    x[0, 0] = float("nan")
+    assert silu_gate_triton(x)[0, 0].isnan()
+
+
+def test_triton_takes_no_rows() -> None:
+    x, table = torch.randn(0, 64), torch.ones(3, 32)
+    assert add_rms_norm_triton(x, None, torch.ones(64), 1e-6)[0].shape == (0, 64)
+    assert rotate_heads_triton(x.view(0, 2, 32), table, table, torch.zeros(0).long()).numel() == 0
+    assert silu_gate_triton(x).shape == (0, 32)

@@ -1,5 +1,7 @@
 """Escaped tokens: int8 rows that come back in their places, on a GPU as in the reference."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -11,6 +13,11 @@ from kvstrata.kernels.escape_rows import (
     scatter_escape_rows,
     scatter_escape_rows_reference,
     unpack_escape_rows_reference,
+)
+from kvstrata.kernels.escape_rows_numba import (
+    pack_escape_rows_numba,
+    scatter_escape_rows_numba,
+    unpack_escape_rows_numba,
 )
 from kvstrata.kernels.escape_rows_triton import (
     pack_escape_rows_triton,
@@ -76,6 +83,44 @@ def test_triton_s_escapes_are_the_reference_s(
         torch.testing.assert_close(found, told, rtol=2**-7, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("heads", "blocks", "dim", "dtype"),
+    [
+        (1, 1, 1, torch.float32),
+        (1, 1, 32, torch.float32),
+        (3, 40, 64, torch.bfloat16),
+        (2, 3, 80, torch.float16),
+        (1, 2, 96, torch.float32),
+        (1, 1, 128, torch.bfloat16),
+        (1, 1, 256, torch.float32),
+        (1, 2, 7, torch.float32),
+    ],
+    ids=str,
+)
+def test_numba_s_escapes_have_the_reference_s_bits(
+    heads: int, blocks: int, dim: int, dtype: torch.dtype
+) -> None:
+    x = 3 * torch.randn(heads, blocks, 64, dim).to(dtype)
+    x[0, 0, 0] = 0
+    masks = to_mask(torch.rand(heads, blocks, 64) < 0.1)
+    masks[0, 0] |= 1 | -1 << 63
+    expected = pack_escape_rows_reference(x, masks)
+    for tokens in (x, x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)):
+        for found, wanted in zip(pack_escape_rows_numba(tokens, masks), expected, strict=True):
+            assert found.dtype == wanted.dtype
+            assert torch.equal(found, wanted)
+    codes, scales = expected
+    rows = EscapeRows(masks, scales, codes, row_starts(masks)[::heads])
+    assert torch.equal(unpack_escape_rows_numba(rows), unpack_escape_rows_reference(rows))
+    told, found = torch.zeros_like(x), torch.zeros_like(x)
+    scatter_escape_rows_reference(rows, told)
+    scatter_escape_rows_numba(rows, found)
+    assert torch.equal(found, told)
+    strided = torch.zeros_like(x).mT.contiguous().mT
+    scatter_escape_rows(rows, strided)
+    assert torch.equal(strided, told)
+
+
 def test_triton_rounds_escapes_as_the_reference_does() -> None:
     """An odd dim is not turned, so nothing may differ; ties go to even."""
     x = torch.randn(1, 1, 64, 7)
@@ -89,23 +134,35 @@ def test_triton_rounds_escapes_as_the_reference_does() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
+@pytest.mark.parametrize("pack", [pack_escape_rows_triton, pack_escape_rows_numba])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_triton_refuses_escapes_that_are_not_finite(bad: float) -> None:
+def test_escapes_that_are_not_finite_are_refused(bad: float, pack: Callable[..., object]) -> None:
     x = torch.randn(2, 1, 64, 80)
     x[1, 0, 5, 79] = bad
     masks = torch.tensor([[3], [1]])
-    pack_escape_rows_triton(x, masks)
+    pack(x, masks)
     masks[1] |= 1 << 5
     with pytest.raises(ValueError, match="not finite"):
-        pack_escape_rows_triton(x, masks)
+        pack(x, masks)
 
 
-def test_no_escapes_are_no_rows() -> None:
+@pytest.mark.parametrize(
+    ("pack", "unpack", "scatter"),
+    [
+        (pack_escape_rows_triton, unpack_escape_rows_triton, scatter_escape_rows_triton),
+        (pack_escape_rows_numba, unpack_escape_rows_numba, scatter_escape_rows_numba),
+    ],
+)
+def test_no_escapes_are_no_rows(
+    pack: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    unpack: Callable[..., torch.Tensor],
+    scatter: Callable[..., None],
+) -> None:
     x, masks = torch.randn(2, 1, 64, 32), torch.zeros(2, 1, dtype=torch.int64)
-    codes, scales = pack_escape_rows_triton(x, masks)
+    codes, scales = pack(x, masks)
     assert codes.shape == (0, 32)
     rows = EscapeRows(masks, scales, codes, row_starts(masks)[::2])
-    assert unpack_escape_rows_triton(rows).shape == (0, 32)
+    assert unpack(rows).shape == (0, 32)
     before = x.clone()
-    scatter_escape_rows_triton(rows, x)
+    scatter(rows, x)
     assert torch.equal(x, before)

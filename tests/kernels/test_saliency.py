@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from kvstrata.kernels.saliency import normalised_saliency, probe_rows, seeing_rows
+from kvstrata.kernels.saliency import (
+    normalise_sums,
+    normalise_sums_reference,
+    normalised_saliency,
+    probe_rows,
+    seeing_rows,
+)
+from kvstrata.kernels.saliency_numba import normalise_sums_numba
+from kvstrata.kernels.saliency_triton import normalise_sums_triton
 
 
 def _uniform(num_keys: int, positions: torch.Tensor, normaliser: str = "probe_nnz"):
@@ -68,6 +76,32 @@ def test_columns_that_no_probe_sees_get_the_least_score_of_their_head(shape):
     seen = torch.arange(num_keys) <= positions[-1]
     least = scores[..., seen].amin(-1, keepdim=True)
     assert (scores[..., ~seen] == least).all()
+
+
+@pytest.mark.parametrize("normalise", [normalise_sums_numba, normalise_sums_triton])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (2, 3, 3, 77), (1, 2, 4, 1030), (1, 1, 8, 2500), (0, 2, 1, 5)], ids=str
+)
+@pytest.mark.parametrize("seen", [0.01, 0.6, 1.0])
+def test_fast_versions_divide_as_the_reference_does(normalise, shape, seen):
+    sums, num_keys = torch.rand(shape), shape[3]
+    counts = seeing_rows(torch.randint(max(1, int(seen * num_keys)), (20,)), num_keys)
+    found, told = normalise(sums, counts), normalise_sums_reference(sums, counts)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, told, rtol=1e-6, atol=0)
+    if (counts == 0).any() and told.numel():
+        assert (found[..., counts == 0] == found[..., counts > 0].amin(-1, keepdim=True)).all()
+    torch.testing.assert_close(normalise(sums.mT.contiguous().mT, counts), found)
+
+
+def test_sums_of_other_shapes_are_refused():
+    sums, counts = torch.rand(1, 2, 3, 4), torch.ones(4, dtype=torch.int64)
+    for wrong in (sums[0], sums.double(), sums[:, :, :0]):
+        with pytest.raises(ValueError, match="sums must be"):
+            normalise_sums(wrong, counts)
+    for wrong in (counts[:3], counts.int()):
+        with pytest.raises(ValueError, match="counts must be"):
+            normalise_sums(sums, wrong)
 
 
 def test_positions_in_any_order_count_alike():

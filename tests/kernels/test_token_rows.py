@@ -10,6 +10,7 @@ from kvstrata.kernels.token_rows import (
     attend_tokens,
     attend_tokens_reference,
 )
+from kvstrata.kernels.token_rows_triton import SPLIT_TOKENS, attend_tokens_triton
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -43,6 +44,31 @@ def test_long_sequences_are_split_and_merged() -> None:
         attend_tokens(*arguments), attend_tokens_reference(*arguments), strict=True
     ):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
+@pytest.mark.parametrize(
+    ("lengths", "heads", "group", "dim", "dtype"),
+    [
+        ([1], 1, 1, 32, torch.float32),
+        ([1, 64, 130, 7], 2, 3, 64, torch.float16),  # the interpreter multiplies no bf16
+        ([33], 1, 4, 80, torch.float32),
+        ([17, 5], 2, 5, 96, torch.float16),
+        ([40], 1, 8, 128, torch.float32),
+        ([3], 1, 17, 256, torch.float32),
+        ([SPLIT_TOKENS + 9, 2], 1, 1, 8, torch.float32),
+    ],
+    ids=str,
+)
+def test_triton_s_equals_its_definition(
+    lengths: list[int], heads: int, group: int, dim: int, dtype: torch.dtype
+) -> None:
+    arguments = case(lengths, heads, group, dim, dtype)
+    for got, wanted in zip(
+        attend_tokens_triton(*arguments), attend_tokens_reference(*arguments), strict=True
+    ):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, wanted, rtol=DTYPES[dtype], atol=DTYPES[dtype])
 
 
 def test_equal_tokens_at_other_positions_have_other_keys() -> None:

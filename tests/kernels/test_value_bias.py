@@ -9,10 +9,12 @@ from kvstrata.kernels.token_masks import to_mask
 from kvstrata.kernels.value_bias import (
     ValueBias,
     decode_value_bias,
+    decode_value_bias_reference,
     encode_value_bias,
     mean_errors_reference,
     to_nibbles_reference,
 )
+from kvstrata.kernels.value_bias_numba import decode_value_bias_numba, to_nibbles_numba
 from kvstrata.kernels.value_bias_triton import (
     decode_value_bias_triton,
     mean_errors_triton,
@@ -53,16 +55,20 @@ def test_triton_s_biases_are_the_reference_s(
 @pytest.mark.parametrize(
     ("heads", "blocks", "dim"), [(1, 1, 32), (3, 7, 80), (2, 9, 2), (1, 6, 256)]
 )
-def test_triton_s_bias_bytes_are_those_of_the_same_means(heads: int, blocks: int, dim: int) -> None:
+def test_bias_bytes_are_those_of_the_same_means(heads: int, blocks: int, dim: int) -> None:
     sizes = torch.logspace(-5, 5, heads * blocks).view(heads, blocks, 1)
     means = sizes * torch.randn(heads, blocks, dim)
     flaws = (torch.nan, 0.0, torch.inf, 3.5, -7.5)
     for row, value in zip(means.view(-1, dim)[-5:], flaws, strict=False):
         row[dim // 2 - 1 :] = value
-    found, told = to_nibbles_triton(means), to_nibbles_reference(means)
-    assert torch.equal(found.nibbles, told.nibbles)
-    assert torch.equal(found.scales, told.scales)
-    assert torch.equal(decode_value_bias_triton(found), decode_value_bias(told))
+    told = to_nibbles_reference(means)
+    for to_nibbles in (to_nibbles_triton, to_nibbles_numba):
+        found = to_nibbles(means)
+        assert torch.equal(found.nibbles, told.nibbles)
+        assert torch.equal(found.scales, told.scales)
+    read = decode_value_bias_reference(told)
+    for decode in (decode_value_bias_triton, decode_value_bias_numba):
+        assert torch.equal(decode(told), read)
 
 
 @pytest.mark.parametrize("dim", [64, 80])
