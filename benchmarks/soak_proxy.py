@@ -1,4 +1,4 @@
-"""A TCP proxy that can stop forwarding, or cut every connection: the network that fails."""
+"""A TCP proxy that is slow, stops forwarding, or cuts every connection: the network that fails."""
 
 import asyncio
 import contextlib
@@ -13,10 +13,12 @@ class Proxy:
 
     Attributes:
         port: Where it listens.
+        byte_s: Seconds that a byte of an answer takes, on each connection.
     """
 
     def __init__(self, target_port: int = 0) -> None:
         self.target_port = target_port
+        self.byte_s = 0.0
         self.port = 0
         self._flowing = asyncio.Event()
         self._flowing.set()
@@ -73,8 +75,9 @@ class Proxy:
             writer.transport.abort()
             return
         self._writers.add(there[1])
+        both = (writer, there[1])
         for source, sink in ((reader, there[1]), (there[0], writer)):
-            task = asyncio.create_task(self._pump(source, sink, (writer, there[1])))
+            task = asyncio.create_task(self._pump(source, sink, both, is_answer=sink is writer))
             self._pumps.add(task)
             task.add_done_callback(self._pumps.discard)
 
@@ -83,10 +86,14 @@ class Proxy:
         source: asyncio.StreamReader,
         sink: asyncio.StreamWriter,
         both: tuple[asyncio.StreamWriter, asyncio.StreamWriter],
+        *,
+        is_answer: bool,
     ) -> None:
         try:
             with contextlib.suppress(OSError):
                 while data := await source.read(_CHUNK):
+                    if is_answer and self.byte_s:
+                        await asyncio.sleep(len(data) * self.byte_s)
                     await self._flowing.wait()
                     sink.write(data)
                     await sink.drain()

@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
+from kvstrata.client.method_settings import StratumName
 from kvstrata.client.plugins import PluginGroup
 from kvstrata.client.prompt_reading import as_prompt, read_prompt
 from kvstrata.client.request import GenerateOptions
@@ -82,6 +83,13 @@ def generate(
         bool, typer.Option("--chat", help="Send the prompt as a user's message.")
     ] = False,
     system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
+    coarsest: Annotated[
+        str | None,
+        typer.Option(help="Stratum to read down to, such as base, if the first token is late."),
+    ] = None,
+    first_token_s: Annotated[
+        float | None, typer.Option(help="When the first token is wanted, in seconds.")
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Time limit in seconds.")] = 120.0,
     tls_ca: TlsCa = "",
     tls_cert: TlsCert = "",
@@ -97,6 +105,8 @@ def generate(
         "top_k": top_k,
         "seed": seed,
         "stop": stop,
+        "coarsest": cast(StratumName | None, coarsest),
+        "first_token_s": first_token_s,
     }
     asked = as_prompt(read_prompt(prompt, file), chat=chat, system=system)
     shown = credentials(tls_ca, tls_cert, tls_key)

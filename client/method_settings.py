@@ -89,15 +89,20 @@ def _set(message: inference_pb2.MethodSettings, settings: MethodSettings) -> Non
     if settings.bits is not None:
         message.bits = check_number("bits", settings.bits, 0.0, 64.0)
     if settings.read_stratum is not None:
-        if settings.read_stratum not in STRATA:
-            raise InvalidRequestError(
-                f"unknown read_stratum {settings.read_stratum!r}", f"use one of {', '.join(STRATA)}"
-            )
-        message.read_stratum = STRATA[settings.read_stratum]
+        message.read_stratum = stratum_of("read_stratum", settings.read_stratum)
     if settings.representatives is not None:
         message.representatives = check_text("representatives", settings.representatives)
     for name, given in stages.items():
         _set_stage(name, getattr(message, name), given)
+
+
+def stratum_of(name: str, stratum: object) -> frame_pb2.Stratum:
+    """Return the stratum of that name; ``name`` is the option's, for the message."""
+    if not isinstance(stratum, str) or stratum not in STRATA:
+        raise InvalidRequestError(
+            f"unknown {name} {str(stratum)[:40]!r}", f"use one of {', '.join(STRATA)}"
+        )
+    return STRATA[stratum]
 
 
 def _set_stage(name: str, message: Any, given: object) -> None:

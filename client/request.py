@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
-from kvstrata.client.method_settings import MethodSettings, set_method
-from kvstrata.client.validation import check_integer, check_number, check_text
+from kvstrata.client.method_settings import MethodSettings, StratumName, set_method, stratum_of
+from kvstrata.client.validation import check_integer, check_number, check_seconds, check_text
 from kvstrata.client.visuals import Visual, to_visuals
 from kvstrata.protos import inference_pb2
 from kvstrata.protos.errors import (
@@ -58,6 +58,9 @@ class GenerateOptions(TypedDict, total=False):
         timeout_s: Time limit of this call, in place of the client's.
         images: One for each placeholder in the prompt: a PNG or JPEG file as bytes or Path, or
             8-bit RGB pixels, (height, width, 3), such as a NumPy array; a list is a video.
+        coarsest: The coarsest stratum that stored blocks may be read at, should the first token be
+            late otherwise; by default they are read as finely as the preset or the settings say.
+        first_token_s: When the first token is wanted; by default in time for ``timeout_s``.
     """
 
     preset: str | None
@@ -73,6 +76,8 @@ class GenerateOptions(TypedDict, total=False):
     model: str | None
     timeout_s: float | None
     images: Sequence[Visual] | None
+    coarsest: StratumName | None
+    first_token_s: float | None
 
 
 def build_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.GenerateRequest:
@@ -95,6 +100,11 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.Gen
     _set_sampling(request.sampling, options)
     request.session_id = check_text("session_id", options.get("session_id") or "")
     request.model = check_text("model", options.get("model") or "")
+    if (coarsest := options.get("coarsest")) is not None:
+        request.coarsest_stratum = stratum_of("coarsest", coarsest)
+    if (first_token_s := options.get("first_token_s")) is not None:
+        milliseconds = check_seconds("first_token_s", first_token_s) * 1000
+        request.first_token_ms = min(max(1, round(milliseconds)), MAX_UINT32)
     if request.ByteSize() > MAX_MESSAGE_BYTES:
         raise MessageTooLargeError(
             f"the request has {request.ByteSize()} bytes, a server accepts {MAX_MESSAGE_BYTES}",

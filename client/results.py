@@ -45,6 +45,40 @@ class Recompute:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """How a node read the stored blocks of a prompt.
+
+    Attributes:
+        node: "prefill" or "decode".
+        choice: "full", "fewer_strata", "part" (the first blocks fetched, the others computed) or
+            "recompute".
+        stored_blocks: Blocks that the store had.
+        fetched_blocks: Of these, planned to be fetched.
+        predicted_s: What the node expected until all blocks are there; 0: it could not tell yet.
+        seconds: What it took.
+    """
+
+    node: str
+    choice: str
+    stored_blocks: int
+    fetched_blocks: int
+    predicted_s: float
+    seconds: float
+
+    @classmethod
+    def from_proto(cls, message: pb.ReadPlan) -> "ReadPlan":
+        """Return the value of ``message``."""
+        return cls(
+            message.node,
+            message.choice,
+            message.stored_blocks,
+            message.fetched_blocks,
+            message.predicted_s,
+            message.seconds,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class CacheReport:
     """What the cache did for one request.
 
@@ -64,6 +98,7 @@ class CacheReport:
         kept_fraction: Of all tokens and KV heads, what the running cache held at the end.
         layer_bits: Stored bits per element of K and V, layer by layer; 0 where K and V are
             recomputed from token ids.
+        read_plans: How nodes read what was stored, each time that they did.
     """
 
     prompt_tokens: int = 0
@@ -80,6 +115,7 @@ class CacheReport:
     replays: int = 0
     kept_fraction: float = 1.0
     layer_bits: tuple[float, ...] = ()
+    read_plans: tuple[ReadPlan, ...] = ()
 
     @property
     def cached_fraction(self) -> float:
@@ -110,6 +146,7 @@ class CacheReport:
             replays=message.replays,
             kept_fraction=message.kept_fraction,
             layer_bits=tuple(message.layer_bits),
+            read_plans=tuple(map(ReadPlan.from_proto, message.read_plans)),
         )
 
 

@@ -1,6 +1,7 @@
 """From a ``GenerateRequest`` to a checked ``Task``: all that can be wrong with it is said here."""
 
 import logging
+import math
 import secrets
 import time
 import uuid
@@ -74,16 +75,26 @@ class Admission:
                 f"{self.info.max_positions}",
                 f"shorten the prompt to at most {self.info.max_positions - 1} tokens",
             )
+        coarsest = request.coarsest_stratum or None
+        if coarsest is not None and coarsest not in method.wanted:
+            raise LimitError(
+                f"codec {method.codec.name!r} has no stratum {coarsest} to read",
+                "leave coarsest_stratum out, or take one that is read",
+            )
+        now = time.time()
+        first_token_s = request.first_token_ms / 1000 if request.first_token_ms else math.inf
         return Task(
             request_id=uuid.uuid4().hex,
             prompt_ids=tuple(prompt_ids),
             images=images,
             method=method,
             sampling=sampling,
-            deadline_unix_s=time.time()
+            deadline_unix_s=now
             + (MAX_DEADLINE_S if remaining_s is None else min(remaining_s, MAX_DEADLINE_S)),
             session_id=request.session_id[:MAX_SESSION_CHARS],
             salt=self.salt,
+            coarsest=coarsest,
+            first_token_unix_s=now + first_token_s,
         )
 
     @property

@@ -17,6 +17,7 @@ from kvstrata.kvstore_service.quota import Quotas
 from kvstrata.kvstore_service.tenants import Tenants
 from kvstrata.methods.presets import PRESETS
 from kvstrata.prefill_node.flight import ANNOUNCED
+from kvstrata.prefill_node.prefill import PLANNED_AGAIN
 from kvstrata.prefill_node.task import Task
 from kvstrata.protos import call_context, inference_pb2_grpc, tracing
 from kvstrata.protos.errors import CapacityError, DeadlineError, DrainingError, UnavailableError
@@ -155,7 +156,10 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         if route.failure:
             clock.recompute(route.failure, 0)
         task = replace(
-            task, expected_blocks=route.cached_blocks, ask_store=route.failure not in UNREACHABLE
+            task,
+            expected_blocks=route.cached_blocks,
+            stored=route.stored,
+            ask_store=route.failure not in UNREACHABLE,
         )
         if route.needs_prefill:
             task = await self._prefill(task, route, clock)
@@ -223,7 +227,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         # Blocks that others were making are not among the expected ones.
         lost = max((r.tokens for r in decoded.recomputes if _was_expected(r.reason)), default=0)
         loaded = task.expected_blocks * BLOCK_TOKENS - lost
-        report.cached_tokens = min(route.cached_blocks * BLOCK_TOKENS, loaded)
+        report.cached_tokens = max(0, min(route.cached_blocks * BLOCK_TOKENS, loaded))
         if not report.cached_tokens:
             report.tier = ""
         count_report(self._counters, report)
@@ -233,4 +237,4 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
 
 def _was_expected(reason: str) -> bool:
     """Whether a recompute is of blocks that the route promised."""
-    return reason != "unencodable" and not reason.startswith(ANNOUNCED)
+    return reason not in ("unencodable", PLANNED_AGAIN) and not reason.startswith(ANNOUNCED)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from kvstrata.kvstore_service.client import StoreClient
 from kvstrata.prefill_node.prefill import num_prompt_blocks
+from kvstrata.prefill_node.read_plan import StoredBlock
 from kvstrata.prefill_node.task import Task
 from kvstrata.prefill_node.worker import WorkerInfo, store_failure
 from kvstrata.protos.errors import KVStrataError
@@ -19,6 +20,7 @@ class Route:
     Attributes:
         cached_blocks: The longest prefix in the store.
         pending_blocks: Blocks right after it that are being made for another request.
+        stored: What is known of the cached blocks.
         num_blocks: Full blocks of the prompt.
         needs_prefill: Whether a prefill node computes the rest; else the decode node does.
         failure: Why the store could not be asked, or not in full; None if it could.
@@ -29,6 +31,7 @@ class Route:
     needs_prefill: bool
     failure: str | None = None
     pending_blocks: int = 0
+    stored: tuple[StoredBlock, ...] = ()
 
 
 def cache_scope(task: Task, info: WorkerInfo) -> CacheScope:
@@ -70,11 +73,12 @@ class Router:
         except KVStrataError as error:
             return Route(0, num_blocks, needs_prefill=False, failure=store_failure(error))
         wanted = set(task.method.wanted)
-        cached = 0
+        stored: list[StoredBlock] = []
         for block in found.blocks:
             if not wanted <= set(block.strata):
                 break
-            cached += 1
+            stored.append(StoredBlock(block.num_bytes, block.tier))
+        cached = len(stored)
         pending = found.pending if cached == len(found.blocks) else 0
         uncached_tokens = (num_blocks - cached - pending) * BLOCK_TOKENS
         shareable = task.method.reads_all and uncached_tokens > self._direct_tokens
@@ -85,4 +89,5 @@ class Router:
             needs_prefill=shareable,
             failure="store_degraded" if incomplete else None,
             pending_blocks=pending,
+            stored=tuple(stored),
         )

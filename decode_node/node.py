@@ -16,7 +16,17 @@ from kvstrata.engine.seat import ParkedError
 from kvstrata.engine.sequence import RunningSequence
 from kvstrata.methods.framing import SealedBlock, precision_name
 from kvstrata.prefill_node.flight import Flight
-from kvstrata.prefill_node.prefill import load_cached, num_prompt_blocks, provide_blocks
+from kvstrata.prefill_node.prefill import (
+    PLANNED,
+    PLANNED_AGAIN,
+    carrying_out,
+    load_cached,
+    num_prompt_blocks,
+    provide_blocks,
+    unstored,
+)
+from kvstrata.prefill_node.read_plan import ReadPlan, StoredBlock
+from kvstrata.prefill_node.reading import plan_of, planned
 from kvstrata.prefill_node.task import Task
 from kvstrata.prefill_node.worker import Worker, WorkerConfig, WorkerInfo
 from kvstrata.protos import call_context, tracing
@@ -79,6 +89,8 @@ class Generation:
         self._clock.report.kept_fraction = 1.0
         self._clock.report.layer_bits[:] = [0.0] * worker.model.spec.num_layers
         self._publishing: set[asyncio.Task[None]] = set()
+        self._stored = list(task.stored)  # of its blocks; sizes of those after are unknown
+        self._method = task.method  # as the last plan reads it
 
     async def run(self) -> AsyncGenerator[GenerateReply]:
         """Yield one reply per new token, then the closing one."""
@@ -116,11 +128,17 @@ class Generation:
 
     async def _generate(self) -> None:
         """Bring a sequence to the end of what is known, and go on from there."""
-        task, clock, steps = self._task, self._clock, self._worker.steps
-        known = [*task.prompt_ids, *self._generated]
-        cached = min(task.expected_blocks, num_prompt_blocks(len(known))) * BLOCK_TOKENS
-        async with self._worker.open(task, known, cached, self._order) as sequence:
-            await self._prepare(sequence)
+        clock, steps = self._clock, self._worker.steps
+        known = [*self._task.prompt_ids, *self._generated]
+        plan = plan_of(self._worker, self._task, len(known), self._stored)
+        task = planned(self._task, plan)
+        self._method = task.method
+        async with self._worker.open(
+            task, known, plan.num_fetched * BLOCK_TOKENS, self._order
+        ) as sequence:
+            reason = PLANNED_AGAIN if clock.report.read_plans else PLANNED
+            with carrying_out(plan, clock, reason):
+                await self._prepare(sequence, plan)
             start, begin = time.time(), time.perf_counter()
             first = [0.0]
 
@@ -129,8 +147,9 @@ class Generation:
                 return self._choose(logits)
 
             def sealed(blocks: list[SealedBlock]) -> None:
-                if sequence.committable:
-                    self._loop.call_soon_threadsafe(self._publish, blocks, context=self._context)
+                new = unstored(blocks, plan) if sequence.committable else []
+                if new:
+                    self._loop.call_soon_threadsafe(self._publish, new, context=self._context)
 
             try:
                 await steps.generate(sequence, choose, sealed)
@@ -142,19 +161,26 @@ class Generation:
                 clock.report.kept_fraction = sequence.kept_fraction
                 clock.report.layer_bits[:] = sequence.layer_bits
 
-    async def _prepare(self, sequence: RunningSequence) -> None:
+    async def _prepare(self, sequence: RunningSequence, plan: ReadPlan) -> None:
         """Load what the store has of the known tokens, and provide the rest of the prompt."""
         worker, task, clock = self._worker, self._task, self._clock
         prompt_blocks = num_prompt_blocks(len(task.prompt_ids))
         num_blocks = num_prompt_blocks(len(sequence.token_ids))
-        await load_cached(worker, sequence, num_blocks, task, clock)
+        await load_cached(worker, sequence, num_blocks, task, clock, plan)
+        if unknown := max(0, plan.num_fetched - len(self._stored)):  # the prefill node made them
+            mean = clock.report.bytes_fetched // max(1, plan.num_fetched)
+            self._stored += [StoredBlock(mean, clock.report.tier)] * unknown
         flight = Flight(worker, sequence, task, clock)
         async with contextlib.AsyncExitStack() as unless_published:
             unless_published.push_async_callback(flight.aclose)
-            sealed = await provide_blocks(worker, sequence, prompt_blocks, task, clock, flight)
-            if sealed and sequence.committable:
+            sealed = await provide_blocks(
+                worker, sequence, prompt_blocks, task, clock, flight, plan
+            )
+            new = unstored(sealed, plan)
+            if new and sequence.committable:
                 unless_published.pop_all()
-                self._start_publishing(_publish_and_close(flight, sealed))
+                self._note_stored(new)
+                self._start_publishing(_publish_and_close(flight, new))
         if sealed:
             with clock.stage("decompress"):
                 await worker.steps.settle(sequence, sealed)
@@ -172,7 +198,14 @@ class Generation:
         return token_id if self._finish is None else None
 
     def _publish(self, sealed: Sequence[SealedBlock]) -> None:
+        self._note_stored(sealed)
         self._start_publishing(self._worker.publish(sealed, self._clock))
+
+    def _note_stored(self, sealed: Sequence[SealedBlock]) -> None:
+        """Expect blocks in the store, should this request have to read them again."""
+        for block in sealed:
+            if block.identity.first_position == len(self._stored) * BLOCK_TOKENS:
+                self._stored.append(StoredBlock(block.num_bytes, "dram"))
 
     def _start_publishing(self, publication: Coroutine[Any, Any, None]) -> None:
         publishing = asyncio.create_task(publication)
@@ -205,7 +238,7 @@ class Generation:
 
     async def _close(self) -> GenerateReply:
         await self._wait_until_published()
-        report, method = self._clock.report, self._task.method
+        report, method = self._clock.report, self._method
         report.prompt_tokens = len(self._task.prompt_ids)
         report.shareable_tokens = num_prompt_blocks(report.prompt_tokens) * BLOCK_TOKENS
         report.precision = precision_name(method.wanted)

@@ -107,6 +107,12 @@ class Seat:
             return False
         return sequence.cache.length == len(sequence.token_ids) - 1
 
+    @property
+    def num_queued(self) -> int:
+        """Tokens of its prompt that are still to be computed."""
+        sequence, job = self.sequence, self.job
+        return job.until - sequence.cache.length if sequence and isinstance(job, Compute) else 0
+
     def next_span(self, limit: int) -> Span | None:
         """Return its next tokens, at most ``limit``; None if too few are allowed.
 

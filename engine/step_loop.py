@@ -66,6 +66,11 @@ class StepLoop:
         """What passes take."""
         return self._stepper.times
 
+    @property
+    def num_queued(self) -> int:
+        """Tokens of prompts that are still to be computed."""
+        return self._stepper.num_queued
+
     async def call(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run something short in the loop's thread, between two passes."""
         done: Future[T] = Future()

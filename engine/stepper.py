@@ -61,6 +61,11 @@ class Stepper:
         """Whether the next pass is over anything."""
         return any(seat.job is not None for seat in self._seats.values())
 
+    @property
+    def num_queued(self) -> int:
+        """Tokens of prompts that are still to be computed; any thread may ask."""
+        return sum(seat.num_queued for seat in list(self._seats.values()))
+
     def wait(self, seat: Seat) -> None:
         """Let a sequence wait for a place."""
         self._fair.arrive(seat.tenant)
@@ -357,22 +362,18 @@ class Stepper:
 
     def _charge(self, seat: Seat, span: Span) -> None:
         count = len(span.token_ids)
-        if isinstance(seat.job, Generate) and count == 1:
-            self._fair.charge(seat.tenant, generated=1)
-        else:
-            self._fair.charge(seat.tenant, prompt=count)
+        is_generated = isinstance(seat.job, Generate) and count == 1
+        self._fair.charge(seat.tenant, **{"generated" if is_generated else "prompt": count})
 
     def _choose(self, seat: Seat, logits: torch.Tensor) -> None:
         job = seat.job
         assert isinstance(job, Generate)
         assert seat.sequence is not None
         try:
-            token_id = job.choose(logits)
+            if (token_id := job.choose(logits)) is not None:
+                seat.sequence.token_ids.append(token_id)
         except Exception as error:
             self._blame(seat, error)
-            return
-        if token_id is not None:
-            seat.sequence.token_ids.append(token_id)
 
     def _after(self, seat: Seat) -> None:
         """Seal a block that filled, and tell what is done."""

@@ -53,12 +53,14 @@ FETCHED_BYTES = "fetched_bytes_total"
 PUBLISHED_BYTES = "published_bytes_total"
 COMMITTED_BLOCKS = "committed_blocks_total"
 REPLAYS = "replays_total"
+READ_PLANS = "read_plans_total"  # node, choice
 
 CALL_SECONDS = "call_seconds"  # method
 TIER_SECONDS = "tier_operation_seconds"  # tier, operation
 TTFT_SECONDS = "ttft_seconds"  # cached
 TPOT_SECONDS = "tpot_seconds"
 STAGE_SECONDS = "stage_seconds"  # node, stage
+READ_PLAN_RATIO = "read_plan_ratio"  # node, choice; predicted over real time, in the same buckets
 
 PER_TENANT = frozenset(
     {HITS, MISSES, WANTED, ABANDONED, PUTS, RECEIVED_BYTES, SENT_BYTES, WAITS, LOOKUPS}

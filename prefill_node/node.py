@@ -5,7 +5,14 @@ import logging
 
 from kvstrata.engine.seat import ParkedError
 from kvstrata.prefill_node.flight import Flight
-from kvstrata.prefill_node.prefill import load_cached, num_prompt_blocks, provide_blocks
+from kvstrata.prefill_node.prefill import (
+    carrying_out,
+    load_cached,
+    num_prompt_blocks,
+    provide_blocks,
+    unstored,
+)
+from kvstrata.prefill_node.reading import plan_of
 from kvstrata.prefill_node.task import Task
 from kvstrata.prefill_node.worker import Worker, WorkerConfig, WorkerInfo
 from kvstrata.protos import call_context, tracing
@@ -58,9 +65,14 @@ class PrefillNode:
     async def _provide(self, task: Task, clock: ReportClock, order: int) -> None:
         worker, num_blocks = self._worker, num_prompt_blocks(len(task.prompt_ids))
         expected = min(task.expected_blocks, num_blocks)
-        async with worker.open(task, task.prompt_ids, expected * BLOCK_TOKENS, order) as sequence:
-            await load_cached(worker, sequence, expected, task, clock)
+        plan = plan_of(worker, task, len(task.prompt_ids), task.stored, must_publish=True)
+        cached = plan.num_fetched if plan.num_recomputed else expected
+        async with worker.open(task, task.prompt_ids, cached * BLOCK_TOKENS, order) as sequence:
             async with contextlib.aclosing(Flight(worker, sequence, task, clock)) as flight:
-                sealed = await provide_blocks(worker, sequence, num_blocks, task, clock, flight)
-                await flight.publish(sealed)
+                with carrying_out(plan, clock):
+                    await load_cached(worker, sequence, expected, task, clock, plan)
+                    sealed = await provide_blocks(
+                        worker, sequence, num_blocks, task, clock, flight, plan
+                    )
+                await flight.publish(unstored(sealed, plan))
             clock.unencodable(sequence.num_unencodable)

@@ -1,13 +1,21 @@
 """From token ids to blocks in the cache and in the store: fetch what is there, compute the rest."""
 
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+
 from kvstrata.engine.sequence import RunningSequence
 from kvstrata.methods.framing import SealedBlock
 from kvstrata.prefill_node.flight import Flight
+from kvstrata.prefill_node.read_plan import ReadPlan
+from kvstrata.prefill_node.read_rates import settings_of
 from kvstrata.prefill_node.task import Task
 from kvstrata.prefill_node.worker import Worker
 from kvstrata.protos.identity import BLOCK_TOKENS
 from kvstrata.protos.report import ReportClock
 
+PLANNED = "planned"  # the reason for which stored blocks are computed because that takes less time
+PLANNED_AGAIN = "planned_again"  # likewise, of a request that had them before and was parked
 MAX_WAITS = 4  # for blocks that others make and give up; after that they are made here as well
 
 
@@ -19,23 +27,48 @@ def num_prompt_blocks(num_tokens: int) -> int:
     return max(0, num_tokens - 1) // BLOCK_TOKENS
 
 
+@contextlib.contextmanager
+def carrying_out(plan: ReadPlan, clock: ReportClock, reason: str = PLANNED) -> Iterator[None]:
+    """Record what a plan foresaw, and how long the body took that carries it out."""
+    if plan.num_recomputed:
+        clock.recompute(reason, plan.num_recomputed * BLOCK_TOKENS)
+    begin = time.perf_counter()
+    yield
+    if plan.num_stored:
+        seconds = time.perf_counter() - begin
+        clock.read(plan.choice, plan.num_stored, plan.num_fetched, plan.predicted_s, seconds)
+
+
 async def load_cached(
-    worker: Worker, sequence: RunningSequence, num_blocks: int, task: Task, clock: ReportClock
+    worker: Worker,
+    sequence: RunningSequence,
+    num_blocks: int,
+    task: Task,
+    clock: ReportClock,
+    plan: ReadPlan,
 ) -> None:
-    """Fetch and decode as many of the first ``num_blocks`` blocks as the store serves.
+    """Fetch and decode as many of the first ``num_blocks`` blocks as the plan says and there are.
 
     A block that was expected there and is missing, late or bad is counted with its reason. Under a
     lossy method the whole prefix is then computed anew: blocks computed on top of decoded ones
     would differ a little from those that were lost, and a fault must not change the answer.
     """
+    if plan.num_recomputed:
+        num_blocks = min(num_blocks, plan.num_fetched)
     if not num_blocks or not task.ask_store:
         return
+    method = sequence.method
     fetched, reason = await worker.fetch(
-        sequence.scope, sequence.hashes[:num_blocks], sequence.method.wanted, clock
+        sequence.scope, sequence.hashes[:num_blocks], method, clock
     )
     if fetched:
+        begin = time.perf_counter()
         with clock.stage("decompress"):
             loaded = await worker.steps.load(sequence, fetched)
+        if loaded.num_blocks:
+            seconds = time.perf_counter() - begin
+            settings = settings_of(method.codec)
+            worker.rates.unpacked(settings, method.wanted, loaded.num_blocks, seconds)
         reason = loaded.reason or reason
     missing = min(task.expected_blocks, num_blocks) - sequence.num_blocks_held
     if missing > 0:
@@ -52,14 +85,24 @@ async def provide_blocks(
     task: Task,
     clock: ReportClock,
     flight: Flight,
+    plan: ReadPlan,
 ) -> list[SealedBlock]:
     """Bring the cache to ``num_blocks``: load what others make now, compute the rest.
 
-    Returns the computed blocks, sealed.
+    Where stored blocks are computed all the same, so is all that follows them, in one piece, as if
+    nothing had been stored.
+
+    Returns the computed blocks, sealed; a lossless method's that are stored need not be.
 
     Raises:
         DeadlineError: The task's deadline passed.
     """
+    if plan.num_recomputed and sequence.num_blocks_held < min(plan.num_stored, num_blocks):
+        if plan.num_stored < num_blocks:
+            await flight.claim(plan.num_stored, num_blocks)
+        is_whole = sequence.num_blocks_held == plan.num_fetched and sequence.method.codec.lossless
+        sealed_from = min(plan.num_stored, num_blocks) if is_whole else 0
+        return await compute_blocks(worker, sequence, num_blocks, task, clock, flight, sealed_from)
     for _ in range(MAX_WAITS):
         first = sequence.num_blocks_held
         theirs = await flight.claim(first, num_blocks) if first < num_blocks else 0
@@ -76,18 +119,37 @@ async def compute_blocks(
     task: Task,
     clock: ReportClock,
     flight: Flight,
+    sealed_from: int = 0,
 ) -> list[SealedBlock]:
     """Compute the blocks up to ``num_blocks`` that the cache lacks, and return them sealed.
+
+    Of those before ``sealed_from`` nobody needs the sealed form.
 
     Raises:
         DeadlineError: The task's deadline passed between two chunks.
     """
-    first = sequence.num_blocks_held
+    first, rates = sequence.num_blocks_held, worker.rates
     if first >= num_blocks:
         return []
+    num_queued, begin = worker.steps.num_queued, time.perf_counter()
     with clock.stage("prefill"):
         async for _ in worker.steps.compute(sequence, num_blocks * BLOCK_TOKENS):
             _ = task.remaining_s
             await flight.progress()
+    num_tokens = (num_blocks - first) * BLOCK_TOKENS
+    rates.computed(num_queued + num_tokens, time.perf_counter() - begin)
+    first = max(first, sealed_from)
+    if first >= num_blocks:
+        return []
+    begin = time.perf_counter()
     with clock.stage("compress"):
-        return await worker.steps.seal(sequence, first, num_blocks)
+        sealed = await worker.steps.seal(sequence, first, num_blocks)
+    settings = settings_of(sequence.method.codec)
+    rates.sealed(settings, num_blocks - first, time.perf_counter() - begin)
+    return sealed
+
+
+def unstored(sealed: Sequence[SealedBlock], plan: ReadPlan) -> list[SealedBlock]:
+    """Return the blocks that are not in the store already, by all that the plan knows."""
+    known = range(plan.num_fetched, plan.num_stored)
+    return [b for b in sealed if b.identity.first_position // BLOCK_TOKENS not in known]

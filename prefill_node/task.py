@@ -1,12 +1,15 @@
 """What the gateway asks of a node."""
 
+import math
 import time
 from dataclasses import dataclass, field
 
 from kvstrata.engine.images import Image
 from kvstrata.engine.sampling import SamplingParams
 from kvstrata.methods.presets import Method
+from kvstrata.prefill_node.read_plan import StoredBlock
 from kvstrata.protos.errors import DeadlineError
+from kvstrata.protos.frame_pb2 import Stratum
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +26,15 @@ class Task:
         salt: The tenant's secret part of the cache scope.
         expected_blocks: Blocks that are in the store by all the gateway knows; a miss among them is
             counted with its reason, computing the others is plain work.
+        stored: These blocks, as far as more is known of them.
         ask_store: False when the gateway found the store unreachable: do not wait for it again.
         generated_ids: Tokens already delivered; they are replayed, not delivered again.
         deadline_unix_s: Wall-clock time after which nobody waits for the answer.
         traceparent: The span that this is part of; empty where tracing is off.
         images: Those that the prompt's tokens stand for, each once.
+        coarsest: The coarsest stratum that may be read alone where more would be late; None reads
+            what the method says, however long it takes.
+        first_token_unix_s: Wall-clock time until which the first token is wanted.
     """
 
     request_id: str
@@ -39,10 +46,13 @@ class Task:
     tenant: str = ""
     salt: bytes = field(default=b"", repr=False)
     expected_blocks: int = 0
+    stored: tuple[StoredBlock, ...] = ()
     ask_store: bool = True
     generated_ids: tuple[int, ...] = ()
     traceparent: str = ""
     images: tuple[Image, ...] = field(default=(), repr=False)
+    coarsest: Stratum | None = None
+    first_token_unix_s: float = math.inf
 
     @property
     def remaining_s(self) -> float:

@@ -17,6 +17,8 @@ from kvstrata.engine.step_loop import StepLoop
 from kvstrata.kernels.warmup import WORKER_OPS, warm_up
 from kvstrata.kvstore_service.client import FetchedStratum, PutOutcome, StoreClient
 from kvstrata.methods.framing import SealedBlock
+from kvstrata.methods.presets import Method
+from kvstrata.prefill_node.read_rates import Arrivals, ReadRates, settings_of
 from kvstrata.prefill_node.task import Task
 from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
 from kvstrata.protos.errors import DeadlineError, KVStrataError
@@ -85,6 +87,7 @@ class Worker:
     Attributes:
         model: What is served.
         steps: Runs sequences; all that touches one runs there.
+        rates: What reading and computing blocks took so far.
     """
 
     def __init__(self, config: WorkerConfig) -> None:
@@ -100,6 +103,7 @@ class Worker:
             warm_up((spec.head_dim,), (spec.dtype,), WORKER_OPS)
         pool_bytes = config.pool_bytes or _default_pool_bytes(self.model.device)
         self.steps = StepLoop(self.model, KVPool(self.model, pool_bytes))
+        self.rates = ReadRates()
         self._store: StoreClient | None = None
 
     @property
@@ -167,7 +171,7 @@ class Worker:
         self,
         scope: ScopeDigest,
         hashes: Sequence[BlockHash],
-        strata: Sequence[Stratum],
+        method: Method,
         clock: ReportClock,
     ) -> tuple[list[dict[Stratum, Frame]], str | None]:
         """Return the strata of the longest run of blocks that the store serves.
@@ -175,26 +179,28 @@ class Worker:
         Never raises for a store that is gone, slow or wrong: the run is then shorter, and the
         second value says why.
         """
+        strata = method.wanted
         blocks: list[dict[Stratum, Frame]] = [{} for _ in hashes]
         reasons: dict[int, str] = {}
-        tiers: set[str] = set()
         failure = None
         with clock.stage("fetch"):
+            arrivals = Arrivals()
             try:
                 async for piece in self._pieces(scope, hashes, strata):
                     if piece.frame is None:
                         reasons.setdefault(piece.index, piece.miss)
                         continue
                     blocks[piece.index][cast(Stratum, piece.stratum)] = piece.frame
-                    clock.report.bytes_fetched += piece.num_bytes
-                    tiers.add(piece.tier)
+                    arrivals.add(piece.tier, piece.stratum, piece.num_bytes)
+                self.rates.fetched(arrivals, settings_of(method.codec), method.codec.strata)
             except KVStrataError as error:
                 failure = store_failure(error)
                 logger.warning("fetch failed", extra={"reason": failure, "error": str(error)})
         run = 0
         while run < len(blocks) and len(blocks[run]) == len(strata):
             run += 1
-        clock.report.tier = farthest_tier(tiers)
+        clock.report.bytes_fetched += arrivals.num_bytes
+        clock.report.tier = farthest_tier(arrivals.tiers)
         return blocks[:run], (reasons.get(run) or failure) if run < len(hashes) else None
 
     async def _pieces(

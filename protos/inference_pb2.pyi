@@ -188,7 +188,7 @@ class Visual(_message.Message):
     def __init__(self, picture: _Optional[_Union[Picture, _Mapping]] = ..., video: _Optional[_Union[Video, _Mapping]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("text", "messages", "token_ids", "preset", "settings", "sampling", "session_id", "model", "visuals")
+    __slots__ = ("text", "messages", "token_ids", "preset", "settings", "sampling", "session_id", "model", "visuals", "coarsest_stratum", "first_token_ms")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -198,6 +198,8 @@ class GenerateRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VISUALS_FIELD_NUMBER: _ClassVar[int]
+    COARSEST_STRATUM_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_MS_FIELD_NUMBER: _ClassVar[int]
     text: str
     messages: ChatMessages
     token_ids: TokenIds
@@ -207,7 +209,9 @@ class GenerateRequest(_message.Message):
     session_id: str
     model: str
     visuals: _containers.RepeatedCompositeFieldContainer[Visual]
-    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., preset: _Optional[str] = ..., settings: _Optional[_Union[MethodSettings, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., session_id: _Optional[str] = ..., model: _Optional[str] = ..., visuals: _Optional[_Iterable[_Union[Visual, _Mapping]]] = ...) -> None: ...
+    coarsest_stratum: _frame_pb2.Stratum
+    first_token_ms: int
+    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., preset: _Optional[str] = ..., settings: _Optional[_Union[MethodSettings, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., session_id: _Optional[str] = ..., model: _Optional[str] = ..., visuals: _Optional[_Iterable[_Union[Visual, _Mapping]]] = ..., coarsest_stratum: _Optional[_Union[_frame_pb2.Stratum, str]] = ..., first_token_ms: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens")
@@ -237,8 +241,24 @@ class Recompute(_message.Message):
     tokens: int
     def __init__(self, reason: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
 
+class ReadPlan(_message.Message):
+    __slots__ = ("node", "choice", "stored_blocks", "fetched_blocks", "predicted_s", "seconds")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    STORED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_S_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    choice: str
+    stored_blocks: int
+    fetched_blocks: int
+    predicted_s: float
+    seconds: float
+    def __init__(self, node: _Optional[str] = ..., choice: _Optional[str] = ..., stored_blocks: _Optional[int] = ..., fetched_blocks: _Optional[int] = ..., predicted_s: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
+
 class CacheReport(_message.Message):
-    __slots__ = ("prompt_tokens", "shareable_tokens", "cached_tokens", "bytes_fetched", "bytes_published", "tier", "precision", "codec", "stages", "recomputes", "committed_blocks", "replays", "coalesced_tokens", "kept_fraction", "layer_bits")
+    __slots__ = ("prompt_tokens", "shareable_tokens", "cached_tokens", "bytes_fetched", "bytes_published", "tier", "precision", "codec", "stages", "recomputes", "committed_blocks", "replays", "coalesced_tokens", "kept_fraction", "layer_bits", "read_plans")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SHAREABLE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -254,6 +274,7 @@ class CacheReport(_message.Message):
     COALESCED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KEPT_FRACTION_FIELD_NUMBER: _ClassVar[int]
     LAYER_BITS_FIELD_NUMBER: _ClassVar[int]
+    READ_PLANS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     shareable_tokens: int
     cached_tokens: int
@@ -269,7 +290,8 @@ class CacheReport(_message.Message):
     coalesced_tokens: int
     kept_fraction: float
     layer_bits: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, prompt_tokens: _Optional[int] = ..., shareable_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., bytes_fetched: _Optional[int] = ..., bytes_published: _Optional[int] = ..., tier: _Optional[str] = ..., precision: _Optional[str] = ..., codec: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ..., recomputes: _Optional[_Iterable[_Union[Recompute, _Mapping]]] = ..., committed_blocks: _Optional[int] = ..., replays: _Optional[int] = ..., coalesced_tokens: _Optional[int] = ..., kept_fraction: _Optional[float] = ..., layer_bits: _Optional[_Iterable[float]] = ...) -> None: ...
+    read_plans: _containers.RepeatedCompositeFieldContainer[ReadPlan]
+    def __init__(self, prompt_tokens: _Optional[int] = ..., shareable_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., bytes_fetched: _Optional[int] = ..., bytes_published: _Optional[int] = ..., tier: _Optional[str] = ..., precision: _Optional[str] = ..., codec: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ..., recomputes: _Optional[_Iterable[_Union[Recompute, _Mapping]]] = ..., committed_blocks: _Optional[int] = ..., replays: _Optional[int] = ..., coalesced_tokens: _Optional[int] = ..., kept_fraction: _Optional[float] = ..., layer_bits: _Optional[_Iterable[float]] = ..., read_plans: _Optional[_Iterable[_Union[ReadPlan, _Mapping]]] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
     __slots__ = ("token_ids", "text", "finish_reason", "usage", "cache")

@@ -51,6 +51,19 @@ class ReportClock:
         """Record that ``tokens`` were computed although they should have come from the cache."""
         self.report.recomputes.add(reason=reason, tokens=tokens)
 
+    def read(
+        self, choice: str, num_stored: int, num_fetched: int, predicted_s: float, seconds: float
+    ) -> None:
+        """Record how stored blocks were read: see ``ReadPlan`` in ``inference.proto``."""
+        self.report.read_plans.add(
+            node=self.node,
+            choice=choice,
+            stored_blocks=num_stored,
+            fetched_blocks=num_fetched,
+            predicted_s=predicted_s,
+            seconds=seconds,
+        )
+
     def unencodable(self, num_blocks: int) -> None:
         """Record blocks that the codec could not represent, so that they were not stored."""
         if num_blocks:

@@ -68,6 +68,10 @@ def test_a_bad_prompt_is_refused_with_a_remedy(prompt, kind, words):
         ({"settings": MethodSettings("fallback", sink_tokens=-1)}, LimitError),
         ({"settings": MethodSettings("fallback", read_stratum="top")}, InvalidRequestError),
         ({"settings": MethodSettings("fallback", representatives=5)}, InvalidRequestError),
+        ({"coarsest": "top"}, InvalidRequestError),
+        ({"coarsest": 1}, InvalidRequestError),
+        ({"first_token_s": 0}, LimitError),
+        ({"first_token_s": math.nan}, LimitError),
         ({"max_tokens": 0}, LimitError),
         ({"max_tokens": 2**32}, LimitError),
         ({"max_tokens": 1.5}, InvalidRequestError),
@@ -149,3 +153,11 @@ def test_the_client_knows_the_stages_that_the_server_knows():
     from kvstrata.methods.pipeline import STAGES
 
     assert set(OURS) == set(STAGES)
+
+
+def test_what_may_be_given_up_for_time_is_told():
+    request = build_request("hi", {"coarsest": "base", "first_token_s": 0.25})
+    assert (request.coarsest_stratum, request.first_token_ms) == (1, 250)
+    assert build_request("hi", {"first_token_s": 1e-9}).first_token_ms == 1
+    request = build_request("hi", {})
+    assert (request.coarsest_stratum, request.first_token_ms) == (0, 0)

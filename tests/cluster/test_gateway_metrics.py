@@ -59,6 +59,7 @@ async def test_the_sums_of_a_cold_and_a_warm_request_agree(
     assert count("stage_seconds_count", "prefill", "compress") == 1
     assert count("stage_seconds_count", "gateway", "route") == 3
     assert count("stage_seconds_count", "decode", "fetch") == 3
+    assert count("read_plans_total", "full", "decode") == 3
     assert count("running_requests") == count("running_bytes") == 0
     assert count("calls_total", "OK", "Inference/Generate", "default") == 3
     stored = store.running.store.counters

@@ -8,6 +8,7 @@ from kvstrata.cluster.router import Route, Router
 from kvstrata.kvstore_service.client import FoundBlock, LookupResult, StoreClient
 from kvstrata.methods.presets import Method
 from kvstrata.prefill_node import WorkerInfo
+from kvstrata.prefill_node.read_plan import StoredBlock
 from kvstrata.protos.errors import DeadlineError, KVStrataError, UnavailableError
 from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.identity import BlockHash, ScopeDigest
@@ -43,6 +44,11 @@ def router(store: Found, **settings: Any) -> Router:
     return Router(cast(StoreClient, store), INFO, **settings)
 
 
+def stored(count: int) -> tuple[StoredBlock, ...]:
+    """What nodes are told of blocks that ``Found`` has."""
+    return (StoredBlock(1, "dram"),) * count
+
+
 @pytest.mark.parametrize("length", [1, 64])
 async def test_a_prompt_without_a_full_block_asks_nobody(length: int) -> None:
     store = Found()
@@ -66,7 +72,7 @@ async def test_only_long_uncached_suffixes_go_to_a_prefill_node(
     length: int, cached: int, needs_prefill: bool
 ) -> None:
     route = await router(Found(*[(BASE, MID)] * cached)).route(task_of(prompt_of(length)))
-    assert route == Route(cached, (length - 1) // 64, needs_prefill)
+    assert route == Route(cached, (length - 1) // 64, needs_prefill, stored=stored(cached))
 
 
 @pytest.mark.parametrize(
@@ -77,12 +83,12 @@ async def test_what_is_being_made_for_another_request_is_not_prefilled_again(
 ) -> None:
     store = Found(*[(BASE, MID)] * cached, pending=pending)
     route = await router(store).route(task_of(prompt_of(1000)))
-    assert route == Route(cached, 15, needs_prefill, pending_blocks=pending)
+    assert route == Route(cached, 15, needs_prefill, pending_blocks=pending, stored=stored(cached))
 
 
 async def test_what_is_pending_after_a_block_that_lacks_a_stratum_is_no_use() -> None:
     route = await router(Found((BASE, MID), (BASE,), pending=13)).route(task_of(prompt_of(1000)))
-    assert route == Route(1, 15, needs_prefill=True)
+    assert route == Route(1, 15, needs_prefill=True, stored=stored(1))
 
 
 async def test_the_limit_of_direct_tokens_can_be_set() -> None:

@@ -189,7 +189,7 @@ def test_every_number_has_a_help_text_and_a_name_by_the_rules() -> None:
     }
     assert constants <= HELP.keys()
     for name in constants:
-        assert name.endswith(("_total", "_seconds"))
+        assert name.endswith(("_total", "_seconds", "_ratio"))
         assert name == name.lower()
 
 
