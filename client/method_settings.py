@@ -20,7 +20,7 @@ STRATA: dict[str, frame_pb2.Stratum] = {
     "fine": frame_pb2.STRATUM_FINE,
     "exact": frame_pb2.STRATUM_EXACT,
 }
-STAGES = ("attention_gate", "zipvl", "h2o", "zipcache")
+STAGES = ("attention_gate", "zipvl", "h2o", "zipcache", "skipdecode")
 MAX_UINT32 = 2**32 - 1
 MAX_UINT64 = 2**64 - 1
 MAX_FLOAT64 = 1.7e308
@@ -46,6 +46,8 @@ class MethodSettings:
         zipvl: Attention of the prompt over the tokens that matter.
         h2o: Eviction from the running cache.
         zipcache: More bits for salient tokens.
+        skipdecode: Fewer layers for later tokens, such as ``{"speedup": 2}``, of a service that
+            runs an adapter tuned for it.
     """
 
     codec: str = ""
@@ -57,6 +59,7 @@ class MethodSettings:
     zipvl: StageSettings | None = None
     h2o: StageSettings | None = None
     zipcache: StageSettings | None = None
+    skipdecode: StageSettings | None = None
 
 
 def set_method(

@@ -98,6 +98,7 @@ class CacheReport:
         kept_fraction: Of all tokens and KV heads, what the running cache held at the end.
         layer_bits: Stored bits per element of K and V, layer by layer; 0 where K and V are
             recomputed from token ids.
+        layer_executions: Layers that ran for generated tokens under SkipDecode; 0 without it.
         read_plans: How nodes read what was stored, each time that they did.
     """
 
@@ -116,6 +117,7 @@ class CacheReport:
     kept_fraction: float = 1.0
     layer_bits: tuple[float, ...] = ()
     read_plans: tuple[ReadPlan, ...] = ()
+    layer_executions: int = 0
 
     @property
     def cached_fraction(self) -> float:
@@ -147,6 +149,7 @@ class CacheReport:
             kept_fraction=message.kept_fraction,
             layer_bits=tuple(message.layer_bits),
             read_plans=tuple(map(ReadPlan.from_proto, message.read_plans)),
+            layer_executions=message.layer_executions,
         )
 
 

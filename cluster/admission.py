@@ -118,7 +118,9 @@ class Admission:
 
     def _method(self, request: GenerateRequest) -> Method:
         if request.WhichOneof("method") == "settings":
-            method = from_settings(request.settings, self._profile, self._gates)
+            method = from_settings(
+                request.settings, self._profile, self._gates, num_layers=self.info.num_layers
+            )
             check_layers(method.represented, self.info.num_layers)
             return method
         return self.preset(request.preset)

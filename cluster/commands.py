@@ -40,6 +40,9 @@ LogFormat = Annotated[
 UpTenants = Annotated[
     str, typer.Option("--tenants", help="File of the gateway's tenants, TOML; see its README.")
 ]
+Adapter = Annotated[
+    str, typer.Option(help="Folder of a LoRA to serve the model with, of `kvstrata tune`.")
+]
 REDIS_VARIABLE = "KVSTRATA_REDIS_URL"
 PARENT_VARIABLE = "KVSTRATA_PARENT"  # pid of a process that `up` shall not outlive
 
@@ -50,6 +53,7 @@ def up(
     ),
     model: Annotated[str, typer.Option(help="Folder or hub id; default: SmolLM2-135M.")] = "",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    adapter: Adapter = "",
     redis: Annotated[
         bool, typer.Option(help="Use Redis; without it the store has dram alone.")
     ] = True,
@@ -97,6 +101,7 @@ def up(
         listen=listen,
         model=model_source(model),
         dtype=dtype,
+        adapter=absolute(adapter) or None,
         redis=redis,
         redis_url=redis_url or None,
         dram_bytes=dram_mib * MIB,
@@ -131,6 +136,7 @@ def gateway(
     ),
     model: Annotated[str, typer.Option(help="Folder or hub id; default: SmolLM2-135M.")] = "",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    adapter: Adapter = "",
     prefill_workers: Annotated[int, typer.Option(help="Prefill workers to deploy.")] = 1,
     decode_workers: Annotated[int, typer.Option(help="Decode workers to deploy.")] = 1,
     tls_cert: TlsCert = "",
@@ -163,6 +169,7 @@ def gateway(
         listen=listen,
         model=model_source(model),
         dtype=dtype,
+        adapter=absolute(adapter) or None,
         prefill_workers=prefill_workers,
         decode_workers=decode_workers,
         tls=absolute_tls(tls_cert, tls_key, tls_client_ca),

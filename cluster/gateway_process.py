@@ -37,6 +37,7 @@ class GatewayConfig:
     store_admin_address: str = ""
     tenants: str = ""
     metrics_listen: str = ""
+    adapter: str | None = None
 
 
 def run_gateway(config: GatewayConfig) -> None:
@@ -48,7 +49,7 @@ def run_gateway(config: GatewayConfig) -> None:
     """
     configure_logging()
     configure_tracing("kvstrata-gateway")
-    model = load_served_model(config.model, config.dtype)
+    model = load_served_model(config.model, config.dtype, config.adapter)
     # Ray puts the driver's folder on its workers' paths: an empty one shadows nothing.
     with tempfile.TemporaryDirectory(prefix="kvs-") as folder:
         os.chdir(folder)
@@ -73,6 +74,7 @@ def _deploy(config: GatewayConfig) -> RayWorkers:
             config.dtype,
             warm_up=True,
             credentials=config.store_credentials,
+            adapter=config.adapter,
         ),
         Replicas(config.prefill_workers, config.decode_workers),
     )

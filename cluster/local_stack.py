@@ -103,7 +103,9 @@ async def _start(
     with progress.step("model"):
         from kvstrata.cluster.model_check import load_served_model
 
-        model = await asyncio.to_thread(load_served_model, config.model, config.dtype)
+        model = await asyncio.to_thread(
+            load_served_model, config.model, config.dtype, config.adapter
+        )
         tokenizer = model.tokenizer
     with progress.step("Ray and workers"):
         workers, infos = await _start_workers(config, runtime, store_address, credentials)
@@ -149,7 +151,12 @@ async def _start_workers(
         num_cpus = max(os.cpu_count() or 1, config.prefill_workers + config.decode_workers + 1)
         workers.connect(None, runtime_dir=str(runtime / "ray"), num_cpus=num_cpus)
         worker_config = WorkerConfig(
-            store_address, config.model, config.dtype, warm_up=True, credentials=credentials
+            store_address,
+            config.model,
+            config.dtype,
+            warm_up=True,
+            credentials=credentials,
+            adapter=config.adapter,
         )
         return workers.deploy(worker_config, replicas)
 

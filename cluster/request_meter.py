@@ -63,6 +63,7 @@ def count_report(counters: Counters, report: CacheReport) -> None:
         counters.add(names.RECOMPUTED_TOKENS, recompute.tokens, reason=recompute.reason)
     for stage in report.stages:
         counters.observe(names.STAGE_SECONDS, stage.seconds, node=stage.node, stage=stage.stage)
+    counters.add(names.LAYER_EXECUTIONS, report.layer_executions)
     for plan in report.read_plans:
         counters.add(names.READ_PLANS, node=plan.node, choice=plan.choice)
         if plan.predicted_s and plan.seconds:

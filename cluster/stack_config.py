@@ -19,6 +19,7 @@ class StackConfig:
         listen: Of the gateway, ``host:port``; port 0 takes a free one.
         model: Folder, hub id, or None for the default model.
         dtype: "auto", "float32", "bfloat16" or "float16".
+        adapter: Folder of a LoRA that is merged into the model; None for none.
         redis: Whether to use Redis at all.
         redis_url: An existing Redis; without it one is started, if a binary is found.
         dram_bytes: Bound of the store's dram tier.
@@ -54,6 +55,7 @@ class StackConfig:
     ssd_bytes: int = 16 << 30
     object_url: str = ""
     object_bytes: int = 64 << 30
+    adapter: str | None = None
 
     def validate(self) -> None:
         """Raise ``ConfigurationError`` naming the first bad value."""

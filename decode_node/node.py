@@ -91,6 +91,7 @@ class Generation:
         self._publishing: set[asyncio.Task[None]] = set()
         self._stored = list(task.stored)  # of its blocks; sizes of those after are unknown
         self._method = task.method  # as the last plan reads it
+        self._was_parked = False
 
     async def run(self) -> AsyncGenerator[GenerateReply]:
         """Yield one reply per new token, then the closing one."""
@@ -121,6 +122,7 @@ class Generation:
                 try:
                     await self._generate()
                 except ParkedError:
+                    self._was_parked = True
                     self._clock.recompute("parked", 0)
                     await self._wait_until_published()
         finally:
@@ -136,8 +138,7 @@ class Generation:
         async with self._worker.open(
             task, known, plan.num_fetched * BLOCK_TOKENS, self._order
         ) as sequence:
-            reason = PLANNED_AGAIN if clock.report.read_plans else PLANNED
-            with carrying_out(plan, clock, reason):
+            with carrying_out(plan, clock, PLANNED_AGAIN if self._was_parked else PLANNED):
                 await self._prepare(sequence, plan)
             start, begin = time.time(), time.perf_counter()
             first = [0.0]
@@ -158,6 +159,7 @@ class Generation:
                 clock.add("tail", start, tail_s)
                 clock.add("decode", start + tail_s, time.perf_counter() - begin - tail_s)
                 clock.unencodable(sequence.num_unencodable)
+                clock.report.layer_executions += sequence.layer_executions
                 clock.report.kept_fraction = sequence.kept_fraction
                 clock.report.layer_bits[:] = sequence.layer_bits
 

@@ -42,6 +42,7 @@ class PagedCache:
         block_tokens: int32 (base,), their tokens.
         slot: This sequence's place in the pool's tables.
         probes: Queries that saliency is computed from, while a prompt is computed.
+        counts_saliency: Whether a block fills, whose saliency is counted as its rows pass.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class PagedCache:
         self.block_tokens = torch.zeros(0, dtype=torch.int32)
         self.probes = Probes(pool.model.spec, probe_tokens, pool.model.device)
         self.slot = pool.take_slot()
+        self.counts_saliency = True
         self._first_layer = codec.first_layer
         self._block_end = 0
         self._first_seen = 0
@@ -100,7 +102,7 @@ class PagedCache:
     @property
     def first_counted_row(self) -> int:
         """The row at which the filling block begins, if its saliency is counted; else -1."""
-        if self.probes.rows is not None:
+        if self.probes.rows is not None or not self.counts_saliency:
             return -1
         return self.length // BLOCK_TOKENS * BLOCK_TOKENS - self.base
 
@@ -159,10 +161,11 @@ class PagedCache:
         self.probes.count(self.length, self.length + num_tokens)
         if self._buffer is None:
             lengths = self.pool.rows.lengths[self.slot]
-            if not self._rows:
+            if self._rows:
+                ran = [1 if rows is None else len(rows) for rows in self._rows]
+                lengths += torch.tensor(ran, dtype=torch.int32)[:, None]
+            else:
                 lengths += 1
-            for layer, ran in enumerate(self._rows):
-                lengths[layer] += 1 if ran is None else len(ran)
         self.length += num_tokens
 
     def takes_block(self, index: int) -> bool:

@@ -15,7 +15,6 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 
 from kvstrata.engine.cache import SequenceCache
 from kvstrata.engine.kept_cache import KeptCache
-from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.model import Model
 from kvstrata.engine.sequence import (
     PREFILL_CHUNK,
@@ -279,22 +278,3 @@ def gates_for(model: Model, method: Method) -> GateWeights:
     if gates.model_id != model.model_id:
         raise GateError(f"gates {gates.gates_id} are those of another model")
     return gates
-
-
-def new_sequence(
-    model: Model,
-    method: Method,
-    token_ids: Sequence[int],
-    *,
-    salt: bytes = b"",
-    num_prompt: int | None = None,
-    pool: KVPool | None = None,
-) -> RunningSequence:
-    """Return the sequence of a request, in ``pool`` unless its method has stages.
-
-    Raises:
-        ArenaFullError: The pool has no place for another sequence.
-    """
-    if not method.pipeline.stages:
-        return RunningSequence(model, method, token_ids, salt=salt, pool=pool)
-    return SelectingSequence(model, method, token_ids, salt=salt, num_prompt=num_prompt)

@@ -54,10 +54,11 @@ FrameSet = Mapping[Stratum, Frame]
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """How far a load got: blocks now in the cache, and why it ended early, if it did."""
+    """How far a load got: blocks now in the cache, why it ended early, and how long it took."""
 
     num_blocks: int
     reason: str | None
+    seconds: float = 0.0
 
 
 class RunningSequence:
@@ -71,6 +72,7 @@ class RunningSequence:
         num_unencodable: Blocks whose values the codec cannot represent; attended uncompressed.
         layer_bytes: Of all blocks sealed or loaded, layer by layer.
         num_stored_tokens: Tokens in them.
+        layer_executions: Layers that ran for generated tokens, if not all of them did.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class RunningSequence:
         self.num_unencodable = 0
         self.layer_bytes = [0] * model.spec.num_layers
         self.num_stored_tokens = 0
+        self.layer_executions = 0
 
     def _scope(self, salt: bytes) -> CacheScope:
         """Return the scope of this sequence's blocks."""

@@ -8,9 +8,9 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
 from kvstrata.engine.kv_pool import KVPool
@@ -122,7 +122,9 @@ class StepLoop:
         is_pooled = not method.pipeline.stages and self.model.device.type == "cpu"
         prompt = len(token_ids) if num_prompt is None else num_prompt
         # What was generated fills block after block; one of them is rows at a time.
-        rows = max(prompt - num_cached, 0) + min(len(token_ids) - prompt, BLOCK_TOKENS)
+        generated = len(token_ids) - prompt
+        rows = max(prompt - num_cached, 0)
+        rows += generated if method.skip else min(generated, BLOCK_TOKENS)
         codec = method.codec if is_pooled and not any(map(is_of_image, token_ids)) else None
         needed = self.pool.bytes_for(codec, len(token_ids), len(token_ids) - rows)
         if needed > self.pool.arena.capacity_bytes:
@@ -151,7 +153,7 @@ class StepLoop:
             raise
 
     async def load(self, sequence: RunningSequence, blocks: Sequence[FrameSet]) -> Loaded:
-        """Load stored blocks; see ``RunningSequence.load``.
+        """Load stored blocks; see ``RunningSequence.load``. Told are the seconds of the work alone.
 
         Raises:
             ParkedError: There is no room for them, not even by parking others.
@@ -160,8 +162,10 @@ class StepLoop:
 
         def load() -> Loaded:  # again and again, as room is made: what is held stays
             held = sequence.num_blocks_held - first
+            begin = time.perf_counter()
             loaded = sequence.load(blocks[held:])
-            return replace(loaded, num_blocks=held + loaded.num_blocks)
+            seconds = time.perf_counter() - begin
+            return Loaded(held + loaded.num_blocks, loaded.reason, seconds)
 
         return await self.call(self._stepper.with_room, sequence, load)
 

@@ -21,8 +21,8 @@ from kvstrata.engine.fair_share import FairShare
 from kvstrata.engine.kv_arena import ArenaFullError
 from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.model import Model
+from kvstrata.engine.new_sequence import new_sequence
 from kvstrata.engine.seat import Compute, Generate, ParkedError, Seat
-from kvstrata.engine.selecting_sequence import new_sequence
 from kvstrata.engine.sequence import RunningSequence
 from kvstrata.engine.step_counts import StepCounts
 from kvstrata.engine.step_times import StepTimes

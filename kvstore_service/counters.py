@@ -53,6 +53,7 @@ FETCHED_BYTES = "fetched_bytes_total"
 PUBLISHED_BYTES = "published_bytes_total"
 COMMITTED_BLOCKS = "committed_blocks_total"
 REPLAYS = "replays_total"
+LAYER_EXECUTIONS = "layer_executions_total"  # of requests under SkipDecode
 READ_PLANS = "read_plans_total"  # node, choice
 
 CALL_SECONDS = "call_seconds"  # method

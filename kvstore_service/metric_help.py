@@ -65,6 +65,7 @@ HELP = {
     "published_bytes_total": "Bytes that nodes published to the store for requests.",
     "committed_blocks_total": "Blocks that nodes published for requests.",
     "replays_total": "Times that a request moved to another worker.",
+    "layer_executions_total": "Layers run for generated tokens, of requests under SkipDecode.",
     "read_plans_total": "Times that a node planned how to read stored blocks, by choice.",
     "read_plan_ratio": "Predicted over real time of such plans.",
     "ttft_seconds": "From a request's arrival to its first token, by how much was cached.",

@@ -14,11 +14,12 @@ from kvstrata.methods.pipeline import Pipeline, check
 from kvstrata.methods.predicted import PredictedCodec, predicted_codec
 from kvstrata.methods.profile import Profile, threshold_for_bits, threshold_for_kl
 from kvstrata.methods.representatives import parse_choice
-from kvstrata.methods.stage_settings import pipeline_of, with_gates, zipcache_codec
+from kvstrata.methods.skipdecode import SkipDecode
+from kvstrata.methods.stage_settings import pipeline_of, schedule_of, with_gates, zipcache_codec
 from kvstrata.methods.zipcache import ZipCache
 from kvstrata.methods.zipcache_codec import ZipCacheCodec
 from kvstrata.methods.zipvl import ZipVL
-from kvstrata.protos.errors import LimitError, UnknownPresetError
+from kvstrata.protos.errors import LimitError, MethodConflictError, UnknownPresetError
 from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.identity import CacheScope, digest, pack_token_ids
 from kvstrata.protos.inference_pb2 import MethodSettings
@@ -37,18 +38,27 @@ class Method:
         represented: Layers whose mean keys are stored beside the blocks, for ``Retrieve``: "",
             "all" or "5,14". Part of the identity: a hit has them.
         pipeline: The papers' stages that act on it.
+        skip: Which layers run for generated tokens; None runs all.
 
     Raises:
-        MethodConflictError: Codec and stages exclude each other.
+        MethodConflictError: Codec, stages and schedule exclude each other.
     """
 
     codec: BlockCodec
     finest: Stratum | None = None
     represented: str = ""
     pipeline: Pipeline = NO_STAGES
+    skip: SkipDecode | None = None
 
     def __post_init__(self) -> None:
         check(self.pipeline, self.codec)
+        if self.skip is not None and self.pipeline.stages:
+            raise MethodConflictError(
+                f"skipdecode with {self.pipeline.stages[0].name}: stages keep caches of their own, "
+                "in which every layer has every token",
+                "leave out one of the two",
+                rule="skipdecode_with_stages",
+            )
 
     @property
     def wanted(self) -> tuple[Stratum, ...]:
@@ -153,29 +163,42 @@ def from_preset(
 
 
 def from_settings(
-    settings: MethodSettings, profile: Profile | None = None, gates: GateWeights | None = None
+    settings: MethodSettings,
+    profile: Profile | None = None,
+    gates: GateWeights | None = None,
+    *,
+    num_layers: int = 0,
 ) -> Method:
-    """Return the method of explicit settings; arguments as for ``from_preset``.
+    """Return the method of explicit settings; other arguments as for ``from_preset``.
+
+    Args:
+        settings: As they came.
+        profile: Of the served model.
+        gates: Of the served model.
+        num_layers: Of the served model; only a schedule of layers needs it.
 
     Raises:
         UnknownPresetError: No codec has this name, or the model lacks the tables for it.
         LimitError: A value outside its range, or a stratum that the codec does not have.
         MethodConflictError: Stages and codec exclude each other, or gates are another model's.
+        InvalidRequestError: A schedule that is none, or not of this model.
     """
     pipeline = with_gates(pipeline_of(settings), profile, gates)
+    skip = schedule_of(settings.skipdecode, num_layers) if settings.HasField("skipdecode") else None
     codec = _codec(settings, pipeline, profile)
     finest = settings.read_stratum or None
     if finest is not None and finest not in codec.strata:
         raise LimitError(
             f"codec {codec.name!r} has no stratum {finest}", "leave read_stratum out to read all"
         )
-    return Method(codec, finest, parse_choice(settings.representatives), pipeline)
+    return Method(codec, finest, parse_choice(settings.representatives), pipeline, skip)
 
 
 def _codec(settings: MethodSettings, pipeline: Pipeline, profile: Profile | None) -> BlockCodec:
     """Return the codec of settings whose stages are ``pipeline``."""
     name = settings.codec
-    if name not in CODECS and not (name == "" and pipeline.stages):
+    is_named_by_others = bool(pipeline.stages) or settings.HasField("skipdecode")
+    if name not in CODECS and not (name == "" and is_named_by_others):
         raise UnknownPresetError(
             f"unknown codec {name[:64]!r}",
             f"use {', '.join(map(repr, CODECS))}, or give a preset",

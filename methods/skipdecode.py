@@ -24,7 +24,7 @@ from kvstrata.protos.errors import InvalidRequestError
 
 @dataclass(frozen=True, slots=True)
 class SkipDecode:
-    """The schedule of one generation.
+    """The schedule of one generation. It changes no stored block, so no block's identity.
 
     Attributes:
         max_layers: Layers that the first generated token runs.

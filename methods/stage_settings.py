@@ -7,12 +7,14 @@ from kvstrata.methods.calibrated import CalibratedCodec
 from kvstrata.methods.gate_weights import GATES, GateError, GateWeights
 from kvstrata.methods.pipeline import STAGES, Pipeline
 from kvstrata.methods.profile import Profile
+from kvstrata.methods.skipdecode import SkipDecode
 from kvstrata.methods.stage import Stage
 from kvstrata.methods.zipcache import ZipCache
 from kvstrata.methods.zipcache_codec import ZipCacheCodec
 from kvstrata.protos.errors import LimitError, MethodConflictError, UnknownPresetError
-from kvstrata.protos.inference_pb2 import MethodSettings
+from kvstrata.protos.inference_pb2 import MethodSettings, SkipDecodeSettings
 
+DEFAULT_SPEEDUP = 2.0  # of SkipDecode
 COUNT = "_tokens"  # "heavy" is a share of the prompt, "heavy_tokens" a count of tokens
 
 
@@ -50,6 +52,30 @@ def _stage(kind: type[Stage], message: Any) -> Stage:
             )
         given[amount] = given.pop(name)
     return kind(**given)
+
+
+def schedule_of(settings: SkipDecodeSettings, num_layers: int) -> SkipDecode:
+    """Return the schedule of layers that ``settings`` name, for a model of so many layers.
+
+    Raises:
+        InvalidRequestError: It is none, or not of this model.
+        LimitError: A speed-up beside layers, or one of the two numbers of layers alone.
+    """
+    given = {field.name: value for field, value in settings.ListFields()}
+    numbers = ("max_layers", "min_layers")
+    named = [name for name in numbers if settings.HasField(name)]
+    speedup = given.pop("speedup", DEFAULT_SPEEDUP)
+    if not named:
+        schedule = replace(SkipDecode.for_speedup(num_layers, speedup), **given)
+    elif settings.HasField("speedup") or len(named) < len(numbers):
+        raise LimitError(
+            "skipdecode has only one of max_layers and min_layers, or a speedup beside them",
+            "give both numbers of layers, or a speedup",
+        )
+    else:
+        schedule = SkipDecode(**{name: getattr(settings, name) for name in numbers} | given)
+    schedule.check(num_layers)
+    return schedule
 
 
 def with_gates(pipeline: Pipeline, profile: Profile | None, gates: GateWeights | None) -> Pipeline:

@@ -30,10 +30,10 @@ def num_prompt_blocks(num_tokens: int) -> int:
 @contextlib.contextmanager
 def carrying_out(plan: ReadPlan, clock: ReportClock, reason: str = PLANNED) -> Iterator[None]:
     """Record what a plan foresaw, and how long the body took that carries it out."""
-    if plan.num_recomputed:
-        clock.recompute(reason, plan.num_recomputed * BLOCK_TOKENS)
     begin = time.perf_counter()
     yield
+    if plan.num_recomputed:
+        clock.recompute(reason, plan.num_recomputed * BLOCK_TOKENS)
     if plan.num_stored:
         seconds = time.perf_counter() - begin
         clock.read(plan.choice, plan.num_stored, plan.num_fetched, plan.predicted_s, seconds)
@@ -62,13 +62,11 @@ async def load_cached(
         sequence.scope, sequence.hashes[:num_blocks], method, clock
     )
     if fetched:
-        begin = time.perf_counter()
         with clock.stage("decompress"):
             loaded = await worker.steps.load(sequence, fetched)
         if loaded.num_blocks:
-            seconds = time.perf_counter() - begin
             settings = settings_of(method.codec)
-            worker.rates.unpacked(settings, method.wanted, loaded.num_blocks, seconds)
+            worker.rates.unpacked(settings, method.wanted, loaded.num_blocks, loaded.seconds)
         reason = loaded.reason or reason
     missing = min(task.expected_blocks, num_blocks) - sequence.num_blocks_held
     if missing > 0:

@@ -11,7 +11,6 @@ asks for.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Literal
 
 from kvstrata.protos.frame_pb2 import Stratum
@@ -137,21 +136,34 @@ def plan_read(reading: Reading) -> ReadPlan:
 
 def predicted_s(reading: Reading, precision: Precision, num_fetched: int) -> float:
     """Return how long it takes until all blocks are there."""
-    seconds = num_fetched * precision.unpack_s
-    for tier, run in groupby(reading.blocks[:num_fetched], key=lambda block: block.tier):
-        rate = reading.tiers[tier]
-        num_bytes = precision.share * sum(block.num_bytes for block in run)
-        seconds += rate.latency_s + rate.byte_s * num_bytes
-    if num_computed := reading.num_blocks - num_fetched:
-        num_sealed = num_computed if reading.seals_all else reading.num_blocks - len(reading.blocks)
-        seconds += reading.queue_s + num_computed * reading.block_s + num_sealed * reading.seal_s
+    return _fetching_s(reading, precision)[num_fetched] + _computing_s(reading, num_fetched)
+
+
+def _fetching_s(reading: Reading, precision: Precision) -> list[float]:
+    """Return how long it takes to fetch and unpack the first 0, 1, ... blocks."""
+    seconds, tier = [0.0], ""
+    for block in reading.blocks:
+        rate = reading.tiers[block.tier]
+        own = precision.unpack_s + rate.byte_s * precision.share * block.num_bytes
+        seconds.append(seconds[-1] + own + (rate.latency_s if block.tier != tier else 0.0))
+        tier = block.tier
     return seconds
+
+
+def _computing_s(reading: Reading, num_fetched: int) -> float:
+    """Return how long it takes to compute the others, and to encode those that must be."""
+    num_computed = reading.num_blocks - num_fetched
+    if not num_computed:
+        return 0.0
+    num_sealed = num_computed if reading.seals_all else reading.num_blocks - len(reading.blocks)
+    return reading.queue_s + num_computed * reading.block_s + num_sealed * reading.seal_s
 
 
 def _plans(reading: Reading) -> Iterator[ReadPlan]:
     """Yield every plan; what fetches nothing is of no precision, and comes once."""
     num_stored = len(reading.blocks)
     for number, precision in enumerate(reading.precisions):
+        fetching = _fetching_s(reading, precision)
         for cut in reading.cuts:
             choice: Choice = "fewer_strata"
             if cut < num_stored:
@@ -159,7 +171,7 @@ def _plans(reading: Reading) -> Iterator[ReadPlan]:
             elif not number:
                 choice = "full"
             if cut or not number:
-                seconds = predicted_s(reading, precision, cut)
+                seconds = fetching[cut] + _computing_s(reading, cut)
                 yield ReadPlan(choice, cut, num_stored, precision.strata, seconds)
 
 

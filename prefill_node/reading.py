@@ -43,7 +43,9 @@ def plan_of(
             stored, because nothing else may be stored.
     """
     num_blocks = num_prompt_blocks(num_tokens)
-    expected = min(task.expected_blocks, num_blocks) if task.ask_store else 0
+    if not task.ask_store:
+        return fetch_all(0)
+    expected = min(task.expected_blocks, num_blocks)
     stored = stored[:num_blocks]
     default, rates = fetch_all(max(expected, len(stored))), worker.rates
     token_s, method = rates.token_s, task.method

@@ -43,6 +43,7 @@ class WorkerConfig:
         store_address: Of the store's gRPC server.
         model: Folder, hub id, or None for the default model.
         dtype: "auto", "float32", "bfloat16" or "float16".
+        adapter: Folder of a LoRA that is merged into the weights; None for none.
         num_threads: CPU threads for the model; 0 is all cores.
         device: "auto", "cpu" or "cuda".
         store_timeout_s: Longest silence of the store before computing instead.
@@ -61,6 +62,7 @@ class WorkerConfig:
     pool_bytes: int = 0
     warm_up: bool = False
     credentials: ClientCredentials = ANONYMOUS
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,9 @@ class Worker:
         configure_tracing("kvstrata-node")
         torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
         self.config = config
-        self.model = Model.load(config.model, dtype=config.dtype, device=config.device)
+        self.model = Model.load(
+            config.model, adapter=config.adapter, dtype=config.dtype, device=config.device
+        )
         self.model.pack()
         spec = self.model.spec
         if config.warm_up and self.model.device.type == "cpu" and spec.head_dim % 16 == 0:

@@ -117,8 +117,22 @@ class ZipCacheSettings(_message.Message):
     quantiser: str
     def __init__(self, salient: _Optional[float] = ..., high_bits: _Optional[int] = ..., low_bits: _Optional[int] = ..., recent_probes: _Optional[float] = ..., recent_probes_tokens: _Optional[int] = ..., random_probes: _Optional[float] = ..., random_probes_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., normaliser: _Optional[str] = ..., share_heads: _Optional[bool] = ..., quantiser: _Optional[str] = ...) -> None: ...
 
+class SkipDecodeSettings(_message.Message):
+    __slots__ = ("speedup", "max_layers", "min_layers", "decay_tokens", "warmup_layers")
+    SPEEDUP_FIELD_NUMBER: _ClassVar[int]
+    MAX_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    MIN_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    DECAY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WARMUP_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    speedup: float
+    max_layers: int
+    min_layers: int
+    decay_tokens: int
+    warmup_layers: int
+    def __init__(self, speedup: _Optional[float] = ..., max_layers: _Optional[int] = ..., min_layers: _Optional[int] = ..., decay_tokens: _Optional[int] = ..., warmup_layers: _Optional[int] = ...) -> None: ...
+
 class MethodSettings(_message.Message):
-    __slots__ = ("codec", "sink_tokens", "read_stratum", "bits", "max_kl", "key_form", "representatives", "attention_gate", "zipvl", "h2o", "zipcache")
+    __slots__ = ("codec", "sink_tokens", "read_stratum", "bits", "max_kl", "key_form", "representatives", "attention_gate", "zipvl", "h2o", "zipcache", "skipdecode")
     CODEC_FIELD_NUMBER: _ClassVar[int]
     SINK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     READ_STRATUM_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +144,7 @@ class MethodSettings(_message.Message):
     ZIPVL_FIELD_NUMBER: _ClassVar[int]
     H2O_FIELD_NUMBER: _ClassVar[int]
     ZIPCACHE_FIELD_NUMBER: _ClassVar[int]
+    SKIPDECODE_FIELD_NUMBER: _ClassVar[int]
     codec: str
     sink_tokens: int
     read_stratum: _frame_pb2.Stratum
@@ -141,7 +156,8 @@ class MethodSettings(_message.Message):
     zipvl: ZipVLSettings
     h2o: H2OSettings
     zipcache: ZipCacheSettings
-    def __init__(self, codec: _Optional[str] = ..., sink_tokens: _Optional[int] = ..., read_stratum: _Optional[_Union[_frame_pb2.Stratum, str]] = ..., bits: _Optional[float] = ..., max_kl: _Optional[float] = ..., key_form: _Optional[str] = ..., representatives: _Optional[str] = ..., attention_gate: _Optional[_Union[AttentionGateSettings, _Mapping]] = ..., zipvl: _Optional[_Union[ZipVLSettings, _Mapping]] = ..., h2o: _Optional[_Union[H2OSettings, _Mapping]] = ..., zipcache: _Optional[_Union[ZipCacheSettings, _Mapping]] = ...) -> None: ...
+    skipdecode: SkipDecodeSettings
+    def __init__(self, codec: _Optional[str] = ..., sink_tokens: _Optional[int] = ..., read_stratum: _Optional[_Union[_frame_pb2.Stratum, str]] = ..., bits: _Optional[float] = ..., max_kl: _Optional[float] = ..., key_form: _Optional[str] = ..., representatives: _Optional[str] = ..., attention_gate: _Optional[_Union[AttentionGateSettings, _Mapping]] = ..., zipvl: _Optional[_Union[ZipVLSettings, _Mapping]] = ..., h2o: _Optional[_Union[H2OSettings, _Mapping]] = ..., zipcache: _Optional[_Union[ZipCacheSettings, _Mapping]] = ..., skipdecode: _Optional[_Union[SkipDecodeSettings, _Mapping]] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
@@ -258,7 +274,7 @@ class ReadPlan(_message.Message):
     def __init__(self, node: _Optional[str] = ..., choice: _Optional[str] = ..., stored_blocks: _Optional[int] = ..., fetched_blocks: _Optional[int] = ..., predicted_s: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class CacheReport(_message.Message):
-    __slots__ = ("prompt_tokens", "shareable_tokens", "cached_tokens", "bytes_fetched", "bytes_published", "tier", "precision", "codec", "stages", "recomputes", "committed_blocks", "replays", "coalesced_tokens", "kept_fraction", "layer_bits", "read_plans")
+    __slots__ = ("prompt_tokens", "shareable_tokens", "cached_tokens", "bytes_fetched", "bytes_published", "tier", "precision", "codec", "stages", "recomputes", "committed_blocks", "replays", "coalesced_tokens", "kept_fraction", "layer_bits", "read_plans", "layer_executions")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SHAREABLE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -275,6 +291,7 @@ class CacheReport(_message.Message):
     KEPT_FRACTION_FIELD_NUMBER: _ClassVar[int]
     LAYER_BITS_FIELD_NUMBER: _ClassVar[int]
     READ_PLANS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_EXECUTIONS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     shareable_tokens: int
     cached_tokens: int
@@ -291,7 +308,8 @@ class CacheReport(_message.Message):
     kept_fraction: float
     layer_bits: _containers.RepeatedScalarFieldContainer[float]
     read_plans: _containers.RepeatedCompositeFieldContainer[ReadPlan]
-    def __init__(self, prompt_tokens: _Optional[int] = ..., shareable_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., bytes_fetched: _Optional[int] = ..., bytes_published: _Optional[int] = ..., tier: _Optional[str] = ..., precision: _Optional[str] = ..., codec: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ..., recomputes: _Optional[_Iterable[_Union[Recompute, _Mapping]]] = ..., committed_blocks: _Optional[int] = ..., replays: _Optional[int] = ..., coalesced_tokens: _Optional[int] = ..., kept_fraction: _Optional[float] = ..., layer_bits: _Optional[_Iterable[float]] = ..., read_plans: _Optional[_Iterable[_Union[ReadPlan, _Mapping]]] = ...) -> None: ...
+    layer_executions: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., shareable_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., bytes_fetched: _Optional[int] = ..., bytes_published: _Optional[int] = ..., tier: _Optional[str] = ..., precision: _Optional[str] = ..., codec: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ..., recomputes: _Optional[_Iterable[_Union[Recompute, _Mapping]]] = ..., committed_blocks: _Optional[int] = ..., replays: _Optional[int] = ..., coalesced_tokens: _Optional[int] = ..., kept_fraction: _Optional[float] = ..., layer_bits: _Optional[_Iterable[float]] = ..., read_plans: _Optional[_Iterable[_Union[ReadPlan, _Mapping]]] = ..., layer_executions: _Optional[int] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
     __slots__ = ("token_ids", "text", "finish_reason", "usage", "cache")

@@ -64,6 +64,9 @@ def test_a_bad_prompt_is_refused_with_a_remedy(prompt, kind, words):
         ({"settings": MethodSettings(h2o={"sinks": 0.5})}, InvalidRequestError),
         ({"settings": MethodSettings(zipcache={"share_heads": 1})}, InvalidRequestError),
         ({"settings": MethodSettings(zipcache={"normaliser": 7})}, InvalidRequestError),
+        ({"settings": MethodSettings(skipdecode={"layers": 3})}, InvalidRequestError),
+        ({"settings": MethodSettings(skipdecode={"speedup": "fast"})}, LimitError),
+        ({"settings": MethodSettings(skipdecode={"max_layers": -1})}, LimitError),
         ({"settings": MethodSettings("calibrated", bits="2")}, LimitError),
         ({"settings": MethodSettings("fallback", sink_tokens=-1)}, LimitError),
         ({"settings": MethodSettings("fallback", read_stratum="top")}, InvalidRequestError),
@@ -152,7 +155,7 @@ def test_the_client_knows_the_stages_that_the_server_knows():
     from kvstrata.client.method_settings import STAGES as OURS
     from kvstrata.methods.pipeline import STAGES
 
-    assert set(OURS) == set(STAGES)
+    assert set(OURS) == {*STAGES, "skipdecode"}  # a schedule of layers is told like a stage
 
 
 def test_what_may_be_given_up_for_time_is_told():

@@ -19,8 +19,10 @@ from kvstrata.protos.inference_pb2 import (
     ChatMessage,
     ChatMessages,
     GenerateRequest,
+    H2OSettings,
     MethodSettings,
     Sampling,
+    SkipDecodeSettings,
     TokenIds,
 )
 from tests.cluster.local_workers import GENERATE, Cluster, error_of, has_details, request_of
@@ -100,6 +102,31 @@ BAD: dict[str, tuple[GenerateRequest, Code, str]] = {
         method(codec="exact", read_stratum=99),
         Code.INVALID_ARGUMENT,
         "LimitError",
+    ),
+    "coarsest stratum of another codec": (
+        text(preset="exact", coarsest_stratum=Stratum.STRATUM_BASE),
+        Code.INVALID_ARGUMENT,
+        "LimitError",
+    ),
+    "more layers than the model has": (
+        method(skipdecode=SkipDecodeSettings(max_layers=9, min_layers=2)),
+        Code.INVALID_ARGUMENT,
+        "InvalidRequestError",
+    ),
+    "one number of layers": (
+        method(skipdecode=SkipDecodeSettings(max_layers=3)),
+        Code.INVALID_ARGUMENT,
+        "LimitError",
+    ),
+    "a speed-up that leaves no layer": (
+        method(skipdecode=SkipDecodeSettings(speedup=50)),
+        Code.INVALID_ARGUMENT,
+        "InvalidRequestError",
+    ),
+    "skipdecode and a stage": (
+        method(skipdecode=SkipDecodeSettings(max_layers=3, min_layers=2), h2o=H2OSettings()),
+        Code.INVALID_ARGUMENT,
+        "MethodConflictError",
     ),
     "hot": (sampled(temperature=99), Code.INVALID_ARGUMENT, "LimitError"),
     "cold": (sampled(temperature=-0.1), Code.INVALID_ARGUMENT, "LimitError"),

@@ -15,6 +15,7 @@ from kvstrata.kvstore_service.client import StoreClient
 from kvstrata.kvstore_service.redis_binary import free_port
 from kvstrata.kvstore_service.testing import LocalStore, RedisServer
 from kvstrata.methods.presets import PRESETS
+from kvstrata.methods.skipdecode import SkipDecode
 from kvstrata.prefill_node import Task, WorkerConfig
 from kvstrata.protos import admin_pb2
 from kvstrata.protos.errors import (
@@ -31,6 +32,7 @@ from kvstrata.protos.inference_pb2 import (
     GenerateRequest,
     GetModelRequest,
     Sampling,
+    SkipDecodeSettings,
 )
 from tests.cluster.local_workers import Cluster, error_of, has_details, request_of, serving
 from tests.prefill_node.nodes import MAX_POSITIONS, VOCAB_SIZE, prompt_of
@@ -346,3 +348,19 @@ async def test_a_foreign_address_is_told_with_a_remedy(cluster: Cluster, store: 
             info=cluster.server.gateway._admission.info,
             tokenizer=None,
         )
+
+
+async def test_a_request_may_skip_layers_and_the_next_one_need_not(cluster: Cluster) -> None:
+    schedule = SkipDecodeSettings(max_layers=3, min_layers=2, decay_tokens=6)
+    request = request_of(SHORT, max_tokens=12)
+    dense = await cluster.generate(request)
+    request.settings.skipdecode.CopyFrom(schedule)
+    skipped = [await cluster.generate(request) for _ in range(2)]
+    assert skipped[0].tokens == skipped[1].tokens != dense.tokens
+    assert skipped[0].cache.cached_tokens == 192  # blocks of prompts are everybody's
+    ran = SkipDecode(3, 2, 6).executions(11)
+    assert [answer.cache.layer_executions for answer in skipped] == [ran, ran]
+    assert dense.cache.layer_executions == 0
+    assert (await cluster.generate(request_of(SHORT, max_tokens=12))).tokens == dense.tokens
+    counters = await cluster.counters()
+    assert counters["layer_executions_total",] == 2 * ran

@@ -26,3 +26,9 @@ def test_a_damaged_profile_is_named_with_what_to_do(
 def test_nothing_at_the_path_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnknownModelError, match="nowhere"):
         load_served_model(str(tmp_path / "nowhere"), "float32")
+
+
+def test_a_folder_without_an_adapter_is_named(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownModelError, match="no adapter") as caught:
+        load_served_model(str(model_folder), "float32", str(tmp_path))
+    assert "--adapter" in caught.value.remedy

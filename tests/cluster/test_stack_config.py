@@ -15,6 +15,7 @@ from kvstrata.protos.errors import ConfigurationError
         StackConfig("0.0.0.0:80", "a/b", "bfloat16", False, None, 1, 2, 0.5, 3, 4),
         StackConfig(redis_url="redis://:secret@h:1/0"),
         StackConfig(ssd_path="/a", ssd_bytes=7, object_url="file:///b", object_bytes=8),
+        StackConfig(adapter="/tuned"),
         StackConfig(metrics_listen="127.0.0.1:0", store_metrics_listen="127.0.0.1:9"),
     ],
 )

@@ -1,5 +1,6 @@
 """Training a few parameters: it lowers the loss, resumes exactly, and tells what is wrong."""
 
+import dataclasses
 import json
 import random
 from collections.abc import Iterator
@@ -9,13 +10,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from kvstrata.cluster.model_check import load_served_model
 from kvstrata.cluster.skipdecode_tuning import TuningPlan, answer_rows, tune
 from kvstrata.cluster.tune import app
 from kvstrata.cluster.tuning import Tuner, TuningSchedule
 from kvstrata.cluster.tuning_plot import plot_losses
 from kvstrata.engine import Model, ModelNotFoundError, UnsupportedModelError
+from kvstrata.methods.presets import Method
 from kvstrata.methods.skipdecode import SkipDecode
+from kvstrata.prefill_node import WorkerConfig
 from kvstrata.protos.errors import ConfigurationError, InvalidRequestError
+from tests.prefill_node.nodes import EXACT, decoded, prompt_of, running, task_of
 
 SENTENCE = "the cache holds keys and values of every block once, and reads them at any precision"
 TEXT = " ".join(random.Random(0).choices(SENTENCE.split(), k=2500))
@@ -140,7 +145,9 @@ def test_too_short_texts_and_wrong_schedules_are_refused_before_training(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_writes_adapter_plot_and_figures(model_folder: Path, tmp_path: Path) -> None:
+async def test_the_command_makes_an_adapter_that_a_node_serves(
+    model_folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "text").write_text(TEXT)
     options = {
         "--out": tmp_path / "out", "--text": tmp_path / "text", "--model": model_folder,
@@ -156,6 +163,17 @@ def test_the_command_writes_adapter_plot_and_figures(model_folder: Path, tmp_pat
     assert {"adapter_config.json", "adapter_model.safetensors", "loss.png"} <= names
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] is None
+
+    node = WorkerConfig("127.0.0.1:1", str(model_folder), adapter=str(tmp_path / "out"))
+    schedule = SkipDecode(**told["schedule"])
+    task = task_of(prompt_of(90), Method(EXACT.codec, skip=schedule), max_tokens=9)
+    async with running(dataclasses.replace(node, num_threads=1)) as nodes:
+        info = await nodes.decode.info()
+        answer = await decoded(nodes.decode, task)
+    assert answer.cache.layer_executions == schedule.executions(8)
+    served = load_served_model(str(model_folder), "auto", node.adapter)
+    assert served.fingerprint == info.fingerprint
+    assert served.fingerprint != load_served_model(str(model_folder), "auto").fingerprint
 
 
 def test_a_missing_text_is_named(tmp_path: Path) -> None:

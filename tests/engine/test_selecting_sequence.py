@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kvstrata.engine import Model
-from kvstrata.engine.selecting_sequence import SelectingSequence, new_sequence
+from kvstrata.engine.new_sequence import new_sequence
+from kvstrata.engine.selecting_sequence import SelectingSequence
 from kvstrata.engine.sequence import Loaded, RunningSequence
 from kvstrata.methods.attention_gate import AttentionGate
 from kvstrata.methods.calibrated import CalibratedCodec

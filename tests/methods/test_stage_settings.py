@@ -1,6 +1,7 @@
 """Stages by request: what is set arrives, what is not set is the paper's, nonsense has a name."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -12,11 +13,17 @@ from kvstrata.methods.h2o import H2O
 from kvstrata.methods.pipeline import STAGES, Pipeline
 from kvstrata.methods.presets import PAPERS, from_preset, from_settings
 from kvstrata.methods.profile import Profile
+from kvstrata.methods.skipdecode import SkipDecode
 from kvstrata.methods.stage_settings import with_gates
 from kvstrata.methods.zipcache import ZipCache
 from kvstrata.methods.zipcache_codec import ZipCacheCodec
 from kvstrata.methods.zipvl import ZipVL
-from kvstrata.protos.errors import LimitError, MethodConflictError, UnknownPresetError
+from kvstrata.protos.errors import (
+    InvalidRequestError,
+    LimitError,
+    MethodConflictError,
+    UnknownPresetError,
+)
 from kvstrata.protos.inference_pb2 import MethodSettings
 from tests.methods.gates import random_gates
 from tests.methods.profiles import make_profile
@@ -197,3 +204,49 @@ def test_scopes_differ_where_blocks_do(profile: Profile, gates):
     assert scope(zipvl) == scope(zipvl)
     assert scope(zipvl) != scope(zipvl, (1, 2, 4))
     assert scope(settings_of("calibrated"), (9,)) == plain
+
+
+def skipped(num_layers: int = 30, **given: object) -> SkipDecode | None:
+    return from_settings(settings_of(skipdecode=given), num_layers=num_layers).skip
+
+
+def test_a_schedule_comes_from_a_speedup_or_from_layers():
+    assert skipped() == SkipDecode(20, 10)
+    assert skipped(speedup=3.0, decay_tokens=40, warmup_layers=2) == SkipDecode(13, 7, 40, 2)
+    assert skipped(max_layers=12, min_layers=12) == SkipDecode(12, 12)
+    assert from_settings(settings_of("exact"), num_layers=30).skip is None
+
+
+def test_a_schedule_changes_no_block_s_name():
+    plain, skip = (
+        from_settings(settings_of("exact", **stages), num_layers=30)
+        for stages in ({}, {"skipdecode": {}})
+    )
+    names = [method.scope(model=b"m" * 16, kv_dtype="float32") for method in (plain, skip)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ({"max_layers": 3}, LimitError),
+        ({"min_layers": 3}, LimitError),
+        ({"max_layers": 3, "min_layers": 2, "speedup": 2.0}, LimitError),
+        ({"max_layers": 2, "min_layers": 3}, InvalidRequestError),
+        ({"max_layers": 31, "min_layers": 3}, InvalidRequestError),
+        ({"speedup": 0.5}, InvalidRequestError),
+        ({"speedup": math.nan}, InvalidRequestError),
+        ({"speedup": 100.0}, InvalidRequestError),
+        ({"warmup_layers": 12}, InvalidRequestError),
+        ({"decay_tokens": 0}, InvalidRequestError),
+    ],
+)
+def test_what_is_no_schedule_is_refused(given: dict[str, object], kind: type[Exception]):
+    with pytest.raises(kind):
+        skipped(**given)
+
+
+def test_stages_and_a_schedule_exclude_each_other():
+    with pytest.raises(MethodConflictError) as caught:
+        from_settings(settings_of(h2o={}, skipdecode={}), num_layers=30)
+    assert caught.value.metadata["rule"] == "skipdecode_with_stages"

@@ -65,7 +65,7 @@ def model(
     """The model; nodes of this test get this very one, and pack it: nothing else changes it."""
     monkeypatch.setattr(Model, "load", load_once)
     threads = torch.get_num_threads()
-    yield load_once(str(model_folder), dtype="auto", device="auto")
+    yield load_once(str(model_folder), adapter=None, dtype="auto", device="auto")
     torch.set_num_threads(threads)
 
 
