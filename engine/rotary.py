@@ -55,9 +55,10 @@ class Rotary:
             # With a scaling s the tables hold s cos and s sin; the inverse needs cos/s, -sin/s.
             squared_scaling = cos.square() + sin.square()
             cos, sin = cos / squared_scaling, sin / squared_scaling
-        if not keys.requires_grad:
+        if not keys.requires_grad and cos.ndim == 2:
             return rotate(keys, cos, sin, inverse=inverse)
-        low, high = keys.float().chunk(2, dim=-1)  # the kernel has no gradients
+        # The kernel has no gradients, nor positions that differ from head to head (H2O's).
+        low, high = keys.float().chunk(2, dim=-1)
         turned = torch.cat((-high, low), dim=-1) * (-sin if inverse else sin)
         return (keys.float() * cos + turned).to(keys.dtype)
 
