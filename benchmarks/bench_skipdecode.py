@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 
 sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out, for the rooms' sake
 
@@ -28,6 +31,7 @@ from kvstrata.kernels.warmup import WORKER_OPS, warm_up
 from kvstrata.methods.presets import Method
 from kvstrata.methods.skipdecode import SkipDecode
 
+POINTS = "1x2048,8x512,8x2048"
 NUM_TOKENS = 65
 SKIPPED = 2  # first intervals, while caches and tables are made
 
@@ -53,10 +57,12 @@ def measure(batch: int, cached: int, dtype: torch.dtype, rounds: int) -> dict[st
     skip = skipping(dense, model.spec.num_layers)
     prompt = text_of(model.tokenizer, cached + 1)
     rates: dict[str, list[float]] = {"dense": [], "skip": []}
+    ran = 0
     for _ in range(rounds):
         for name, method in (("dense", dense), ("skip", skip)):
             run = asyncio.run(decode_ours.decode(model, method, prompt, batch, NUM_TOKENS))
             rates[name].append(tokens_per_s(run, batch))
+            ran = run.layer_executions  # of the last, which skips
     ratios = sorted(s / d for s, d in zip(rates["skip"], rates["dense"], strict=True))
     assert skip.skip is not None
     return {
@@ -66,8 +72,9 @@ def measure(batch: int, cached: int, dtype: torch.dtype, rounds: int) -> dict[st
         "dtype": str(dtype).removeprefix("torch."),
         "max_layers": skip.skip.max_layers,
         "min_layers": skip.skip.min_layers,
-        "layer_executions": skip.skip.executions(NUM_TOKENS - 1),
-        "layers_of_dense": (NUM_TOKENS - 1) * model.spec.num_layers,
+        "layer_executions": ran,
+        "scheduled_executions": batch * skip.skip.executions(NUM_TOKENS - 1),
+        "dense_executions": batch * (NUM_TOKENS - 1) * model.spec.num_layers,
         "tokens_per_s": round(statistics.median(rates["skip"]), 2),
         "dense_tokens_per_s": round(statistics.median(rates["dense"]), 2),
         "times_dense": round(statistics.median(ratios), 3),
@@ -76,21 +83,38 @@ def measure(batch: int, cached: int, dtype: torch.dtype, rounds: int) -> dict[st
 
 
 def main() -> int:
-    """Measure, and print one row a point as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--points", default="1x2048,8x512,8x2048", help="batch x cached tokens")
+    """Measure, and print a table, or one JSON object a point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--points", default=POINTS, help="batch x cached tokens")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", help="of weights and activations")
-    parser.add_argument("--save", action="store_true", help="write results/skipdecode.json")
+    parser.add_argument("--quick", action="store_true", help="one point, two rounds")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per row")
     options = parser.parse_args()
-    rows = []
-    for point in options.points.split(","):
-        batch, cached = map(int, point.split("x"))
-        rows.append(measure(batch, cached, getattr(torch, options.dtype), options.rounds))
-        print(json.dumps(rows[-1]), flush=True)
-    if options.save:
+    is_whole = vars(options) == vars(parser.parse_args([])) | {"json": options.json}
+    if options.quick:
+        options.points, options.rounds = POINTS.split(",")[0], 2
+    points = [tuple(map(int, point.split("x"))) for point in options.points.split(",")]
+    dtype = getattr(torch, options.dtype)
+    with Progress(console=Console(stderr=True), disable=options.json) as progress:
+        rows = [
+            measure(batch, cached, dtype, options.rounds)
+            for batch, cached in progress.track(points, description="points")
+        ]
+    if is_whole:
         facts = records.machine("numba") | {"rounds": options.rounds, "new_tokens": NUM_TOKENS}
         records.save("skipdecode", rows, **facts)
+    if options.json:
+        for row in rows:
+            print(json.dumps(row))
+        return 0
+    columns = [name for name in rows[0] if name not in ("bench", "dtype")]
+    table = Table(*columns, title="decoding at the 2x setting of SkipDecode")
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in columns))
+    Console(width=160).print(table)
     return 0
 
 

@@ -36,7 +36,8 @@ from vision_scenes import Scene, picture, video
 from kvstrata.engine.chat import encode_text
 from kvstrata.engine.images import Image
 from kvstrata.engine.model import Model
-from kvstrata.engine.selecting_sequence import SelectingSequence, new_sequence
+from kvstrata.engine.new_sequence import new_sequence
+from kvstrata.engine.selecting_sequence import SelectingSequence
 from kvstrata.methods.exact import ExactCodec
 from kvstrata.methods.fallback import FallbackCodec
 from kvstrata.methods.h2o import H2O

@@ -26,10 +26,12 @@ class Run:
     Attributes:
         steps_s: When each token of each sequence came, (batch, tokens), seconds.
         kv_bytes: Everything that the sequences held at the end.
+        layer_executions: Layers that ran for generated tokens, of all sequences, if some skip any.
     """
 
     steps_s: list[list[float]]
     kv_bytes: int
+    layer_executions: int = 0
 
 
 def methods(model: Model) -> dict[str, Method]:
@@ -74,9 +76,10 @@ async def decode(
         others.cancel()
         await asyncio.wait({others})
         kv_bytes = await steps.call(lambda: steps.pool.num_bytes)
+        ran = sum(sequence.layer_executions for sequence in sequences)
         for sequence in sequences:
             await steps.close(sequence)
-        return Run(times, kv_bytes)
+        return Run(times, kv_bytes, ran)
     finally:
         await asyncio.to_thread(steps.stop)
 

@@ -13,7 +13,7 @@ from kvstrata.engine.compatibility import check_config
 from kvstrata.engine.held_images import MAX_IDLE, HeldImages
 from kvstrata.engine.images import Image
 from kvstrata.engine.kv_pool import KVPool
-from kvstrata.engine.selecting_sequence import new_sequence
+from kvstrata.engine.new_sequence import new_sequence
 from kvstrata.engine.sequence import RunningSequence
 from kvstrata.methods.exact import ExactCodec
 from kvstrata.methods.fallback import FallbackCodec
