@@ -1,7 +1,6 @@
 """SkipDecode in the step loop: fewer layers, the same tokens in any company (S4 to S8)."""
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 import torch
@@ -18,26 +17,12 @@ from kvstrata.methods.skipdecode import SkipDecode
 from kvstrata.protos.identity import BLOCK_TOKENS
 from tests.engine.test_paged_cache import KINDS, POOL_BYTES, methods, wide
 from tests.engine.test_sequence import greedy, one_thread, prompt_of, tail
-from tests.engine.test_step_loop import Client, gathered, small
+from tests.engine.test_step_loop import Client, gathered, model, small, steps
 
-__all__ = ["methods", "one_thread", "wide"]
+__all__ = ["methods", "model", "one_thread", "steps", "wide"]
 COUNT = 40
 SCHEDULE = SkipDecode(max_layers=3, min_layers=2, decay_tokens=12)
 ALL_LAYERS = SkipDecode(3, 3)
-
-
-@pytest.fixture
-def model(wide: dict[str, Model]) -> Model:
-    return wide["wide"]
-
-
-@pytest.fixture
-async def steps(model: Model) -> AsyncIterator[StepLoop]:
-    made = StepLoop(model, KVPool(model, 8 << 20))
-    yield made
-    await asyncio.to_thread(made.stop)
-    made.pool.check_integrity()
-    assert made.pool.arena.used_bytes == 0
 
 
 def skipping(method: Method, schedule: SkipDecode = SCHEDULE) -> Method:
