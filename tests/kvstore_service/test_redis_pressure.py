@@ -90,6 +90,7 @@ async def test_refinements_of_the_colder_half_go_before_any_block_the_finest_fir
     tier = make(server.url, size([*old, *young], BASE, MID, FINE))
     for each in (*old, *young):
         await tier.put(*each)
+        await asyncio.sleep(0.002)  # uses are ordered by the millisecond
     for key, _ in young:
         await tier.get(key, [BASE])
     assert await tier.put(*new) == []
