@@ -12,7 +12,12 @@ import typer
 
 from kvstrata.client.method_settings import StratumName
 from kvstrata.client.plugins import PluginGroup
-from kvstrata.client.prompt_reading import as_prompt, read_prompt
+from kvstrata.client.prompt_reading import (
+    as_prompt,
+    read_prompt,
+    read_visuals,
+    show_images,
+)
 from kvstrata.client.request import GenerateOptions
 from kvstrata.client.results import Completion
 from kvstrata.client.sync_client import Client, Stream
@@ -63,6 +68,14 @@ def generate(
         Path | None,
         typer.Option(help="Read the prompt from this file.", exists=True, dir_okay=False),
     ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A PNG or JPEG file; a folder of them is a video. May be repeated. Each has its "
+            "place where the prompt has the model's placeholder, or all before it.",
+            exists=True,
+        ),
+    ] = None,
     address: Address = DEFAULT_ADDRESS,
     preset: Annotated[
         str | None, typer.Option(help="Cache preset; the server's default if absent.")
@@ -108,9 +121,13 @@ def generate(
         "coarsest": cast(StratumName | None, coarsest),
         "first_token_s": first_token_s,
     }
-    asked = as_prompt(read_prompt(prompt, file), chat=chat, system=system)
+    text = read_prompt(prompt, file)
+    options["images"] = images = read_visuals(image or [])
     shown = credentials(tls_ca, tls_cert, tls_key)
     with Client(address, timeout_s=timeout, credentials=shown) as client:
+        if images:
+            text = show_images(text, client.model().placeholder, len(images))
+        asked = as_prompt(text, chat=chat, system=system)
         start_s = time.monotonic()
         with client.stream(asked, **options) as stream:
             write: Callable[[str], None] = (lambda _: None) if json_output else _write

@@ -57,6 +57,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServicer
         self.in_flight = 0
         self.blocks = {bytes([i]) * 16: self._headers(bytes([i]) * 16) for i in range(5)}
         self.pinned = {bytes([1]) * 16}
+        self.placeholder = ""
 
     async def serve(self, tls: ServerTls | None = None) -> grpc.aio.Server:
         server = grpc.aio.server(interceptors=[ContractInterceptor()], options=SERVER_OPTIONS)
@@ -133,6 +134,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServicer
             presets=PRESETS,
             block_tokens=BLOCK_TOKENS,
             kv_bytes_per_token_bf16=23040,
+            placeholder=self.placeholder,
         )
 
     async def Stats(self, request, context):

@@ -67,6 +67,27 @@ def test_generate_streams_text_and_tells_the_cache_on_stderr(run):
     assert result.stderr.count("\n") == 1
 
 
+def test_generate_sends_images_each_with_its_place(run, gateway, tmp_path):
+    (tmp_path / "clip").mkdir()
+    paths = [tmp_path / "one.png", tmp_path / "clip" / "b.png", tmp_path / "clip" / "a.png"]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    shown = ("--image", str(paths[0]), "--image", str(tmp_path / "clip"))
+    refused = run("generate", "what?", *shown)
+    assert refused.exit_code == 2
+    assert "reads text alone" in refused.stderr
+    gateway.placeholder = "<image>"
+    assert run("generate", "what?", *shown).exit_code == 0
+    assert run("generate", "is <image> in <image>?", *shown).exit_code == 0
+    first, second = gateway.requests[-2:]
+    assert first.text == "<image><image>\nwhat?"
+    assert second.text == "is <image> in <image>?"
+    assert first.visuals == second.visuals
+    assert first.visuals[0].picture.file == b"one.png"
+    assert [frame.file for frame in first.visuals[1].video.frames] == [b"a.png", b"b.png"]
+    assert run("generate", "what?", "--image", str(tmp_path / "none.png")).exit_code == 2
+
+
 def test_generate_json_is_one_object(run, gateway):
     gateway.delay_s = 0.02
     result = run("generate", "one two three", "--json")

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image as PillowImage
 
 from kvstrata.client import Client
 from kvstrata.kvstore_service.client import StoreClient
 from kvstrata.protos.identity import BlockHash, ScopeDigest
 from tests.conftest import ROOT, Environment
+from tests.engine.vision_families import picture, save_vision_model
 from tests.stack import BIN, Stack
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(500)]
@@ -92,6 +94,30 @@ def test_without_redis_it_serves_from_dram_and_a_crash_leaves_nothing(tmp_path: 
     assert stack.leftovers() == []
     _, alive = psutil.wait_procs(processes, timeout=5)
     assert alive == []
+
+
+def test_the_command_shows_pictures_and_videos_to_a_model_behind_ray(tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    files = [tmp_path / "one.png", *(tmp_path / "clip" / f"{i}.png" for i in range(6))]
+    for seed, path in enumerate(files):
+        image = picture(seed)
+        PillowImage.frombytes("RGB", (image.width, image.height), image.pixels).save(path)
+    stack = Stack(
+        tmp_path, "--no-redis", "--model", str(save_vision_model("llava", tmp_path / "m"))
+    )
+    command = [BIN / "kvstrata", "generate", "What is to be seen here? " * 4, "--json"]
+    command += ["--image", files[0], "--image", tmp_path / "clip", "--preset", "exact"]
+    command += ["--address", stack.address, "--max-tokens", "6"]
+    cold, warm = (
+        json.loads(subprocess.run(command, capture_output=True, text=True, timeout=120).stdout)
+        for _ in range(2)
+    )
+    assert warm["token_ids"] == cold["token_ids"]
+    assert cold["usage"]["prompt_tokens"] > 7 * 16
+    assert cold["cache"]["cached_tokens"] == 0
+    assert warm["cache"]["cached_tokens"] == cold["cache"]["shareable_tokens"] > 0
+    assert stack.stop() == 0
+    assert stack.leftovers() == []
 
 
 async def ask_for_nothing(address: str) -> None:
