@@ -3,11 +3,13 @@
 The model is the small one of ``vision_model.py``, trained on synthetic pictures and videos. Each
 question about a held-out scene is a prompt of its own, which a running sequence answers as in a
 node: the prompt's full blocks are computed, sealed and attended as they were sealed, the question
-follows, the answer is greedy and counts if it is right to the letter. ``ratio`` is bf16 against
-what is stored of the blocks, masks included; for H2O, which stores everything and drops tokens of
-the running cache alone, tokens against those kept. ``important`` is ZipVL's share of tokens per
-layer; attention over those alone is a share r^2 of the operations. Rows are of prompts of equal
-length: pictures, and videos of two to four frames.
+follows, and the right answer is teacher-forced. It counts if each of its tokens and its end are
+the likeliest: then a greedy answer is right to the letter. ``perplexity``, ``kl`` and ``top1`` are
+of those tokens, the latter two against the uncompressed cache. ``ratio`` is bf16 against what is
+stored of the blocks, masks included; for H2O and its peers, which store everything and drop tokens
+of the running cache alone, tokens against those kept. ``important`` is ZipVL's share of tokens per
+layer; attention over those alone is a share r^2 of the operations. Rows are of pictures, and of
+videos of two to four frames.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from rich.table import Table
 sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out, for the rooms' sake
 
 import records
+from methods_plot import draw_vision
 from vision_model import END, prompt_of
 from vision_scenes import Scene, picture, video
 
@@ -40,7 +43,7 @@ from kvstrata.engine.new_sequence import new_sequence
 from kvstrata.engine.selecting_sequence import SelectingSequence
 from kvstrata.methods.exact import ExactCodec
 from kvstrata.methods.fallback import FallbackCodec
-from kvstrata.methods.h2o import H2O
+from kvstrata.methods.h2o import H2O, Seats
 from kvstrata.methods.pipeline import Pipeline
 from kvstrata.methods.presets import PUBLISHED, Method
 from kvstrata.methods.zipcache_codec import ZipCacheCodec
@@ -49,8 +52,29 @@ from kvstrata.protos.identity import BLOCK_TOKENS, image_token_ids
 
 HELD_OUT = 1 << 20  # the seed of scenes that training never draws
 TAUS = (0.975, 0.96, 0.9)
-MAX_ANSWER = 6
-COLUMNS = ("method", "budget", "tokens", "accuracy", "ratio", "kept", "r", "asked")
+BUDGETS = (0.5, 0.2)
+SINKS = 4
+PEERS = ("streaming", "random")
+COLUMNS = (
+    *("method", "budget", "shown", "tokens", "accuracy", "perplexity", "kl", "top1", "ratio"),
+    *("kept", "r", "prefill_ms", "asked"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Chance(H2O):
+    """A peer: tokens leave at random, but for the first and the newest, as many as H2O's."""
+
+    seed: int = 0
+
+    def keep(
+        self, scores: torch.Tensor, positions: torch.Tensor, seats: Seats, *, decoding: bool = False
+    ) -> torch.Tensor:
+        """Return which of the held tokens stay; see ``H2O.keep``."""
+        draw = torch.Generator().manual_seed(self.seed)
+        return H2O.keep(
+            self, torch.rand(scores.shape, generator=draw), positions, seats, decoding=decoding
+        )
 
 
 def methods() -> dict[tuple[str, float], Method]:
@@ -66,9 +90,15 @@ def methods() -> dict[tuple[str, float], Method]:
         found["zipvl, rest in low bits", tau] = Method(published, pipeline=low)
         out = Pipeline(attention=ZipVL(tau=tau, min_tokens=0, rest="evict"), quantise=PUBLISHED)
         found["zipvl, rest evicted", tau] = Method(published, pipeline=out)
-    for share in (0.5, 0.2):
-        evict = Pipeline(evict=H2O(heavy=share / 2, recent=share / 2))
-        found["h2o", share] = Method(ExactCodec(), pipeline=evict)
+    for share in BUDGETS:
+        half = share / 2
+        for name, stage in (
+            ("h2o", H2O(half, half)),
+            ("h2o, with sinks", H2O(half, half, sinks=SINKS)),
+            ("streaming", H2O(SINKS, share, sinks=SINKS)),
+            ("random", Chance(half, half, sinks=SINKS)),
+        ):
+            found[name, share] = Method(ExactCodec(), pipeline=Pipeline(evict=stage))
     return found
 
 
@@ -87,6 +117,8 @@ class Tally:
     """What was found of one method on prompts of one kind."""
 
     right: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
+    log_p: list[torch.Tensor] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
     num_tokens: int = 0
     stored_bytes: int = 0
     stored_tokens: int = 0
@@ -110,8 +142,8 @@ def questions(num_pictures: int, num_videos: int, seed: int) -> list[Asked]:
     ]
 
 
-def answer(model: Model, method: Method, asked: Asked, tally: Tally) -> str:
-    """Return what the model says, and count what it took."""
+def ask(model: Model, method: Method, asked: Asked, tally: Tally) -> None:
+    """Have the model answer, and count how well it did and what it took."""
     assert model.vision is not None
     ids: list[int] = []
     for token in encode_text(model.tokenizer, prompt_of(asked.question)):
@@ -134,42 +166,47 @@ def answer(model: Model, method: Method, asked: Asked, tally: Tally) -> str:
     tally.stored_bytes += sum(sequence.layer_bytes)
     tally.stored_tokens += sequence.num_stored_tokens
     tally.num_tokens = max(tally.num_tokens, len(ids))
-    said: list[int] = []
-    end = model.tokenizer.convert_tokens_to_ids(END)
-    while len(said) < MAX_ANSWER:
-        token = int(logits.argmax())
-        if token == end:
-            break
-        said.append(token)
-        logits, _ = sequence.extend([token])
-    return str(model.tokenizer.decode(said)).strip()
+    told = encode_text(model.tokenizer, f" {asked.answer}")
+    rows = [logits]
+    for token in told:
+        rows.append(sequence.extend([token])[0])
+    wanted = torch.tensor([*told, model.tokenizer.convert_tokens_to_ids(END)])
+    log_p = torch.stack(rows).float().log_softmax(-1)
+    tally.right[asked.kind].append(bool((log_p.argmax(-1) == wanted).all()))
+    tally.nll += (-log_p.gather(-1, wanted[:, None])).flatten().tolist()
+    tally.log_p.append(log_p)
 
 
 def measure(model: Model, asked: Sequence[Asked]) -> list[dict[str, Any]]:
     """Return a row per method and kind of prompt."""
     per_token = model.spec.kv_bytes_per_token_bf16
     rows = []
+    reference: dict[str, torch.Tensor] = {}
     for (name, budget), method in methods().items():
         tallies = {"pictures": Tally(), "videos": Tally()}
         for one in asked:
             tally = tallies["videos" if len(one.images) > 1 else "pictures"]
             with model.images.hold(one.images):
-                said = answer(model, method, one, tally)
-            tally.right[one.kind].append(said == one.answer)
+                ask(model, method, one, tally)
         for shown, tally in tallies.items():
             right = [r for kind in tally.right.values() for r in kind]
             if not right:
                 continue
+            log_p = torch.cat(tally.log_p)
+            told = reference.setdefault(shown, log_p)
             row: dict[str, Any] = {
                 "bench": "methods",
                 "model": model.name,
                 "method": name,
-                "peer": False,
+                "peer": name in PEERS,
                 "budget": budget,
                 "shown": shown,
                 "tokens": tally.num_tokens,
                 "asked": len(right),
                 "accuracy": round(sum(right) / len(right), 4),
+                "perplexity": round(math.exp(sum(tally.nll) / len(tally.nll)), 4),
+                "kl": round(float((told.exp() * (told - log_p)).sum(-1).mean()), 5),
+                "top1": round(float((told.argmax(-1) == log_p.argmax(-1)).float().mean()), 4),
                 "ratio": round(tally.stored_tokens * per_token / tally.stored_bytes, 3),
                 "kept": round(sum(tally.kept) / len(tally.kept), 4),
                 "prefill_ms": round(1000 * median(tally.prefill_s), 2),
@@ -193,12 +230,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in rows:
         table.add_row(*(str(row.get(name, "-")) for name in COLUMNS))
-    Console(width=110).print(table)
-
-
-def spread(accuracy: float, asked: int) -> float:
-    """Return the standard error of a share."""
-    return math.sqrt(accuracy * (1 - accuracy) / asked)
+    Console(width=150).print(table)
 
 
 def main() -> int:
@@ -221,6 +253,7 @@ def main() -> int:
     if not (options.no_save or options.quick):
         facts = records.machine("transformers", "numba") | {"seed": options.seed}
         records.save("vision", rows, **facts)
+        draw_vision(rows, records.FOLDER)
     if options.json:
         for row in rows:
             print(json.dumps(row))

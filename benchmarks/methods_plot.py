@@ -1,4 +1,4 @@
-"""The plots of ``bench_methods.py``."""
+"""The plots of ``bench_methods.py``, ``bench_prefill.py`` and ``bench_vision.py``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,4 +75,26 @@ def draw_prefill(rows: Sequence[dict[str, Any]], folder: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0].legend()
     figure.savefig(folder / "prefill.png", dpi=110)
+    plt.close(figure)
+
+
+def draw_vision(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Draw the share of right answers against size, a line per scheme over its budgets."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(13, 6), layout="constrained", sharey=True)
+    for panel, shown in zip(panels, ("pictures", "videos"), strict=True):
+        here = [row for row in rows if row["shown"] == shown]
+        for name in dict.fromkeys(row["method"] for row in here):
+            points = sorted((r["ratio"], r["accuracy"]) for r in here if r["method"] == name)
+            peer = any(row["peer"] for row in here if row["method"] == name)
+            line = ":" if peer else "-"
+            panel.plot(*zip(*points, strict=True), marker="o", linestyle=line, label=name)
+        panel.set(xscale="log", xlabel="times smaller than bf16", title=f"{shown}: answers right")
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    figure.savefig(folder / "vision.png", dpi=110)
     plt.close(figure)

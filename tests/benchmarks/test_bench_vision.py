@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import vision_model
+from methods_plot import draw_vision
 from vision_scenes import COLOURS, MAX_FRAMES, Scene, picture, video
 
 from kvstrata.engine.model import Model
@@ -84,6 +85,15 @@ def test_the_model_is_served_and_measured(tmp_path: Path) -> None:
     by_name = {(row["method"], row["budget"], row["shown"]): row for row in rows}
     assert by_name["fallback", 1.0, "videos"]["ratio"] > 3
     assert by_name["h2o", 0.2, "videos"]["kept"] < 0.3
+    assert (
+        by_name["random", 0.2, "videos"]["kept"] <= by_name["random", 0.5, "videos"]["kept"] < 0.6
+    )
+    assert by_name["uncompressed", 1.0, "videos"]["kl"] == 0
+    for row in rows:
+        assert row["kl"] >= 0
+        assert row["peer"] == (row["method"] in ("random", "streaming"))
+    draw_vision(rows, tmp_path)
+    assert (tmp_path / "vision.png").stat().st_size > 10_000
     for name in ("zipvl, rest evicted", "zipvl, rest in low bits"):
         shares = [by_name[name, tau, "videos"]["r"] for tau in bench_vision.TAUS]
         assert shares == sorted(shares, reverse=True)
