@@ -21,6 +21,7 @@ from typing import Any
 import grpc
 
 from kvstrata.client import Client
+from kvstrata.methods.presets import from_preset
 from kvstrata.prefill_node.prefill import num_prompt_blocks
 from kvstrata.protos import admin_pb2, admin_pb2_grpc
 from kvstrata.protos.identity import BLOCK_TOKENS
@@ -54,7 +55,7 @@ class Service:
 
     def states(self, prompt: Sequence[int], preset: str) -> Iterator[tuple[str, float, Any]]:
         """Yield state, seconds and report of one prompt that the service has not seen."""
-        num_blocks = num_prompt_blocks(len(prompt))
+        num_blocks = num_prompt_blocks(len(prompt), from_preset(preset))
         self.empty()
         for state, tier in STATES.items():
             if tier:

@@ -32,7 +32,7 @@ async def explain_prompt(
     task = await asyncio.to_thread(admission.admit, asked, None)
     task = replace(task, salt=tenant.scope_salt(task.salt))
     scope = cache_scope(task, admission.info).digest()
-    first = list(task.prompt_ids[:BLOCK_TOKENS]) if len(task.prompt_ids) > BLOCK_TOKENS else []
+    first = list(task.prompt_ids[:BLOCK_TOKENS]) if _num_shareable(task) else []
     reply = await ask_store(_question(task, scope, first))
     reply.prompt_tokens = len(task.prompt_ids)
     reply.scope = scope
@@ -58,8 +58,11 @@ async def explain_prompt(
 
 
 def _question(task: Task, scope: ScopeDigest, first_tokens: list[int]) -> ExplainRequest:
-    num_tokens = num_prompt_blocks(len(task.prompt_ids)) * BLOCK_TOKENS
-    hashes = block_hashes(scope, task.prompt_ids[:num_tokens])
+    hashes = block_hashes(scope, task.prompt_ids[: _num_shareable(task)])
     return ExplainRequest(
         scope=scope, block_hashes=b"".join(hashes), token_ids=first_tokens, own_keys=True
     )
+
+
+def _num_shareable(task: Task) -> int:
+    return num_prompt_blocks(len(task.prompt_ids), task.method) * BLOCK_TOKENS

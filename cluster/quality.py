@@ -13,7 +13,6 @@ import torch
 from kvstrata.engine.model import Model
 from kvstrata.engine.sequence import RunningSequence
 from kvstrata.methods.presets import Method
-from kvstrata.prefill_node.prefill import num_prompt_blocks
 from kvstrata.protos.identity import BLOCK_TOKENS
 
 PLACES = (
@@ -66,9 +65,12 @@ def plant_facts(text: str, seed: int) -> tuple[str, list[Fact]]:
 
 
 def prefilled(model: Model, method: Method, token_ids: Sequence[int]) -> RunningSequence:
-    """Return a sequence whose cache holds the full blocks of ``token_ids``, uncompressed."""
+    """Return a sequence whose cache holds the full blocks of ``token_ids``, uncompressed.
+
+    The last token is not among them, so that something can be run on top.
+    """
     sequence = RunningSequence(model, method, token_ids)
-    for _ in sequence.compute(num_prompt_blocks(len(token_ids)) * BLOCK_TOKENS):
+    for _ in sequence.compute((len(token_ids) - 1) // BLOCK_TOKENS * BLOCK_TOKENS):
         pass
     return sequence
 

@@ -63,7 +63,7 @@ class Router:
 
     async def route(self, task: Task) -> Route:
         """Return the path for ``task``. A store that is gone raises nothing: nothing is cached."""
-        num_blocks = num_prompt_blocks(len(task.prompt_ids))
+        num_blocks = num_prompt_blocks(len(task.prompt_ids), task.method)
         if not num_blocks:
             return Route(0, 0, needs_prefill=False)
         scope = cache_scope(task, self._info).digest()

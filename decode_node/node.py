@@ -166,8 +166,8 @@ class Generation:
     async def _prepare(self, sequence: RunningSequence, plan: ReadPlan) -> None:
         """Load what the store has of the known tokens, and provide the rest of the prompt."""
         worker, task, clock = self._worker, self._task, self._clock
-        prompt_blocks = num_prompt_blocks(len(task.prompt_ids))
-        num_blocks = num_prompt_blocks(len(sequence.token_ids))
+        prompt_blocks = num_prompt_blocks(len(task.prompt_ids), task.method)
+        num_blocks = num_prompt_blocks(len(sequence.token_ids), task.method)
         await load_cached(worker, sequence, num_blocks, task, clock, plan)
         if unknown := max(0, plan.num_fetched - len(self._stored)):  # the prefill node made them
             mean = clock.report.bytes_fetched // max(1, plan.num_fetched)
@@ -242,7 +242,7 @@ class Generation:
         await self._wait_until_published()
         report, method = self._clock.report, self._method
         report.prompt_tokens = len(self._task.prompt_ids)
-        report.shareable_tokens = num_prompt_blocks(report.prompt_tokens) * BLOCK_TOKENS
+        report.shareable_tokens = num_prompt_blocks(report.prompt_tokens, method) * BLOCK_TOKENS
         report.precision = precision_name(method.wanted)
         report.codec = f"{method.codec.name}/{method.codec.version}"
         reply = GenerateReply(finish_reason=self._finish, cache=report)

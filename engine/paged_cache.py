@@ -233,6 +233,13 @@ class PagedCache:
         keys, values = read_rows(memory, table.flatten(0, 1), own.start, own.stop)
         return keys.unflatten(0, table.shape[:2]), values.unflatten(0, table.shape[:2])
 
+    def rows_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return one layer's K and V of all uncompressed rows, (num_kv_heads, num_rows, D) each."""
+        count = self.num_rows
+        if self._buffer is not None:
+            return self._buffer.keys[layer, :, :count], self._buffer.values[layer, :, :count]
+        return read_rows(self.pool.rows.memory, self._table[layer], 0, count)
+
     def truncate(self, length: int) -> None:
         """Forget all tokens from position ``length`` on.
 

@@ -7,7 +7,7 @@ Legend: R sequences of a step, n tokens of a chunk, H KV heads, G query heads pe
 head_dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -148,7 +148,7 @@ class _Plan:
         """Return outputs (R, H * G, D) of queries (R, H * G, D), keys and values (R, H, D)."""
         out, lse = step_rows(queries, keys, values, self.step, layer, scaling)
         for group in self.groups:
-            part = self._attend_group(group, layer, queries, scaling)
+            part = self.attend_group(group, layer, queries, scaling)
             if len(group.members) == len(self.caches):
                 out, lse = merge_attention([(out, lse), part])
             else:
@@ -159,9 +159,10 @@ class _Plan:
             add_row_saliency(queries, lse, self.step, layer, scaling, self.firsts, sums)
         return out
 
-    def _attend_group(
+    def attend_group(
         self, group: _Group, layer: int, queries: torch.Tensor, scaling: float
     ) -> Attention:
+        """Return outputs over the blocks of a group; of its members alone."""
         own = queries if len(group.members) == len(self.caches) else queries[group.index]
         if layer >= group.first_stored_layer:
             pages = group.blocks.layers[layer - group.first_stored_layer]
@@ -205,3 +206,17 @@ class StepState:
             for i, rows in enumerate(self._layer_rows)
             if not rows or rows[layer] is None or len(rows[layer])  # type: ignore[arg-type]
         )
+
+
+def attend_held_blocks(
+    cache: "PagedCache",
+) -> Callable[[int, torch.Tensor, float], Attention]:
+    """Return what attends over a sequence's blocks: layer, queries (H * G, 1, D), scaling."""
+    plan = _Plan([cache])
+
+    def attend(layer: int, queries: torch.Tensor, scaling: float) -> Attention:
+        own = queries.transpose(0, 1).contiguous()
+        out, lse = plan.attend_group(plan.groups[0], layer, own, scaling)
+        return out.transpose(0, 1), lse.T
+
+    return attend

@@ -22,7 +22,6 @@ from kvstrata.engine.sequence import (
     FrameSet,
     Loaded,
     RunningSequence,
-    dtype_name,
 )
 from kvstrata.engine.staged_cache import StagedCache
 from kvstrata.methods.codec import BlockShape, KVBlocks, SelectiveCodec
@@ -95,7 +94,7 @@ class SelectingSequence(RunningSequence):
         spec = self.model.spec
         return self.method.scope(
             model=self.model.fingerprint,
-            kv_dtype=dtype_name(spec.dtype),
+            kv_dtype=spec.dtype_name,
             salt=salt,
             prompt_ids=self._prompt_ids,
         )

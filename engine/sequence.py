@@ -19,6 +19,7 @@ import torch
 from kvstrata.engine.batch import Span
 from kvstrata.engine.cache import SequenceCache
 from kvstrata.engine.kv_pool import KVPool
+from kvstrata.engine.last_token import LastToken
 from kvstrata.engine.model import Model
 from kvstrata.engine.paged_cache import PagedCache
 from kvstrata.methods.codec import BlockShape, KVBlocks
@@ -106,11 +107,12 @@ class RunningSequence:
         self.layer_bytes = [0] * model.spec.num_layers
         self.num_stored_tokens = 0
         self.layer_executions = 0
+        self._is_again = False  # the pass is over the last token, which is held
 
     def _scope(self, salt: bytes) -> CacheScope:
         """Return the scope of this sequence's blocks."""
         return self.method.scope(
-            model=self.model.fingerprint, kv_dtype=dtype_name(self.model.spec.dtype), salt=salt
+            model=self.model.fingerprint, kv_dtype=self.model.spec.dtype_name, salt=salt
         )
 
     @property
@@ -151,7 +153,7 @@ class RunningSequence:
             self.method.codec,
             self.identity(index),
             rope=self._rope,
-            kv_dtype=dtype_name(spec.dtype),
+            kv_dtype=spec.dtype_name,
             num_layers=self._num_stored_layers,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
@@ -235,18 +237,23 @@ class RunningSequence:
     def next_span(self, limit: int) -> Span:
         """Return the next tokens, at most ``limit`` and none beyond the block that fills.
 
-        They want logits if they are the last that are known.
+        They want logits if they are the last that are known. Where all are computed, it is the last
+        one once more, for its logits.
         """
         first = self.cache.length
+        if first == len(self.token_ids):
+            self._is_again = True
+            return Span(LastToken(self.cache), self.token_ids[-1:])
         boundary = (first // BLOCK_TOKENS + 1) * BLOCK_TOKENS
         self.cache.expect_block(min(boundary, self.model.spec.max_positions))
         stop = min(first + limit, boundary, len(self.token_ids))
-        is_last = stop == len(self.token_ids)
-        return Span(self.cache, self.token_ids[first:stop], wants_logits=is_last)
+        tokens = self.token_ids[first:stop]
+        return Span(self.cache, tokens, wants_logits=stop == len(self.token_ids))
 
     def fill(self) -> list[SealedBlock]:
         """After a pass over ``next_span``: if that filled a block, return it sealed, to settle."""
-        if self.cache.length % BLOCK_TOKENS:
+        was_again, self._is_again = self._is_again, False
+        if was_again or self.cache.length % BLOCK_TOKENS:
             return []
         return self.seal(self.num_blocks_held - 1, self.num_blocks_held)
 
@@ -289,7 +296,7 @@ class RunningSequence:
                 segments,
                 self.identity(index),
                 rope=self._rope,
-                kv_dtype=dtype_name(spec.dtype),
+                kv_dtype=spec.dtype_name,
                 num_kv_heads=spec.num_kv_heads,
                 head_dim=spec.head_dim,
                 attachments=attached[index - first] if attached else None,
@@ -357,12 +364,8 @@ class RunningSequence:
             raise UnusableBlockError("stratum_absent")
         header = next(iter(chosen.values())).header
         spec = self.model.spec
-        if (header.rope, header.kv_dtype, header.num_kv_heads, header.head_dim) != (
-            self._rope,
-            dtype_name(spec.dtype),
-            spec.num_kv_heads,
-            spec.head_dim,
-        ):
+        own = self._rope, spec.dtype_name, spec.num_kv_heads, spec.head_dim
+        if (header.rope, header.kv_dtype, header.num_kv_heads, header.head_dim) != own:
             raise UnusableBlockError("foreign")
         return chosen
 
@@ -391,8 +394,3 @@ class RunningSequence:
             self.cache.write(begin, k0[None], v0[None], layers=slice(0, 1))
         self.cache.write(begin, keys, values, layers=slice(codec.first_layer, None))
         self._note(first, blocks)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return "float32", "bfloat16" or "float16"."""
-    return str(dtype).removeprefix("torch.")

@@ -53,7 +53,7 @@ class SkippingSequence(RunningSequence):
     def next_span(self, limit: int) -> Span:
         """Return the next tokens, at most ``limit``: of the prompt, or generated ones."""
         first, prompt = self.cache.length, self._num_prompt
-        if first < prompt:
+        if first < prompt or first == len(self.token_ids):
             return super().next_span(min(limit, prompt - first))
         if isinstance(self.cache, PagedCache):
             self.cache.counts_saliency = False  # no block fills any more
@@ -68,7 +68,7 @@ class SkippingSequence(RunningSequence):
     def fill(self) -> list[SealedBlock]:
         """Seal a block of the prompt that filled; count what ran for generated tokens."""
         first, last = self._num_counted, self.cache.length
-        if last <= self._num_prompt:
+        if last <= self._num_prompt or self._is_again:
             return super().fill()
         rows = _rows(
             self._schedule,

@@ -38,6 +38,11 @@ class KVSpec:
     eos_token_ids: frozenset[int]
 
     @property
+    def dtype_name(self) -> str:
+        """The dtype in a word: "float32", "bfloat16" or "float16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def kv_bytes_per_token_bf16(self) -> int:
         """Bytes of K and V of one token over all layers, if stored as bf16."""
         return self.num_layers * self.num_kv_heads * self.head_dim * 2 * _BYTES_BF16

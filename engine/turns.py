@@ -48,6 +48,12 @@ def turns(
         pieces = [known[: num_prompt - held], *([token] for token in known[num_prompt - held :])]
     else:
         pieces = [[token] for token in known]
+    if not pieces:
+        logits = sequence.model.forward_batch([sequence.next_span(1)])[0]
+        sequence.fill()
+        if (token_id := job.choose(logits)) is not None:
+            pieces = [[token_id]]
+        yield Turn(0, 1)
     while pieces:
         piece = pieces.pop(0)
         logits, blocks = sequence.extend(piece)

@@ -63,7 +63,8 @@ class PrefillNode:
         return clock.report
 
     async def _provide(self, task: Task, clock: ReportClock, order: int) -> None:
-        worker, num_blocks = self._worker, num_prompt_blocks(len(task.prompt_ids))
+        worker = self._worker
+        num_blocks = num_prompt_blocks(len(task.prompt_ids), task.method)
         expected = min(task.expected_blocks, num_blocks)
         plan = plan_of(worker, task, len(task.prompt_ids), task.stored, must_publish=True)
         cached = plan.num_fetched if plan.num_recomputed else expected

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from kvstrata.engine.sequence import RunningSequence
 from kvstrata.methods.framing import SealedBlock
+from kvstrata.methods.presets import Method
 from kvstrata.prefill_node.flight import Flight
 from kvstrata.prefill_node.read_plan import ReadPlan
 from kvstrata.prefill_node.read_rates import settings_of
@@ -19,12 +20,14 @@ PLANNED_AGAIN = "planned_again"  # likewise, of a request that had them before a
 MAX_WAITS = 4  # for blocks that others make and give up; after that they are made here as well
 
 
-def num_prompt_blocks(num_tokens: int) -> int:
+def num_prompt_blocks(num_tokens: int, method: Method) -> int:
     """Return how many full blocks of a prompt are prefilled and shared.
 
-    The last token is never among them: its logits are needed, so it is run by the decode node.
+    Where they are all of it, the last token is run once more on top of them, for its logits
+    (``engine/last_token.py``). Stages choose by the queries of what follows the blocks: under
+    them the last token is in none.
     """
-    return max(0, num_tokens - 1) // BLOCK_TOKENS
+    return max(0, num_tokens - bool(method.pipeline.stages)) // BLOCK_TOKENS
 
 
 @contextlib.contextmanager

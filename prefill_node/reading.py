@@ -42,7 +42,7 @@ def plan_of(
         must_publish: Whether what is computed goes to the store: then all is read as finely as
             stored, because nothing else may be stored.
     """
-    num_blocks = num_prompt_blocks(num_tokens)
+    num_blocks = num_prompt_blocks(num_tokens, task.method)
     if not task.ask_store:
         return fetch_all(0)
     expected = min(task.expected_blocks, num_blocks)
@@ -107,7 +107,7 @@ def _cuts(task: Task, num_stored: int, *, is_free: bool) -> tuple[int, ...]:
     """
     if is_free:
         return tuple(range(num_stored + 1))
-    prompt = num_prompt_blocks(len(task.prompt_ids))
+    prompt = num_prompt_blocks(len(task.prompt_ids), task.method)
     return tuple(sorted({0, num_stored, *range(prompt, num_stored)}))
 
 

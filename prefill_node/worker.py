@@ -12,7 +12,7 @@ import torch
 
 from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.model import Model
-from kvstrata.engine.sequence import RunningSequence, dtype_name
+from kvstrata.engine.sequence import RunningSequence
 from kvstrata.engine.step_loop import StepLoop
 from kvstrata.kernels.warmup import WORKER_OPS, warm_up
 from kvstrata.kvstore_service.client import FetchedStratum, PutOutcome, StoreClient
@@ -127,7 +127,7 @@ class Worker:
         return WorkerInfo(
             model=self.model.name,
             fingerprint=self.model.fingerprint,
-            kv_dtype=dtype_name(spec.dtype),
+            kv_dtype=spec.dtype_name,
             max_positions=spec.max_positions,
             vocab_size=spec.vocab_size,
             kv_bytes_per_token_bf16=spec.kv_bytes_per_token_bf16,

@@ -104,6 +104,24 @@ async def test_tokens_are_the_same_with_and_without_a_store(
     assert [s.stage for s in cache.stages] == ["fetch", "decompress", "tail", "decode"]
 
 
+@METHODS
+async def test_nothing_of_a_stored_prompt_that_is_all_blocks_is_computed(
+    config: WorkerConfig, method: Method
+) -> None:
+    prompt = prompt_of(192)
+    tokens = await storeless(config, prompt, method, max_tokens=70)
+    async with LocalStore() as store, running(config, store.address) as nodes:
+        await prefilled(nodes.prefill, task_of(prompt, method))
+        task = task_of(prompt, method, expected_blocks=3, max_tokens=70)
+        warm = await decoded(nodes.decode, task)
+        assert nodes.decode._worker.steps.counts.get("prompt_tokens") == 0
+        assert (warm.tokens, warm.reasons, warm.cache.shareable_tokens) == (tokens, {}, 192)
+        assert warm.cache.committed_blocks == 1  # that of what was generated
+        replay = task_of(prompt, method, expected_blocks=4, generated=tokens[:64], max_tokens=70)
+        assert (await decoded(nodes.decode, replay)).tokens == tokens[64:]
+        assert nodes.decode._worker.steps.counts.get("prompt_tokens") == 0
+
+
 async def test_a_cold_decode_publishes_what_it_computed(config: WorkerConfig, model: Model) -> None:
     async with LocalStore() as store, running(config, store.address) as nodes:
         cold = await decoded(nodes.decode, task_of(PROMPT))

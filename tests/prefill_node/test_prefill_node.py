@@ -11,6 +11,8 @@ import kvstrata.prefill_node as room
 from kvstrata.engine import Model
 from kvstrata.kvstore_service.redis_binary import free_port
 from kvstrata.kvstore_service.testing import LocalStore
+from kvstrata.methods.h2o import H2O
+from kvstrata.methods.pipeline import Pipeline
 from kvstrata.methods.presets import Method
 from kvstrata.prefill_node import PrefillNode, WorkerConfig
 from kvstrata.prefill_node.prefill import num_prompt_blocks
@@ -33,17 +35,22 @@ from tests.prefill_node.nodes import (
 
 @pytest.mark.parametrize(
     ("num_tokens", "num_blocks"),
-    [(0, 0), (1, 0), (64, 0), (65, 1), (128, 1), (129, 2), (10_000, 156)],
+    [(0, 0), (1, 0), (63, 0), (64, 1), (65, 1), (128, 2), (129, 2), (9_984, 156)],
 )
-def test_the_last_token_is_never_in_a_shared_block(num_tokens: int, num_blocks: int) -> None:
-    assert num_prompt_blocks(num_tokens) == num_blocks
+def test_every_full_block_is_shared_but_under_stages_none_with_the_last_token(
+    num_tokens: int, num_blocks: int
+) -> None:
+    assert num_prompt_blocks(num_tokens, BALANCED) == num_blocks
+    staged = replace(BALANCED, pipeline=Pipeline.of(H2O()))
+    ends = num_tokens > 0 and num_tokens % 64 == 0
+    assert num_prompt_blocks(num_tokens, staged) == num_blocks - ends
 
 
 @pytest.mark.parametrize("length", [1, 64, 65, 128, 129, 300])
-async def test_every_full_block_but_the_last_token_is_published(
+async def test_every_full_block_is_published(
     config: WorkerConfig, model: Model, length: int
 ) -> None:
-    prompt, expected = prompt_of(length), (length - 1) // 64
+    prompt, expected = prompt_of(length), length // 64
     async with LocalStore() as store, running(config, store.address) as nodes:
         report = await prefilled(nodes.prefill, task_of(prompt))
         assert report.committed_blocks == expected

@@ -88,7 +88,10 @@ class Node:
     async def read(self, task: Task, plan: ReadPlan) -> float:
         """Do what a plan says; return the seconds that it took."""
         clock, worker, task = ReportClock("test"), self.worker, planned(task, plan)
-        num_blocks, order = num_prompt_blocks(len(task.prompt_ids)), worker.steps.next_order()
+        num_blocks, order = (
+            num_prompt_blocks(len(task.prompt_ids), task.method),
+            worker.steps.next_order(),
+        )
         cached = plan.num_fetched * BLOCK_TOKENS
         async with worker.open(task, task.prompt_ids, cached, order) as sequence:
             async with contextlib.aclosing(Flight(worker, sequence, task, clock)) as flight:
@@ -105,7 +108,10 @@ class Node:
     async def publish(self, task: Task) -> Task:
         """Compute a prompt's blocks and bring them to the store; return it as ``known``."""
         clock, worker = ReportClock("test"), self.worker
-        num_blocks, order = num_prompt_blocks(len(task.prompt_ids)), worker.steps.next_order()
+        num_blocks, order = (
+            num_prompt_blocks(len(task.prompt_ids), task.method),
+            worker.steps.next_order(),
+        )
         async with (
             worker.open(task, task.prompt_ids, 0, order) as sequence,
             contextlib.aclosing(Flight(worker, sequence, task, clock)) as flight,
