@@ -1,16 +1,24 @@
 """Ranges of work over a few threads, for kernels that release the interpreter lock.
 
+They are torch's own OpenMP threads where torch has GNU's library: these go on spinning for
+milliseconds after each of its operators, and threads beside them would get half of a core.
+
 Numba's own thread pools are not used: one of them (``workqueue``, what is left where no OpenMP is
 installed) ends the process when two threads call it at once, and all add seconds of compilation.
 """
 
+import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
+
+_REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @cache
@@ -18,7 +26,37 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="kernel")
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has no threads yet
+@cache
+def _team() -> Any:
+    """Return what runs a function on each of a team of torch's threads, or None.
+
+    It is ``GOMP_parallel`` of the library that torch has loaded already, never of another one.
+    """
+    if not hasattr(os, "RTLD_NOLOAD"):
+        return None
+    shipped = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    for name in (*map(str, shipped), "libgomp.so.1"):
+        try:
+            run = ctypes.CDLL(name, os.RTLD_NOLOAD).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        run.argtypes, run.restype = (_REGION, ctypes.c_void_p, *2 * (ctypes.c_uint,)), None
+        return run
+    return None
+
+
+class _Child:
+    """Whether this process was forked: GNU's threads are gone then, and would be waited for."""
+
+    forked = False
+
+
+def _start_child() -> None:
+    _pool.cache_clear()  # a child process has no threads yet
+    _Child.forked = True
+
+
+os.register_at_fork(after_in_child=_start_child)
 
 
 def for_ranges(work: Callable[[int, int], object], total: int, grain: int = 1) -> None:
@@ -33,18 +71,41 @@ def for_ranges(work: Callable[[int, int], object], total: int, grain: int = 1) -
         grain: Items that are worth a thread of their own, about 20 microseconds of work.
 
     Raises:
-        Exception: The first that ``work`` raised, after all ranges have ended.
+        Exception: One that ``work`` raised, after all ranges have ended.
     """
     parts = max(1, min(torch.get_num_threads(), total // max(1, grain)))
     bounds = [total * part // parts for part in range(parts + 1)]
     ranges = [(a, b) for a, b in pairwise(bounds) if a < b]
-    if not ranges:
+    if len(ranges) < 2:
+        for one in ranges:
+            work(*one)
         return
-    others = [_pool().submit(work, a, b) for a, b in ranges[1:]]
-    try:
-        work(*ranges[0])
-    finally:
-        errors = [other.exception() for other in others]
-    for error in errors:
-        if error is not None:
-            raise error
+    errors: list[BaseException] = []
+    left = iter(ranges)
+
+    def take(_: object = None) -> None:
+        """Handle ranges until none is left; a team may have fewer threads than asked for."""
+        _handle(work, left, errors)
+
+    run = None if _Child.forked else _team()
+    if run is not None:
+        run(_REGION(take), None, len(ranges), 0)
+    else:
+        others = [_pool().submit(take) for _ in ranges[1:]]
+        take()
+        for other in others:
+            other.result()
+    if errors:
+        raise errors[0]
+
+
+def _handle(
+    work: Callable[[int, int], object],
+    left: Iterator[tuple[int, int]],
+    errors: list[BaseException],
+) -> None:
+    for start, stop in left:  # a list's iterator gives each of its items to one thread
+        try:
+            work(start, stop)
+        except BaseException as error:  # raised again by the caller's thread
+            errors.append(error)

@@ -1,20 +1,27 @@
 """Ranges over threads: each item once, errors raised, no more threads than torch's."""
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from kvstrata.kernels import threads
 from kvstrata.kernels.backend import backend_of
 from kvstrata.kernels.threads import for_ranges
 
 
-@pytest.fixture(params=[1, 2, 5])
-def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+@pytest.fixture(params=[1, 2, 5, "2 of our own"])
+def num_threads(request: pytest.FixtureRequest, monkeypatch) -> Iterator[int]:
+    before, count = torch.get_num_threads(), request.param
+    if isinstance(count, str):
+        count = 2
+        monkeypatch.setattr(threads, "_team", lambda: None)
+    torch.set_num_threads(count)
+    yield count
     torch.set_num_threads(before)
 
 
@@ -63,6 +70,33 @@ def test_callers_on_several_threads_do_not_disturb_each_other():
     for caller in callers:
         caller.join()
     assert sums == [50 * 4950] * 8
+
+
+def test_torchs_own_threads_are_used_where_torch_has_gnus_library():
+    has_library = any(
+        name.startswith("libgomp")
+        for name in os.listdir(os.path.join(os.path.dirname(torch.__file__), "lib"))
+    )
+    assert (threads._team() is not None) == has_library
+
+
+_FORKING = """
+import os, torch
+from kvstrata.kernels.threads import for_ranges
+torch.set_num_threads(2)
+found = []
+for_ranges(lambda a, b: found.append((a, b)), 10)
+child = os.fork()
+if child == 0:
+    for_ranges(lambda a, b: found.append((a, b)), 10)
+    os._exit(0 if sorted(found) == [(0, 5), (0, 5), (5, 10), (5, 10)] else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_forked_child_does_not_wait_for_threads_that_its_parent_has():
+    command = [sys.executable, "-P", "-W", "ignore", "-c", _FORKING]
+    assert subprocess.run(command, timeout=120, check=False).returncode == 0
 
 
 def test_the_version_follows_the_device():
