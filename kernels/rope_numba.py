@@ -1,7 +1,10 @@
-"""Rotation on a CPU: one vector loop over channel pairs, all heads of a token under one table row.
+"""Rotation on a CPU: 16 channel pairs at a time, a few tokens of every head after the other.
+
+So memory is read and written in runs, and the tables' rows of a run stay in first-level cache while
+all heads turn by them.
 
 Roofline, per bf16 element: 2 bytes read, 2 written, 8 of tables shared by the heads, 3 operations:
-the speed of a copy once the conversions vectorise (AVX-512: 16 elements in about 6 cycles).
+the speed of a copy (AVX-512: 32 elements in about 18 instructions).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -9,11 +12,13 @@ the speed of a copy once the conversions vectorise (AVX-512: 16 elements in abou
 import numpy as np
 import torch
 
-from kvstrata.kernels.compiled import kernel
+from kvstrata.kernels.compiled import VECTORS, called, kernel
 from kvstrata.kernels.floats_numba import as_numpy, from_float, to_float
 from kvstrata.kernels.threads import for_ranges
+from kvstrata.kernels.vectors_numba import LANES, add, load, multiply, splat, store, subtract
 
 _ELEMENTS_PER_THREAD = 1 << 16
+_RUN = 16  # tokens
 _NO_POSITIONS = np.empty(0, dtype=np.int64)
 
 
@@ -28,38 +33,39 @@ def rotate_numba(
     """Write ``rotate`` of contiguous (H, N, D) to ``out``, which may be ``keys``."""
     num_heads, num_tokens, dim = keys.shape
     rows = _NO_POSITIONS if positions is None else positions.contiguous().numpy()
-    arguments = (as_numpy(keys), cos.numpy(), sin.numpy(), rows, bool(inverse), as_numpy(out))
+    flat = [as_numpy(tensor).reshape(-1) for tensor in (keys, cos, sin, out)]
+    sign = np.float32(-1 if inverse else 1)
+    sizes = num_heads, num_tokens, dim, cos.shape[1] // 2
     grain = _ELEMENTS_PER_THREAD // (num_heads * dim) + 1
-    for_ranges(lambda a, b: _rotate(*arguments, a, b), num_tokens, grain)
+    for_ranges(lambda a, b: _rotate(*flat, rows, sign, *sizes, a, b), num_tokens, grain)
 
 
-@kernel()
-def _rotate(keys, cos, sin, positions, inverse, out, start, stop):
-    num_heads, _, dim = keys.shape
-    half = cos.shape[1] // 2
-    low_sin = np.empty(half, dtype=np.float32)  # signed, so that the loop has no branch
-    high_sin = np.empty(half, dtype=np.float32)
-    sign = np.float32(-1) if inverse else np.float32(1)
-    for token in range(start, stop):
-        row = positions[token] if positions.size else token
-        low_cos = cos[row][:half]
-        high_cos = cos[row][half:]
-        for i in range(half):
-            low_sin[i] = -sign * sin[row, i]
-            high_sin[i] = sign * sin[row, half + i]
-        for head in range(num_heads):
-            source = keys[head, token]
-            target = out[head, token]
-            _turn(source[:half], source[half : 2 * half], low_cos, high_cos, low_sin, high_sin,
-                  target[:half], target[half : 2 * half])  # fmt: skip
-            for i in range(2 * half, dim):
-                target[i] = source[i]
+@kernel(**VECTORS)
+def _rotate(keys, cos, sin, out, positions, sign, heads, tokens, dim, half, start, stop):
+    for first in range(start, stop, _RUN):
+        last = min(first + _RUN, stop)
+        for head in range(heads):
+            for token in range(first, last):
+                row = positions[token] if positions.size else token
+                at = (head * tokens + token) * dim
+                _turn(keys, cos, sin, out, sign, at, row * 2 * half, half)
+                for i in range(at + 2 * half, at + dim):
+                    out[i] = keys[i]
 
 
-@kernel()
-def _turn(low, high, low_cos, high_cos, low_sin, high_sin, low_out, high_out):
-    for i in range(low.size):
-        a = to_float(low[i])
-        b = to_float(high[i])
-        low_out[i] = from_float(a * low_cos[i] + b * low_sin[i], low[i])
-        high_out[i] = from_float(b * high_cos[i] + a * high_sin[i], low[i])
+@called
+def _turn(keys, cos, sin, out, sign, low, table, half):
+    """Turn the channel pairs of one row, which begins at ``low``, by a table's row."""
+    high, other = low + half, table + half
+    whole = half // LANES * LANES
+    for i in range(0, whole, LANES):
+        a, b = load(keys, low + i), load(keys, high + i)
+        low_sin = multiply(load(sin, table + i), splat(sign))
+        high_sin = multiply(load(sin, other + i), splat(sign))
+        store(out, low + i, subtract(multiply(a, load(cos, table + i)), multiply(b, low_sin)))
+        store(out, high + i, add(multiply(b, load(cos, other + i)), multiply(a, high_sin)))
+    for i in range(whole, half):
+        a, b = to_float(keys[low + i]), to_float(keys[high + i])
+        low_sin, high_sin = sign * sin[table + i], sign * sin[other + i]
+        out[low + i] = from_float(a * cos[table + i] - b * low_sin, out[0])
+        out[high + i] = from_float(b * cos[other + i] + a * high_sin, out[0])

@@ -248,14 +248,18 @@ def store(typingctx, array, index, vector):
     kind = array.dtype
 
     def generate(context, builder, signature, args):
-        value = args[2]
-        if kind == types.uint16:
-            value = _narrow_bfloat(builder, value)
-        elif kind == types.int16:
-            value = builder.bitcast(builder.fptrunc(value, many(_F16)), many(_I16))
-        return _store(context, builder, signature, args, value)
+        return _store(context, builder, signature, args, narrowed(builder, args[2], kind))
 
     return types.void(array, types.intp, floats), generate
+
+
+def narrowed(builder, value, kind):
+    """Return 16 float32 as what an array of ``kind`` holds, rounded half to even."""
+    if kind == types.uint16:
+        return _narrow_bfloat(builder, value)
+    if kind == types.int16:
+        return builder.bitcast(builder.fptrunc(value, many(_F16)), many(_I16))
+    return value
 
 
 class _BFloat(ir.Type):
@@ -323,7 +327,7 @@ def transpose_tile(typingctx, source, start, row, target, at, step):
     def generate(context, builder, signature, args):
         starts = [builder.add(args[1], builder.mul(args[2], _I64(r))) for r in range(LANES)]
         rows = [load_one(context, builder, load_signature, [args[0], i]) for i in starts]
-        for c, column in enumerate(_transposed(builder, rows)):
+        for c, column in enumerate(transposed(builder, rows)):
             index = builder.add(args[4], builder.mul(args[5], _I64(c)))
             pointer = _pointer(context, builder, signature.args[3], args[3], index, _F32)
             builder.store(column, pointer, align=1)
@@ -333,7 +337,7 @@ def transpose_tile(typingctx, source, start, row, target, at, step):
     return types.void(source, index, index, target, index, index), generate
 
 
-def _transposed(builder, rows):
+def transposed(builder, rows):
     """Return the columns of 16 vectors, by four rounds of swapping blocks between pairs."""
     for size in (8, 4, 2, 1):
         first = [i if not i & size else LANES + i - size for i in range(LANES)]

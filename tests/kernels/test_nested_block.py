@@ -13,6 +13,7 @@ from kvstrata.kernels.nested_block import (
     encode_blocks_reference,
 )
 from kvstrata.kernels.nested_block_triton import decode_blocks_triton, encode_blocks_triton
+from kvstrata.kernels.nested_decode_numba import STREAMED_BYTES
 from kvstrata.kernels.nested_layout import NestedLayout, Rows
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
@@ -125,6 +126,18 @@ def test_errors_stay_within_what_scales_say(
         # A silent token reads as the smallest level at the smallest scale, all in one channel.
         scale = values.square().mean(-1).sqrt().max() * 2.0 ** (-255 / 16)
         assert read_values[..., 3, :].abs().max() <= 0.5 * scale * dim**0.5
+
+
+def test_results_too_large_for_a_cache_are_the_same() -> None:
+    for heads, dim in ((4, 128), (4, 96), (6, 80)):
+        keys, values = _blocks(1, heads, 2, dim, torch.bfloat16)
+        base, mid = (_rows(records) * 100 for records in encode_blocks(keys, values))
+        layout = NestedLayout.of(heads, dim)
+        read = decode_blocks(base, mid, layout, torch.bfloat16)
+        assert sum(tensor.nbytes for tensor in read) > STREAMED_BYTES
+        told = decode_blocks(base[:2], mid[:2], layout, torch.bfloat16)
+        for one, other in zip(read, told, strict=True):
+            assert torch.equal(one, other.repeat(1, 1, 100, 1, 1))
 
 
 def test_equal_blocks_give_equal_bytes_in_any_company() -> None:
