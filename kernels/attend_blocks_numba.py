@@ -15,6 +15,7 @@ import torch
 from kvstrata.kernels.attend_blocks import Attention, bias_steps
 from kvstrata.kernels.attend_items_numba import attend_items, merge_parts
 from kvstrata.kernels.attend_memory_numba import Pages, Room, Side, Tables
+from kvstrata.kernels.attend_tables_numba import SIGNS
 from kvstrata.kernels.block_pages import BLOCK_TOKENS, BlockPages, PageTable, SideTables, Turns
 from kvstrata.kernels.block_planes_numba import FINE, plan_of
 from kvstrata.kernels.products_numba import pack
@@ -38,13 +39,7 @@ def _deltas() -> Array:
     return (FINE - np.concatenate(base).repeat(4)).astype(np.float32)
 
 
-def _signs() -> Array:
-    """Return for each of four bits its sign in every lane: -1 where lane number has it."""
-    lanes = np.arange(_LANES)
-    return np.concatenate([1.0 - 2.0 * (lanes >> bit & 1) for bit in range(4)]).astype(np.float32)
-
-
-_TABLES = Tables(_signs(), _deltas(), bias_steps().contiguous().numpy())
+_TABLES = Tables(SIGNS, _deltas(), bias_steps().contiguous().numpy())
 
 
 class _Sides:

@@ -25,6 +25,9 @@ from kvstrata.kernels.vectors_numba import (
 from kvstrata.kernels.word_vectors_numba import shift_right
 
 _NIBBLES = TOKENS // 4
+_NUMBERS = np.arange(LANES)
+# For each of four bits its sign in every lane: -1 where the lane's number has it.
+SIGNS = np.concatenate([1 - 2 * (_NUMBERS >> bit & 1) for bit in range(4)]).astype(np.float32)
 
 
 def _for_groups(make):

@@ -176,7 +176,8 @@ def expand(
     if bias is not None:
         # In float64, rounded once: BLAS is not asked for its order, and blocks read the same alone.
         rows = decode_value_bias(bias).transpose(0, 1).double() / basis.deviation.double()[:, None]
-        shift = torch.baddbmm(basis.mean.double()[:, None], rows, basis.inverse.double()).float()
+        inverse = basis.matrix("inverse", torch.float64)
+        shift = torch.baddbmm(basis.mean.double()[:, None], rows, inverse).float()
     quick = dim % KEPT_MULTIPLE == 0 and dim >= _SMALLEST
     backend = backend_of(words, basis.mean)
     if backend == "numba" and quick:

@@ -40,7 +40,6 @@ from kvstrata.kernels.products_numba import (
     depth_step,
     end_products,
     multiplier_of,
-    multiply_columns,
     multiply_rows,
     pack,
     padded,
@@ -106,7 +105,7 @@ def encode_tokens_numba(
         rows = aligned(0 if as_is else TOKENS * row, rows_dtype(by))
         _encode_tokens(
             tokens, tokens if as_is else rows, as_is, row, *tables, shift, costs, plan.widths,
-            plan.offsets, BORDERS, SIZES, aligned(2 * LANES * TOKENS, np.float32), tile_config(),
+            plan.offsets, BORDERS, SIZES, aligned(3 * LANES * TOKENS, np.float32), tile_config(),
             *outputs, dim, blocks, first, last,
         )  # fmt: skip
 
@@ -126,7 +125,8 @@ def _encode_tokens(
     ``rows`` is what is multiplied: the tokens as they are, or room for them less their mean.
     """
     begin_products(packed, config)
-    sums, tile = scratch[: LANES * TOKENS], scratch[LANES * TOKENS :]
+    wide = LANES
+    sums, tile = scratch[: 2 * LANES * TOKENS], scratch[2 * LANES * TOKENS :]
     for item in range(first, last):
         h, start = item // num_blocks, item * TOKENS * dim
         at = start
@@ -134,10 +134,13 @@ def _encode_tokens(
             at = 0
             _centre(x, start, mean, h * dim, rows, row, dim)
         for c in range(0, dim, LANES):
-            multiply_columns(rows, at, row, packed, (h * dim + c) * row, row, sums, 0, LANES)
+            place = c % (2 * LANES)
+            if place == 0:  # 32 columns at a time, so that what is spread over lanes serves both
+                wide = min(2 * LANES, dim - c)
+                multiply_rows(rows, at, row, packed, (h * dim + c) * row, row, row, sums, 0, wide)
             less = load(shift, h * dim + c)
             for t in range(TOKENS):
-                store(y, start + t * dim + c, subtract(load(sums, t * LANES), less))
+                store(y, start + t * dim + c, subtract(load(sums, t * wide + place), less))
             encode_columns(
                 y, start, h, c, dim, weights, widths, offsets, borders, sizes, tile,
                 words[item % num_blocks], error, item * TOKENS,

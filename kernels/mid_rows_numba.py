@@ -11,7 +11,7 @@ import torch
 
 from kvstrata.kernels.block_planes import PlaneLayout
 from kvstrata.kernels.block_planes_numba import plan_of
-from kvstrata.kernels.compiled import VECTORS, kernel
+from kvstrata.kernels.compiled import VECTORS, inlined, kernel
 from kvstrata.kernels.floats_numba import as_numpy
 from kvstrata.kernels.lookups_numba import gather_bytes
 from kvstrata.kernels.sign_codes import GRID_PER_UNIT, GRID_SIZE, MAX_WIDTH, code_table
@@ -32,6 +32,7 @@ from kvstrata.kernels.vectors_numba import (
     to_ints,
     word_of,
 )
+from kvstrata.kernels.word_vectors_numba import lowest_bit, prefetch
 
 _GRAIN = 64
 _MIDDLE, _SCALE = np.float32(GRID_SIZE // 2), np.float32(GRID_PER_UNIT)
@@ -57,6 +58,19 @@ def pack_mid_rows_numba(
     return rows
 
 
+@inlined
+def _prefetch_rows(y, masks, item, dim):
+    """Ask for the tokens that are packed next, which lie too far apart for a processor to guess."""
+    num_heads, num_blocks = masks.shape
+    n, h = item // num_heads, item % num_heads
+    left, start = np.uint64(masks[h, n]), (h * num_blocks + n) * TOKENS * dim
+    while left != 0:
+        at = start + lowest_bit(left) * dim
+        left &= left - np.uint64(1)
+        for c in range(0, dim, 2 * LANES):
+            prefetch(y, at + c)
+
+
 @kernel(**VECTORS)
 def _pack_rows(y, masks, counts, grids, codes, starts, rows, dim, first, last):
     """Pack the rows of the (block, head) pairs ``first`` to ``last``, blocks ascending."""
@@ -66,6 +80,8 @@ def _pack_rows(y, masks, counts, grids, codes, starts, rows, dim, first, last):
     for item in range(first, last):
         n, h = item // num_heads, item % num_heads
         at, count = starts[item], counts[h]
+        if item + 1 < last:
+            _prefetch_rows(y, masks, item + 1, dim)
         for t in range(TOKENS):
             if not (masks[h, n] >> t) & 1:
                 continue

@@ -1,8 +1,8 @@
-"""Biases of values on a CPU: a block's base values are read 16 components at a time.
+"""Biases of values on a CPU: weighted sums of components less those of their base values.
 
-Roofline per element, D = 64, 1.8 bits on average: reads 2 bytes and takes half a vector instruction
-of 16 lanes: an estimate of 6 GB/s of bf16 on one 2.5 GHz core, not a measurement. Nibbles are a
-64th of that work. Divisions and roundings are those of the reference, so nibbles have its bits.
+Roofline per element, D = 64, 1.8 bits on average: reads 2 bytes and takes a quarter of a vector
+instruction of 16 lanes for the components, a tenth for the words. Nibbles are a 64th of that work.
+Divisions and roundings are those of the reference, so nibbles have its bits.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -10,8 +10,10 @@ of 16 lanes: an estimate of 6 GB/s of bf16 on one 2.5 GHz core, not a measuremen
 import numpy as np
 import torch
 
+from kvstrata.kernels.attend_tables_numba import SIGNS, add_values, fill_tables
+from kvstrata.kernels.attend_tokens_numba import stage_words
 from kvstrata.kernels.block_planes import PlaneLayout
-from kvstrata.kernels.block_planes_numba import plan_of, stage_words, write_columns
+from kvstrata.kernels.block_planes_numba import plan_of
 from kvstrata.kernels.compiled import VECTORS, kernel
 from kvstrata.kernels.floats_numba import as_numpy
 from kvstrata.kernels.sign_codes import MAX_WIDTH
@@ -20,13 +22,18 @@ from kvstrata.kernels.token_masks import TOKENS
 from kvstrata.kernels.value_bias import BORDERS, HIGHEST, LOWEST, STEPS, ValueBias
 from kvstrata.kernels.vectors_numba import (
     LANES,
+    add,
+    choose,
     load,
+    multiply,
     multiply_add,
     splat,
     splat_at,
     store,
     subtract,
+    sum_lanes,
 )
+from kvstrata.kernels.word_vectors_numba import lanes_of
 
 _GRAIN, _GRAIN_ROWS = 16, 256
 _BORDERS, _STEPS = np.array(BORDERS, np.float32), np.array(STEPS, np.float32)
@@ -46,11 +53,12 @@ def mean_errors_numba(
     totals = torch.empty((heads, blocks), dtype=torch.float32)
     flat = as_numpy(y.contiguous()).reshape(-1)
     arrays = [table.contiguous().numpy() for table in (weights, base, words)]
+    room = -(-int(layout.words_per_head.max()) // LANES) * LANES + LANES
     for_ranges(
         lambda a, b: _mean_errors(
-            flat, *arrays, plan, np.zeros(2 * MAX_WIDTH * dim, np.int32),
-            np.empty(TOKENS * LANES, np.float32), np.empty(TOKENS, np.float32),
-            sums.numpy(), totals.numpy(), dim, a, b,
+            flat, *arrays, plan, np.zeros(room, np.int64), np.zeros(2 * room, np.int32), SIGNS,
+            np.empty(TOKENS * LANES // 4, np.float32), np.empty(TOKENS, np.float32),
+            np.zeros(room, np.float32), sums.numpy(), totals.numpy(), dim, a, b,
         ),
         heads * blocks,
         _GRAIN,
@@ -60,26 +68,46 @@ def mean_errors_numba(
 
 @kernel(**VECTORS)
 def _mean_errors(
-    y, weights, base, words, plan, halves, read, chosen, sums, totals, dim, first, last
+    y, weights, base, words, plan, own, halves, signs, tables, chosen, counted, sums, totals, dim,
+    first, last,
 ):  # fmt: skip
-    """Add up weights and weighted errors of the (head, block) pairs ``first`` to ``last``."""
+    """Add up weights and weighted errors of the (head, block) pairs ``first`` to ``last``.
+
+    A word's weights, those of its set bits less those of the others, are looked up four at a time.
+    """
     num_blocks = words.shape[0]
+    zero = splat(_ZERO)
     for item in range(first, last):
         h, n = item // num_blocks, item % num_blocks
-        whole = np.float32(0)
-        for t in range(TOKENS):
-            chosen[t] = weights[h, n, t] if (base[h, n] >> t) & 1 else np.float32(0)
-            whole += chosen[t]
-        totals[h, n] = whole
-        stage_words(words[n], plan, halves, dim, h)
+        whole, mask, own_weights = zero, np.uint64(base[h, n]), weights[h, n]
+        for t in range(0, TOKENS, LANES):
+            weight = choose(lanes_of(mask, t), load(own_weights, t), zero)
+            store(chosen, t, weight)
+            whole = add(whole, weight)
+        totals[h, n] = sum_lanes(whole)
+        count = 0
+        for plane in range(MAX_WIDTH):
+            count += plan.sizes[h * MAX_WIDTH + plane]
+        stage_words(words[n], plan.offsets[h * MAX_WIDTH], count, own, halves)
+        for i in range(0, count, LANES):
+            store(counted, i, zero)
+        fill_tables(chosen, TOKENS, 1, signs, tables)
+        add_values(1, halves, count, tables, signs[0], counted)
         start, target = item * TOKENS * dim, sums[h, n]
         for c in range(0, dim, LANES):
-            planes = np.int64(plan.widths[h * dim + c])
-            write_columns(halves, plan.steps, planes, h, c, dim, read, 0, LANES)
-            total = splat(np.float32(0))
-            for t in range(TOKENS):
-                rest = subtract(load(y, start + t * dim + c), load(read, t * LANES))
-                total = multiply_add(splat_at(chosen, t), rest, total)
+            s0, s1, s2, s3 = zero, zero, zero, zero
+            for t in range(0, TOKENS, 4):
+                at = start + t * dim + c
+                s0 = multiply_add(splat_at(chosen, t), load(y, at), s0)
+                s1 = multiply_add(splat_at(chosen, t + 1), load(y, at + dim), s1)
+                s2 = multiply_add(splat_at(chosen, t + 2), load(y, at + 2 * dim), s2)
+                s3 = multiply_add(splat_at(chosen, t + 3), load(y, at + 3 * dim), s3)
+            total = add(add(s0, s1), add(s2, s3))
+            for plane in range(np.int64(plan.widths[h * dim + c])):
+                place = h * MAX_WIDTH + plane
+                at = plan.offsets[place] - plan.offsets[h * MAX_WIDTH] + c
+                step = load(plan.steps, place * dim + c)
+                total = subtract(total, multiply(step, load(counted, at)))
             store(target, c, total)
 
 

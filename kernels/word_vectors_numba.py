@@ -84,6 +84,21 @@ def item_of(typingctx, array, index):
 
 
 @intrinsic
+def prefetch(typingctx, array, index):
+    """Ask for the cache line of ``array[index]``, which may lie anywhere, even beyond the array."""
+
+    def generate(context, builder, signature, args):
+        place = pointer_to(context, builder, signature.args[0], args[0], args[1], _I8)
+        hints = [_I32(0), _I32(3), _I32(1)]  # to read, into all caches, data
+        kind = ir.FunctionType(ir.VoidType(), [place.type, *(hint.type for hint in hints)])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [place, *hints])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@intrinsic
 def load_bits(typingctx, array, index):
     """Return 16 bits of a uint8 array as ``Lanes``, from byte ``index`` on."""
 
