@@ -17,12 +17,12 @@ from kvstrata.kvstore_service.held_frames import Held, HeldFrames
 from kvstrata.kvstore_service.pin_table import Clock, PinTable
 from kvstrata.kvstore_service.slot_leases import SlotLeases
 from kvstrata.kvstore_service.slots import NONE, Slots
-from kvstrata.kvstore_service.tier import StratumSizes, TierUsage
+from kvstrata.kvstore_service.tier import OneByOne, StratumSizes, TierUsage
 from kvstrata.protos.errors import CapacityError
 from kvstrata.protos.identity import BlockKey
 
 
-class DramTier:
+class DramTier(OneByOne):
     """A bounded number of bytes; keeps ``Tier``'s contract.
 
     Under pressure FINE goes first, then MID, of the colder half of the blocks (``ColdHalf``); then

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvstrata.kvstore_service import counters as names
@@ -71,7 +71,7 @@ class LowerReader:
         self._lower = lower
         self._counters = counters
         self._departures = departures
-        self._flights: dict[tuple[BlockKey, int], asyncio.Task[Read]] = {}
+        self._flights: dict[tuple[BlockKey, int], asyncio.Task[dict[BlockKey, Read]]] = {}
         dram.on_shed = self._shed
 
     def _shed(self, key: BlockKey, num_bytes: int) -> None:
@@ -98,13 +98,23 @@ class LowerReader:
         tier = self._dram.name
         return {s: Piece(frame, tier) for s, frame in held.items()}
 
-    async def read(self, key: BlockKey, strata: Sequence[int]) -> Read:
-        """Return each wanted stratum of one writing, or why it is missing."""
-        held = self._dram.peek(key, strata)
-        found: Read = {s: Piece(frame, self._dram.name) for s, frame in held.items()}
-        missing = [s for s in strata if s not in held]
-        if missing and self._lower:
-            found |= await self._read_below(key, self._with_base(key, missing, held))
+    async def read(self, keys: Sequence[BlockKey], strata: Sequence[int]) -> list[Read]:
+        """Return of each block the wanted strata of one writing, or why one is missing."""
+        reads: dict[BlockKey, Read] = {}
+        below: dict[BlockKey, Sequence[int]] = {}
+        for key in keys:
+            held = self._dram.peek(key, strata)
+            reads[key] = {s: Piece(frame, self._dram.name) for s, frame in held.items()}
+            missing = [s for s in strata if s not in held]
+            if missing and self._lower:
+                below[key] = self._with_base(key, missing, held)
+        if below:
+            for key, found in (await self._read_below(below)).items():
+                reads[key] |= found
+        return [await self._complete(key, strata, reads[key]) for key in keys]
+
+    async def _complete(self, key: BlockKey, strata: Sequence[int], found: Read) -> Read:
+        """Return what was found of one writing, and why the rest is missing."""
         reason = "evicted" if self._departures.was_evicted(key) else "absent"
         read = {s: found.get(s, reason) for s in strata}
         self._refuse_stale(key, read, found.get(BASE))
@@ -120,7 +130,7 @@ class LowerReader:
         found.
         """
         for tier in self._lower:
-            read = await self._fetch_from(tier, key, strata)
+            read = (await self._fetch_from(tier, {key: strata}))[key]
             pieces = {s: piece for s, piece in read.items() if isinstance(piece, Piece)}
             if len(pieces) == len(strata) and len({p.encoding for p in pieces.values()}) == 1:
                 if self._dram.peek(key, [BASE]):  # not deleted meanwhile
@@ -163,56 +173,83 @@ class LowerReader:
             isinstance(found, Piece) and found.tier == self._dram.name for found in read.values()
         )
 
-    async def _read_below(self, key: BlockKey, strata: Sequence[int]) -> Read:
-        new = [s for s in strata if (key, s) not in self._flights]
-        if len(new) < len(strata):
-            self._counters.add(names.SHARED_READS, len(strata) - len(new))
+    async def _read_below(self, wanted: Mapping[BlockKey, Sequence[int]]) -> dict[BlockKey, Read]:
+        new: dict[BlockKey, Sequence[int]] = {}
+        for key, strata in wanted.items():
+            mine = [s for s in strata if (key, s) not in self._flights]
+            if len(mine) < len(strata):
+                self._counters.add(names.SHARED_READS, len(strata) - len(mine))
+            if mine:
+                new[key] = mine
         if new:
-            task = asyncio.create_task(self._fetch(key, new))
-            for stratum in new:
-                self._flights[key, stratum] = task
-        flights = {s: self._flights[key, s] for s in strata}
-        reads = {flight: await asyncio.shield(flight) for flight in set(flights.values())}
-        return {s: reads[flight][s] for s, flight in flights.items() if s in reads[flight]}
+            task = asyncio.create_task(self._fetch(new))
+            for key, strata in new.items():
+                for stratum in strata:
+                    self._flights[key, stratum] = task
+        flights = {
+            (key, s): self._flights[key, s] for key, strata in wanted.items() for s in strata
+        }
+        landed = {flight: await asyncio.shield(flight) for flight in set(flights.values())}
+        reads: dict[BlockKey, Read] = {key: {} for key in wanted}
+        for (key, stratum), flight in flights.items():
+            found = landed[flight][key].get(stratum)
+            if found is not None:
+                reads[key][stratum] = found
+        return reads
 
-    async def _fetch(self, key: BlockKey, strata: Sequence[int]) -> Read:
+    async def _fetch(self, wanted: Mapping[BlockKey, Sequence[int]]) -> dict[BlockKey, Read]:
         """Read from the tiers below in order; the outcome of one flight."""
-        read: Read = {}
+        reads: dict[BlockKey, Read] = {key: {} for key in wanted}
         flight = asyncio.current_task()
         try:
+            missing = dict(wanted)
             for tier in self._lower:
-                missing = [s for s in strata if not isinstance(read.get(s), Piece)]
+                for key, read in (await self._fetch_from(tier, missing)).items():
+                    reads[key] |= read
+                missing = {
+                    key: left for key in missing if (left := _misses(reads[key], missing[key]))
+                }
                 if not missing:
                     break
-                read |= await self._fetch_from(tier, key, missing)
-            if all(self._flights.get((key, s)) is flight for s in strata):
-                await self._promote(key, read)
-            return read
+            for key, strata in wanted.items():
+                if all(self._flights.get((key, s)) is flight for s in strata):
+                    await self._promote(key, reads[key])
+            return reads
         finally:
-            for stratum in strata:
-                if self._flights.get((key, stratum)) is flight:
-                    del self._flights[key, stratum]
+            for key, strata in wanted.items():
+                for stratum in strata:
+                    if self._flights.get((key, stratum)) is flight:
+                        del self._flights[key, stratum]
 
-    async def _fetch_from(self, tier: Tier, key: BlockKey, strata: Sequence[int]) -> Read:
-        read: Read = {}
+    async def _fetch_from(
+        self, tier: Tier, wanted: Mapping[BlockKey, Sequence[int]]
+    ) -> dict[BlockKey, Read]:
+        """Return what one tier has, and reasons for what is there but cannot be used."""
         try:
-            frames = await tier.get(key, strata)
-            for stratum, frame in frames.items():
-                try:
-                    header = open_verified(key, stratum, frame)
-                    read[stratum] = Piece(frame, tier.name, header)
-                except BlockRejectedError as error:
-                    if error.kind == UNDECRYPTABLE:
-                        read[stratum] = UNDECRYPTABLE
-                        continue
-                    read[stratum] = "corrupt"
-                    self._counters.add(names.CORRUPT, tier=tier.name)
-                    self._departures.note([key], tier.name, "corrupt")
-                    with contextlib.suppress(CapacityError, TierUnavailableError):
-                        await tier.drop(key, stratum)  # of a read-only bucket: it stays
+            values = await tier.get_all(list(wanted.items()))
         except (TierUnavailableError, CapacityError):
             self._counters.add(names.TIER_ERRORS, tier=tier.name)
-            return dict.fromkeys(strata, "tier_unavailable") | read
+            return {
+                key: dict.fromkeys(strata, "tier_unavailable") for key, strata in wanted.items()
+            }
+        pairs = zip(wanted, values, strict=True)
+        return {key: await self._verified(tier, key, frames) for key, frames in pairs}
+
+    async def _verified(self, tier: Tier, key: BlockKey, frames: Mapping[int, bytes]) -> Read:
+        """Return the frames that are what they should be; damaged ones are deleted."""
+        read: Read = {}
+        for stratum, frame in frames.items():
+            try:
+                read[stratum] = Piece(frame, tier.name, open_verified(key, stratum, frame))
+            except BlockRejectedError as error:
+                if error.kind == UNDECRYPTABLE:
+                    read[stratum] = UNDECRYPTABLE
+                    continue
+                read[stratum] = "corrupt"
+                self._counters.add(names.CORRUPT, tier=tier.name)
+                self._departures.note([key], tier.name, "corrupt")
+                with contextlib.suppress(CapacityError, TierUnavailableError):
+                    await tier.drop(key, stratum)  # of a read-only bucket: it stays
         return read
 
     async def _promote(self, key: BlockKey, read: Read) -> None:
@@ -236,6 +273,10 @@ class LowerReader:
     async def close(self) -> None:
         """Wait for reads that are under way."""
         await asyncio.gather(*set(self._flights.values()), return_exceptions=True)
+
+
+def _misses(read: Read, strata: Sequence[int]) -> list[int]:
+    return [s for s in strata if not isinstance(read.get(s), Piece)]
 
 
 def _encoding_id(frame: bytes) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from kvstrata.kvstore_service.ancestry import Ancestry
 from kvstrata.kvstore_service.counters import TIER_BYTES, TIER_SECONDS, Counters
-from kvstrata.kvstore_service.tier import StratumSizes, Tier
+from kvstrata.kvstore_service.tier import StratumSizes, Tier, Wanted
 from kvstrata.kvstore_service.wrapped_tier import WrappedTier
 from kvstrata.protos.identity import BlockKey
 
@@ -40,6 +40,14 @@ class MeasuredTier(WrappedTier):
             frames = await self.inner.get(key, strata)
         self._moved(frames, "read")
         return frames
+
+    async def get_all(self, wanted: Wanted) -> list[dict[int, bytes]]:
+        """See ``Tier.get_all``; one operation."""
+        with self._timed("get"):
+            found = await self.inner.get_all(wanted)
+        for frames in found:
+            self._moved(frames, "read")
+        return found
 
     async def examine(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
         """See ``Tier.examine``."""

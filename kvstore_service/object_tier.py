@@ -20,7 +20,7 @@ from kvstrata.kvstore_service.object_listing import ObjectListing
 from kvstrata.kvstore_service.object_name import ROOT, ObjectName
 from kvstrata.kvstore_service.object_service import ObjectService, ReadFailedError
 from kvstrata.kvstore_service.pin_table import Clock, PinTable
-from kvstrata.kvstore_service.tier import StratumSizes, TierUnavailableError, TierUsage
+from kvstrata.kvstore_service.tier import OneByOne, StratumSizes, TierUnavailableError, TierUsage
 from kvstrata.protos.errors import CapacityError
 from kvstrata.protos.identity import BlockKey
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _MAX_READS = 4  # of a block that is replaced again and again
 
 
-class ObjectTier:
+class ObjectTier(OneByOne):
     """Blocks in one bucket and prefix, or one folder; keeps ``Tier``. One event loop owns it.
 
     What ``put`` has returned from is as durable as the service makes it. The index is a cache of

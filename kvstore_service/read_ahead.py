@@ -29,10 +29,12 @@ async def read_ahead(
     ones are asked for. While ``may_read_ahead`` says no, only the next block is read. Strata that
     nobody reads in the end, because the call ended before, are counted as abandoned.
     """
-    ahead: deque[asyncio.Task[Read] | Read] = deque()
-    upcoming = iter(keys)
+    ahead: deque[asyncio.Task[list[Read]] | Read] = deque()
+    num_ahead = 0
+    upcoming = deque(keys)
     held = 0
     num_read = 0
+    max_run = 1 if wait_until else _MAX_BLOCKS  # who waits for one block gets the others meanwhile
     store.counters.add(WANTED, len(keys) * len(strata))
 
     def hold(num_bytes: int) -> None:
@@ -47,20 +49,35 @@ async def read_ahead(
         hold(_size(found))
         return found
 
-    async def read(key: BlockKey) -> Read:
-        return keep(key, await store.get(key, strata, wait_until))
+    async def read(run: Sequence[BlockKey]) -> list[Read]:
+        if wait_until:
+            reads = [await store.get(key, strata, wait_until) for key in run]
+        else:
+            reads = await store.get_run(run, strata)
+        return list(map(keep, run, reads))
 
     def start() -> None:
-        """Begin to read as many as may be read ahead."""
-        while len(ahead) < _MAX_BLOCKS and (not ahead or may_read_ahead()):
-            key = next(upcoming, None)
-            if key is None:
-                return
+        """Begin to read as many as may be read ahead, those together that dram does not have.
+
+        A run is at least half of what may be read ahead, lest runs become single blocks.
+        """
+        nonlocal num_ahead
+        run: list[BlockKey] = []
+        if num_ahead > _MAX_BLOCKS // 2 and max_run > 1:
+            return
+        while upcoming and num_ahead < _MAX_BLOCKS and (not num_ahead or may_read_ahead()):
+            key = upcoming.popleft()
+            num_ahead += 1
             found = store.get_resident(key, strata)
             if found is None:
-                ahead.append(asyncio.create_task(read(key)))
-            else:
+                run.append(key)
+            if run and (found is not None or len(run) == max_run):
+                ahead.append(asyncio.create_task(read(run)))
+                run = []
+            if found is not None:
                 ahead.append(keep(key, found))
+        if run:
+            ahead.append(asyncio.create_task(read(run)))
 
     try:
         while True:
@@ -74,8 +91,12 @@ async def read_ahead(
                 if isinstance(first, asyncio.Task):
                     if ready and not first.done():
                         break
-                    first = await first
+                    await asyncio.wait([first])
+                    ahead.popleft()
+                    ahead.extendleft(reversed(first.result()))
+                    continue
                 ahead.popleft()
+                num_ahead -= 1
                 ready.append(first)
                 num_bytes += _size(first)
             if not ready:

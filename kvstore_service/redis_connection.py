@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from redis.exceptions import OutOfMemoryError, RedisError
@@ -15,6 +15,7 @@ from kvstrata.kvstore_service.redis_client import (
     make_client,
 )
 from kvstrata.kvstore_service.redis_url import mask_url
+from kvstrata.kvstore_service.redis_wire import Command, RedisWire
 from kvstrata.kvstore_service.tier import TierUnavailableError
 from kvstrata.protos.errors import CapacityError, ConfigurationError
 
@@ -60,6 +61,9 @@ class RedisConnection:
                 "write redis://[user:password@]host:port/db, redis+cluster://host:port,host:port "
                 "or redis+sentinel://host:port,host:port/service; rediss for TLS",
             ) from None
+        self._wire: RedisWire | None = None
+        if not self.is_cluster:
+            self._wire = RedisWire(self._redis.connection_pool.make_connection, timeout_s)
 
     @property
     def detail(self) -> str:
@@ -99,6 +103,19 @@ class RedisConnection:
                 self._mark_down(_reason(error))
                 raise self._down_error() from None
 
+    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """Return the reply of each command, error replies as such, after one round trip.
+
+        The way for large values; the commands may run twice. Raises what ``use`` does.
+        """
+        async with self.use() as redis:
+            if self._wire is not None:
+                return await self._wire.exchange(commands)
+            pipe = redis.pipeline(transaction=False)
+            for command in commands:
+                pipe.execute_command(*command)
+            return list(await pipe.execute(raise_on_error=False))
+
     def _refuse_if_down(self) -> None:
         if self._detail:
             raise self._down_error()
@@ -131,6 +148,8 @@ class RedisConnection:
         if self._probe is not None:
             self._probe.cancel()
             await asyncio.gather(self._probe, return_exceptions=True)
+        if self._wire is not None:
+            await self._wire.close()
         with contextlib.suppress(RedisError, OSError):
             await close_client(self._redis)
 

@@ -11,9 +11,9 @@ from kvstrata.kvstore_service.redis_connection import RedisConnection
 from kvstrata.protos.errors import CapacityError
 
 
-def queue_script(pipe: Any, script: str, keys: Sequence[Any], args: Sequence[Any]) -> None:
-    """Put a script in a pipeline; its reply is ``NoScriptError`` if Redis does not know it."""
-    pipe.execute_command("EVALSHA", _sha(script), len(keys), *keys, *args)
+def script_command(script: str, keys: Sequence[Any], args: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the command of a script; its reply is ``NoScriptError`` if Redis does not know it."""
+    return ("EVALSHA", _sha(script), len(keys), *keys, *args)
 
 
 async def run_script(

@@ -9,7 +9,9 @@ from redis.exceptions import NoScriptError
 
 from kvstrata.kvstore_service import redis_scripts as scripts
 from kvstrata.kvstore_service.redis_connection import RedisConnection
-from kvstrata.kvstore_service.redis_eval import queue_script, run_script
+from kvstrata.kvstore_service.redis_eval import run_script, script_command
+from kvstrata.kvstore_service.redis_wire import Command
+from kvstrata.kvstore_service.tier import Wanted
 from kvstrata.protos.identity import BlockKey
 
 _MAX_BLOCKS = 4
@@ -32,7 +34,7 @@ class Value(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class _Asked:
     key: BlockKey
     strata: Sequence[int]
     found: asyncio.Future[Value]
@@ -62,28 +64,29 @@ class RedisReads:
         self._names = names
         self._ttl_ms = ttl_ms
         self._max_stratum_bytes = max_stratum_bytes
-        self._wanted: list[_Wanted] = []
+        self._wanted: list[_Asked] = []
         self._reading: set[asyncio.Task[None]] = set()
 
-    async def read(self, key: BlockKey, strata: Sequence[int]) -> Value:
-        """Return what there is of ``strata``.
+    async def read(self, wanted: Wanted) -> list[Value]:
+        """Return what there is of each block.
 
         Raises:
             TierUnavailableError: Redis is down, or went down meanwhile.
             CapacityError: Redis is out of memory.
         """
         loop = asyncio.get_running_loop()
-        wanted = _Wanted(key, strata, loop.create_future())
-        if not self._wanted:
+        if wanted and not self._wanted:
             loop.call_soon(self._start)
-        self._wanted.append(wanted)
-        return await wanted.found
+        asked = [_Asked(key, strata, loop.create_future()) for key, strata in wanted]
+        self._wanted += asked
+        if len(asked) == 1:
+            return [await asked[0].found]
+        return list(await asyncio.gather(*(each.found for each in asked)))
 
-    def queue(self, pipe: Any, key: BlockKey, strata: Sequence[int]) -> None:
-        """Put the bounded reads of a block's strata in a pipeline."""
+    def commands(self, key: BlockKey, strata: Sequence[int]) -> list[Command]:
+        """Return the bounded reads of a block's strata."""
         names = self._names(key)
-        for stratum in strata:
-            pipe.execute_command("GETRANGE", names[stratum - 1], 0, self._max_stratum_bytes)
+        return [("GETRANGE", names[s - 1], 0, self._max_stratum_bytes) for s in strata]
 
     def _start(self) -> None:
         wanted, self._wanted = self._wanted, []
@@ -92,7 +95,7 @@ class RedisReads:
             self._reading.add(task)
             task.add_done_callback(self._reading.discard)
 
-    async def _read(self, wanted: Sequence[_Wanted]) -> None:
+    async def _read(self, wanted: Sequence[_Asked]) -> None:
         """Read blocks, and tell whoever still waits for them what came of it."""
         wanted = [each for each in wanted if not each.found.done()]
         try:
@@ -108,22 +111,18 @@ class RedisReads:
             if not each.found.done():
                 each.found.set_result(value)
 
-    async def _values(self, wanted: Sequence[_Wanted]) -> list[Value]:
+    async def _values(self, wanted: Sequence[_Asked]) -> list[Value]:
         if not wanted:
             return []
         members = [each.key.encode() for each in wanted]
         groups = [self._names(each.key) for each in wanted]
         if not self._connection.is_cluster:  # where only a block's keys share a slot
             groups = [[name for names in groups for name in names]]
-        async with self._connection.use() as redis:
-            pipe = redis.pipeline(transaction=False)
-            for each in wanted:
-                self.queue(pipe, each.key, each.strata)
-            pipe.hmget(scripts.SIZES_KEY, members)
-            for names in groups:
-                queue_script(pipe, _RENEW, names, [self._ttl_ms])
-            queue_script(pipe, scripts.TOUCH, scripts.INDEX_KEYS, members)
-            replies = await pipe.execute(raise_on_error=False)
+        commands = [one for each in wanted for one in self.commands(each.key, each.strata)]
+        commands.append(("HMGET", scripts.SIZES_KEY, *members))
+        commands += [script_command(_RENEW, names, [self._ttl_ms]) for names in groups]
+        commands.append(script_command(scripts.TOUCH, scripts.INDEX_KEYS, members))
+        replies = await self._connection.exchange(commands)
         *renewed, touched = replies[-len(groups) - 1 :]
         for names, reply in zip(groups, renewed, strict=True):
             if isinstance(reply, NoScriptError):

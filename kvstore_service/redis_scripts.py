@@ -5,7 +5,8 @@ The keys share one hash tag, so a script runs on one node of a cluster; the valu
 * ``sizes``: a hash, block key to ``"420000 1:220000 2:200000 @17:5f..."`` (bytes in all, then
   stratum:bytes; then how many blocks come before it in its prompt, and the hash of the last of
   those), and the sum of all under ``total``. One key, so that sum and parts are only lost together.
-* ``used``: a sorted set, block key by its last use in milliseconds of the Redis server's clock.
+* ``used``: a sorted set, block key by its last use, in milliseconds of the Redis server's clock
+  with the microseconds as a fraction.
 * ``order``: a sorted set, block key by its rank for eviction, the lowest goes first: the time of
   its last use, 10 ms less for each block before it, since the end of a prompt goes first; and 2^43
   more for a block that was read, as long as at most half of the blocks are such. So a flood of
@@ -42,7 +43,7 @@ local {", ".join(_NAMES)} = {", ".join(f"KEYS[{i}]" for i in range(1, len(_NAMES
 local doom_ms, depth_ms, read_bonus = 10000, 10, 2^43
 local refinements = {{'3', fine}, {'2', mid}}  -- in the order in which they are shed
 local clock = redis.call('TIME')
-local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local now = clock[1] * 1000 + clock[2] / 1000  -- to the microsecond, two with the bonus
 
 local function bytes_in(entry)
   return entry and tonumber(string.match(entry, '^%d+')) or 0

@@ -17,9 +17,9 @@ from redis.exceptions import NoScriptError
 from kvstrata.kvstore_service import redis_scripts as scripts
 from kvstrata.kvstore_service.ancestry import Ancestry, ancestry
 from kvstrata.kvstore_service.redis_connection import RedisConnection
-from kvstrata.kvstore_service.redis_eval import queue_script, run_script
+from kvstrata.kvstore_service.redis_eval import run_script, script_command
 from kvstrata.kvstore_service.redis_reads import RedisReads, values_of
-from kvstrata.kvstore_service.tier import StratumSizes, TierUnavailableError, TierUsage
+from kvstrata.kvstore_service.tier import StratumSizes, TierUnavailableError, TierUsage, Wanted
 from kvstrata.protos.errors import CapacityError
 from kvstrata.protos.frame import stratum_name
 from kvstrata.protos.frame_pb2 import Stratum
@@ -84,18 +84,24 @@ class RedisTier:
 
     async def get(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
         """Return the strata that are here, each in one bounded read; see ``Tier.get``."""
-        found, entry = await self._reads.read(key, strata)
-        recorded = _parse_entry(entry)
-        if any(stratum in recorded and stratum not in found for stratum in strata):
-            await self._reconcile([key])
-        return found
+        return (await self.get_all([(key, strata)]))[0]
+
+    async def get_all(self, wanted: Wanted) -> list[dict[int, bytes]]:
+        """Return the strata of each that are here; see ``Tier.get_all``."""
+        values = await self._reads.read(wanted)
+        lost = []
+        for (key, strata), (found, entry) in zip(wanted, values, strict=True):
+            if len(found) < len(strata):
+                recorded = _parse_entry(entry)
+                if any(s in recorded and s not in found for s in strata):
+                    lost.append(key)
+        if lost:
+            await self._reconcile(lost)
+        return [found for found, _ in values]
 
     async def examine(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
         """Return what ``get`` would, no time to live renewed; see ``Tier.examine``."""
-        async with self.connection.use() as redis:
-            pipe = redis.pipeline(transaction=False)
-            self._reads.queue(pipe, key, strata)
-            replies = await pipe.execute(raise_on_error=False)
+        replies = await self.connection.exchange(self._reads.commands(key, strata))
         return values_of(strata, replies)
 
     async def put(
@@ -127,7 +133,8 @@ class RedisTier:
                 else:
                     pipe.execute_command("UNLINK", value_key(key, stratum))
             if is_recorded:
-                queue_script(pipe, scripts.RECORD, scripts.INDEX_KEYS, [key.encode(), entry])
+                record = script_command(scripts.RECORD, scripts.INDEX_KEYS, [key.encode(), entry])
+                pipe.execute_command(*record)
             try:
                 await pipe.execute()
             except NoScriptError:  # all else was done

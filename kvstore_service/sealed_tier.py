@@ -8,7 +8,7 @@ from kvstrata.kvstore_service.counters import SEALS, Counters
 from kvstrata.kvstore_service.key_ring import KeyRing
 from kvstrata.kvstore_service.namespace import ScopeOwners
 from kvstrata.kvstore_service.seal import NoKeyError, TamperedError, seal, unseal
-from kvstrata.kvstore_service.tier import SEALED_MAGIC, StratumSizes, Tier
+from kvstrata.kvstore_service.tier import SEALED_MAGIC, StratumSizes, Tier, Wanted
 from kvstrata.kvstore_service.wrapped_tier import WrappedTier
 from kvstrata.protos.errors import CapacityError
 from kvstrata.protos.identity import BlockKey
@@ -44,6 +44,11 @@ class SealedTier(WrappedTier):
     async def get(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
         """See ``Tier.get``."""
         return self._open_all(key, await self.inner.get(key, strata))
+
+    async def get_all(self, wanted: Wanted) -> list[dict[int, bytes]]:
+        """See ``Tier.get_all``."""
+        found = await self.inner.get_all(wanted)
+        return [self._open_all(key, v) for (key, _), v in zip(wanted, found, strict=True)]
 
     async def examine(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
         """See ``Tier.examine``."""

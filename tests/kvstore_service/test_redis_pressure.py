@@ -90,7 +90,6 @@ async def test_refinements_of_the_colder_half_go_before_any_block_the_finest_fir
     tier = make(server.url, size([*old, *young], BASE, MID, FINE))
     for each in (*old, *young):
         await tier.put(*each)
-        await asyncio.sleep(0.002)  # uses are ordered by the millisecond
     for key, _ in young:
         await tier.get(key, [BASE])
     assert await tier.put(*new) == []
@@ -143,7 +142,6 @@ async def test_the_end_of_a_prompt_that_is_exempt_keeps_what_comes_before(
     await tier.lease([prompt[1][0]], 60)
     for each in others:
         await tier.get(each[0], [BASE])
-        await asyncio.sleep(0.005)  # times of use are in milliseconds
     assert await tier.put(*block(scope, 60, mid=0)) == [others[0][0]]
     await tier.pin([block(scope, 60, mid=0)[0], others[1][0]], 60)
     assert await tier.put(*block(scope, 61, mid=0)) == [prompt[0][0]]  # nothing else is left
@@ -193,7 +191,6 @@ async def test_a_flood_of_blocks_that_nobody_reads_again_leaves_those_that_are_r
         await tier.get(each[0], [BASE])
     for number in range(60):  # three times what plain least-recently-used would bear
         await tier.put(*block(scope, 1000 + number, mid=0))
-        await asyncio.sleep(0.001)
         if number % 30 == 29:
             assert await tier.held(hot) == [{BASE}] * 20
             for each in hot:

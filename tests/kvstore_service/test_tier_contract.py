@@ -74,6 +74,17 @@ async def test_put_then_get_returns_the_same_bytes(tier: Tier) -> None:
     assert await tier.get(key(2), [1]) == {}
 
 
+async def test_reading_many_blocks_returns_what_each_has_and_counts_as_uses(tier: Tier) -> None:
+    for n in range(6):
+        await tier.put(key(n), {1: b"base%d" % n, 2: b"mid%d" % n})
+    await tier.drop(key(2), 2)
+    wanted = [(key(2), [1, 2]), (key(9), [1]), (key(1), [2]), (key(0), [1, 4]), (key(2), [1])]
+    found = [{1: b"base2"}, {}, {2: b"mid1"}, {1: b"base0"}, {1: b"base2"}]
+    assert await tier.get_all(wanted) == found
+    assert set((await tier.keys(9))[:3]) == {key(0), key(1), key(2)}
+    assert await tier.get_all([]) == []
+
+
 async def test_examining_returns_the_same_bytes_and_counts_as_no_use(tier: Tier) -> None:
     await tier.put(key(1), {1: b"base", 2: b"mid"})
     await tier.put(key(2), {1: b"other"})
