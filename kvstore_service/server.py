@@ -91,8 +91,9 @@ class RunningStore:
         logger.info("store drains", extra={"in_flight": self.workload.in_flight})
         self.workload.is_draining = True
         self.store.arrivals.drain()
-        self._watch.cancel()
-        await asyncio.gather(self._watch, return_exceptions=True)
+        while not self._watch.done():  # a client of Redis may turn a cancellation into a time-out
+            self._watch.cancel()
+            await asyncio.wait([self._watch], timeout=0.1)
         await self._ports.drain()
         await self._ports.stop(grace_s)
         if self._metrics is not None:

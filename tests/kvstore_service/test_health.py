@@ -17,6 +17,7 @@ from kvstrata.kvstore_service.config import StoreConfig
 from kvstrata.kvstore_service.dram_tier import DramTier
 from kvstrata.kvstore_service.store import BlockStore
 from kvstrata.kvstore_service.testing import LocalStore, RedisServer, sample_block
+from kvstrata.kvstore_service.tier import TierUsage
 from kvstrata.kvstore_service.workload import Workload
 from kvstrata.protos.identity import BlockKey, ScopeDigest
 from kvstrata.protos.service import open_channel
@@ -152,3 +153,34 @@ async def test_draining_comes_before_all_else(store: LocalStore, status: Status)
     store.running.workload.is_draining = True
     assert await told(store) == "draining"
     await until(status, "kvstrata.whole", NOT_SERVING)
+
+
+class DeafTier(DramTier):
+    """A tier below whose look turns a cancellation into a time-out, as a client's may."""
+
+    name = "deaf"
+    resident = False
+
+    def __init__(self, capacity_bytes: int) -> None:
+        super().__init__(capacity_bytes)
+        self.num_cancelled = 0
+        self.is_asked = asyncio.Event()
+
+    async def usage(self) -> TierUsage:
+        self.is_asked.set()
+        if self.num_cancelled < 2:
+            try:
+                await asyncio.sleep(30)
+            except asyncio.CancelledError:
+                self.num_cancelled += 1
+        return await super().usage()
+
+
+async def test_a_look_that_hears_no_cancellation_does_not_hold_the_end_up() -> None:
+    store = LocalStore()
+    await store.__aenter__()
+    deaf = DeafTier(1 << 20)
+    store.running.store.tiers = (*store.running.store.tiers, deaf)
+    await asyncio.wait_for(deaf.is_asked.wait(), 30)
+    await asyncio.wait_for(store.__aexit__(None, None, None), 30)
+    assert deaf.num_cancelled == 2
