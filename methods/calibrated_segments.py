@@ -54,6 +54,8 @@ class SegmentLayout:
         self.sides = (keys, values)
         self.heads, self.dim = keys.num_heads // num_layers, keys.dim
         self._words = [_layer_ends(side.words_per_head, num_layers) for side in self.sides]
+        rows = [side.words_per_head.view(num_layers, -1).numpy() for side in self.sides]
+        self._words_per_head = [list(of_layer) for of_layer in zip(*rows, strict=True)]
         self._row_bytes = [
             side.mid_row_bytes.view(num_layers, -1, 1).numpy() for side in self.sides
         ]
@@ -180,8 +182,7 @@ class SegmentLayout:
 
     def words_per_head(self, layer: int) -> list[np.ndarray]:
         """Return the words of each head's planes of K and of V, int (H,)."""
-        heads = slice(layer * self.heads, (layer + 1) * self.heads)
-        return [side.words_per_head[heads].numpy() for side in self.sides]
+        return self._words_per_head[layer]
 
     def _by_layer(self, masks: torch.Tensor) -> torch.Tensor:
         """Return int64 (L, N, 4 H) of (K escape, K mid, V escape, V mid) masks (4, L * H, N)."""

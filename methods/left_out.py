@@ -76,10 +76,11 @@ def _kept(
     size = 4 * WORD_BYTES * len(words_per_head[0])
     if len(segment) < size:
         return None, 0
+    escape, mid = segment[: size // 2], segment[size // 2 : size]
+    if not int.from_bytes(escape, "little") & int.from_bytes(mid, "little"):
+        return None, size  # by far the most, so this comes first and without arrays
     masks = np.frombuffer(segment[:size], "<u8").reshape(2, 2, -1)  # escape, mid; side; head
     left_out = masks[0] & masks[1]
-    if not left_out.any():
-        return None, size
     bits = np.unpackbits(left_out.view(np.uint8), axis=-1, bitorder="little")
     kept = bits.reshape(2, -1, TOKENS) == 0
     return [np.repeat(k, w, axis=0) for k, w in zip(kept, words_per_head, strict=True)], size
