@@ -264,7 +264,8 @@ class Frame:
             for entry in entries:  # hot, as in ``segments``
                 offset = entry.offset
                 end = offset + entry.length
-                _check_entry(cursor, offset, end, frame_bytes)
+                if offset < cursor or offset % ALIGNMENT or end > frame_bytes:
+                    _check_entry(cursor, offset, end, frame_bytes)  # which raises
                 if digest(payload[offset:end]) != entry.checksum:
                     raise _wrong_checksum(_name_of(entry))
                 if offset > cursor:
