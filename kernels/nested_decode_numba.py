@@ -8,7 +8,8 @@ rounds in one way, in the order of the reference, so bytes are the same on every
 
 Roofline of bf16: a key takes .63 bytes in and 2 out, a value .5 and 2. Written past the caches they
 need a third of a copy's time, so the limit is instructions: per 32 elements about 13 of 64 bytes
-for keys and 20 for values.
+for keys and 25 for values. A unit of 16 tokens is put together in first-level cache, since memory
+takes whole runs twice as fast as the pieces of them that a tile gives.
 """
 
 from collections.abc import Sequence
@@ -26,13 +27,14 @@ from kvstrata.kernels.nested_tiles_numba import (
     MAX_TILE,
     bytes_at,
     load_fp16,
+    move,
+    move_streamed,
     splat_fp16,
     step_codes,
     step_codes_streamed,
     turn_8,
     turn_16,
     turn_32,
-    turn_32_streamed,
     unpack_1,
     unpack_2,
     unpack_4,
@@ -53,7 +55,7 @@ from kvstrata.kernels.vectors_numba import (
 
 # Results of at least so many bytes are written past the caches, which they would fill.
 STREAMED_BYTES = 1 << 24
-_CACHE_LINE = 64
+_ALIGNMENT = 128
 _FACTORS = np.array(SCALE_FACTORS, np.float32)
 _BASE_CENTRE = np.float32(BASE_TOP / 2)
 _FINE = np.array([*LEVELS, *(-level for level in LEVELS)], np.int8)
@@ -76,7 +78,7 @@ def decode_blocks_numba(
     where = _places(base), fine, mid is not None, layout, layers
     out_keys, out_values = as_numpy(keys).reshape(-1), as_numpy(values).reshape(-1)
     streamed = keys.nbytes + values.nbytes >= STREAMED_BYTES and not any(
-        tensor.data_ptr() % _CACHE_LINE for tensor in (keys, values)
+        tensor.data_ptr() % _ALIGNMENT for tensor in (keys, values)
     )
     norm = np.float32(layout.norm)
 
@@ -95,12 +97,12 @@ def _places(rows: Sequence[Rows]) -> "np.ndarray[tuple[int, int], np.dtype[np.in
 
 @kernel(error_model="numpy")
 def _decode_keys(base, mid, is_fine, layout, layers, out, streamed, start, stop):
-    """Decode the keys of (block, layer) pairs ``start`` to ``stop``, blocks first."""
+    """Decode the keys of (block, layer) pairs ``start`` to ``stop``, layer by layer."""
     dim, num_blocks = layout.dim, base.shape[0]
     period = dim * (CHUNK // gcd(dim, CHUNK)) + LANES
     minimum, step = np.empty(period, np.float32), np.empty(period, np.float32)
     for item in range(start, stop):
-        n, i = item // layers, item % layers
+        i, n = item // num_blocks, item % num_blocks
         coarse = bytes_at(base[n, 0] + i * base[n, 1], layout.base_bytes)
         fine = bytes_at(mid[n, 0] + i * mid[n, 1], layout.mid_bytes)
         for h in range(layout.heads):
@@ -112,20 +114,18 @@ def _decode_keys(base, mid, is_fine, layout, layers, out, streamed, start, stop)
 
 @kernel(error_model="numpy")
 def _decode_values(base, mid, is_fine, layout, layers, norm, out, streamed, start, stop):
-    """Decode the values of (block, layer) pairs ``start`` to ``stop``, blocks first."""
+    """Decode the values of (block, layer) pairs ``start`` to ``stop``, layer by layer."""
     dim, num_blocks = layout.dim, base.shape[0]
     groups = dim // (dim & -dim)
     units, factors = np.empty(TOKENS * dim, np.int16), np.empty(TOKENS * groups, np.float32)
-    places = np.empty(UNIT * groups, np.int64)
-    for q in range(places.size):
-        places[q] = q // groups * dim + q % groups * (dim & -dim)
+    unit = np.empty(UNIT * dim, out.dtype)
     for item in range(start, stop):
-        n, i = item // layers, item % layers
+        i, n = item // num_blocks, item % num_blocks
         coarse = bytes_at(base[n, 0] + i * base[n, 1], layout.base_bytes)
         fine = bytes_at(mid[n, 0] + i * mid[n, 1], layout.mid_bytes)
         for h in range(layout.heads):
             at = ((i * layout.heads + h) * num_blocks + n) * TOKENS * dim
-            place = units, factors, places, out, at, streamed
+            place = units, factors, unit, out, at, streamed
             _head_values(coarse, fine, is_fine, layout, h, norm, *place)
     if streamed:
         wait_for_stores()
@@ -165,7 +165,7 @@ def _head_keys(base, mid, is_fine, layout, head, minimum, step, out, at, streame
 
 
 @called
-def _head_values(base, mid, is_fine, layout, head, norm, units, factors, places, out, at, streamed):
+def _head_values(base, mid, is_fine, layout, head, norm, units, factors, unit, out, at, streamed):
     """Decode the values of one head, (64, D) from ``out[at]`` on."""
     heads, dim = layout.heads, layout.dim
     count, size = UNIT * dim, dim & -dim
@@ -192,14 +192,16 @@ def _head_values(base, mid, is_fine, layout, head, norm, units, factors, places,
             unpack_8(base, b + j, mid, m + j, apart, levels, units, j, count)
     for u in range(4):
         for q in range(0, row, UNIT):
-            f = u * row + q
             for first in range(0, size, tile):
-                source, to = u * count + first * row + q, at + u * count + first
+                source, f, to = u * count + first * row + q, u * row + q, q * size + first
                 if size == 8:
-                    turn_8(units, source, row, factors, places, q, f, out, to)
+                    turn_8(units, source, row, factors, f, unit, to, size)
                 elif size == 16:
-                    turn_16(units, source, row, factors, places, q, f, out, to)
-                elif streamed:
-                    turn_32_streamed(units, source, row, factors, places, q, f, out, to)
+                    turn_16(units, source, row, factors, f, unit, to, size)
                 else:
-                    turn_32(units, source, row, factors, places, q, f, out, to)
+                    turn_32(units, source, row, factors, f, unit, to, size)
+        for j in range(0, count, CHUNK // 2):
+            if streamed:
+                move_streamed(unit, j, out, at + u * count + j)
+            else:
+                move(unit, j, out, at + u * count + j)

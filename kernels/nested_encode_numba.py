@@ -127,15 +127,9 @@ def _widen(source, at, rows):
 def _set_parameters(rows, first, halves, p, q, minimum, inverse):
     """Write fp16 minima and steps of channels, and what codes are computed from.
 
-    Lanes beyond the channels see those of the next row, and are written again.
-
-    Args:
-        rows: (64, D) and 16 numbers of padding.
-        first: The first row that counts.
-        halves: fp16 numbers, minima from ``p`` on and steps from ``q`` on.
-
-    Returns:
-        Whether all numbers are finite, and the parameters fit fp16.
+    ``rows`` are (64, D) and 16 numbers of padding, of which rows from ``first`` on count. Minima
+    go to ``halves`` from ``p`` on, steps from ``q`` on. Lanes beyond the channels see those of the
+    next row. Tells whether all numbers are finite, and the parameters fit fp16.
     """
     dim = (rows.size - LANES) // TOKENS
     zero = splat(np.float32(0))

@@ -6,7 +6,8 @@ integers per step and vector, exact in whatever order; they become floats last, 
 Nothing is checked, see ``vectors_numba``.
 
 Results that no cache holds are written past all caches (``streamed``): a store then costs memory
-one write instead of a read and a write. Such places must be multiples of 32 bytes.
+one write instead of a read and a write, if lines are written whole and one after the other. Such
+places must be multiples of 64 bytes, of float32 128.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -202,10 +203,10 @@ def _transposed(builder, rows):
     return columns
 
 
-def _turner(size, streamed):
+def _turner(size):
     @intrinsic
-    def turn(typingctx, units, at, row, factors, places, q, f, out, to):
-        """Turn ``size`` rows of 16 int16, write columns times their factors at their places."""
+    def turn(typingctx, units, at, row, factors, f, out, to, apart):
+        """Turn ``size`` rows of 16 int16; write columns times their factors, ``apart``."""
 
         def generate(context, builder, signature, args):
             kinds = signature.args
@@ -221,33 +222,49 @@ def _turner(size, streamed):
                 for i in range(size)
             ]
             for lane, column in enumerate(_transposed(builder, _turned(builder, rows))):
-                place, factor = (
-                    builder.load(pointer_to(context, builder, kinds[i], args[i], which, element))
-                    for i, which, element in (
-                        (4, builder.add(args[5], _I64(lane)), _I64),
-                        (3, builder.add(args[6], _I64(lane)), _F32),
-                    )
-                )
-                place = builder.add(args[8], place)
+                f = builder.add(args[4], _I64(lane))
+                place = pointer_to(context, builder, kinds[3], args[3], f, _F32)
+                factor = builder.load(place)
+                place = builder.add(args[6], builder.mul(args[7], _I64(lane)))
                 scale = splat_value(builder, factor)
                 for part in range(0, size, LANES):
                     some = builder.sext(_pick(builder, column, part, LANES), many(_I32))
                     scaled = builder.fmul(builder.sitofp(some, many(_F32)), scale)
-                    value = narrowed(builder, scaled, kinds[7].dtype)
+                    value = narrowed(builder, scaled, kinds[5].dtype)
                     if size < LANES:
                         value = _pick(builder, value, 0, size)
                     spot = builder.add(place, _I64(part))
-                    _write(context, builder, kinds[7], args[7], spot, value, streamed)
+                    _write(context, builder, kinds[5], args[5], spot, value, False)
             return context.get_dummy_value()
 
         i = types.intp
-        return types.void(units, i, i, factors, places, i, i, out, i), generate
+        return types.void(units, i, i, factors, i, out, i, i), generate
 
     return turn
 
 
-turn_8, turn_16, turn_32 = (_turner(size, False) for size in (8, 16, 32))
-turn_32_streamed = _turner(32, True)
+turn_8, turn_16, turn_32 = map(_turner, (8, 16, 32))
+
+
+def _mover(streamed):
+    @intrinsic
+    def move(typingctx, source, at, target, to):
+        """Copy 32 elements from ``source[at]`` to ``target[to]``."""
+
+        def generate(context, builder, signature, args):
+            kind = signature.args[0]
+            element = context.get_value_type(kind.dtype)
+            vector = ir.VectorType(element, CHUNK // 2)
+            value = _load(context, builder, kind, args[0], args[1], vector)
+            _write(context, builder, signature.args[2], args[2], args[3], value, streamed)
+            return context.get_dummy_value()
+
+        return types.void(source, types.intp, target, types.intp), generate
+
+    return move
+
+
+move, move_streamed = map(_mover, (False, True))
 
 
 def _stepper(streamed):
