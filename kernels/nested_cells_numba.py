@@ -167,6 +167,19 @@ def store_cells(typingctx, source, at, factors, p, codes, to):
 
 
 @intrinsic
+def fetch_ahead(typingctx, array, index):
+    """Ask for an element to be in second-level cache soon; it may lie beyond the array."""
+
+    def generate(context, builder, signature, args):
+        place = _place(context, builder, signature, args, 0, args[1], _I8)
+        arguments = [place, _I32(0), _I32(2), _I32(1)]  # to read, for the second level, data
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@intrinsic
 def store_low_bytes(typingctx, codes, at, vector):
     """Write the lowest byte of each of 16 float32."""
 

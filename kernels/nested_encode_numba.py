@@ -21,6 +21,7 @@ from kvstrata.kernels.nested_cells_numba import (
     bits_of_floats,
     clamp_bytes,
     exceeds,
+    fetch_ahead,
     square_root,
     store_bytes,
     store_cells,
@@ -121,6 +122,7 @@ def _widen(source, at, rows):
     """Write float32 from ``source[at]`` on to ``rows``, all but its last 16 numbers."""
     for j in range(0, rows.size - LANES, LANES):
         store(rows, j, load(source, at + j))
+        fetch_ahead(source, at + j + rows.size - LANES)  # of the head's next block
 
 
 @called
