@@ -18,7 +18,7 @@ from kvstrata.kernels.threads import for_ranges
 from kvstrata.kernels.vectors_numba import LANES, add, load, multiply, splat, store, subtract
 
 _ELEMENTS_PER_THREAD = 1 << 16
-_RUN = 16  # tokens
+_RUN = 64  # tokens
 _NO_POSITIONS = np.empty(0, dtype=np.int64)
 
 
