@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvstrata.cluster.admission import Admission
@@ -162,17 +162,38 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
             ask_store=route.failure not in UNREACHABLE,
         )
         if route.needs_prefill:
-            task = await self._prefill(task, route, clock)
+            handed = _Handed(expected_blocks=route.cached_blocks)
+            async with contextlib.aclosing(self._prefill(task, route, clock, handed)) as replies:
+                async for reply in replies:
+                    yield reply
+            task = replace(
+                task,
+                generated_ids=tuple(handed.token_ids),
+                expected_blocks=handed.expected_blocks,
+            )
         async for reply in self._decode(task, clock):
             if reply.finish_reason:
                 reply.cache.CopyFrom(self._closing_report(reply.cache, task, route, clock))
             yield reply
 
-    async def _prefill(self, task: Task, route: Route, clock: ReportClock) -> Task:
-        """Have a prefill node publish the prompt's blocks; else the decode node computes them."""
+    async def _prefill(
+        self, task: Task, route: Route, clock: ReportClock, handed: "_Handed"
+    ) -> AsyncGenerator[GenerateReply]:
+        """Have a prefill node publish the prompt's blocks, and stream the token that it chooses.
+
+        Where it dies, before the token or after it, the decode node computes the blocks.
+        """
+        report = CacheReport()
+        span = tracing.start("gateway.prefill", "client")
         try:
-            with tracing.current("gateway.prefill", "client") as span:
-                report = await self._workers.prefill(replace(task, traceparent=span.traceparent))
+            with span:
+                work = self._workers.prefill(replace(task, traceparent=span.traceparent))
+                async with contextlib.aclosing(work) as replies:
+                    async for reply in replies:
+                        if reply.token_ids:
+                            handed.token_ids += reply.token_ids
+                            yield reply
+                        report.MergeFrom(reply.cache)
         except DeadlineError:
             raise
         except Exception as error:
@@ -181,11 +202,10 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
             extra = {"reason": reason, "error": str(error)}
             logger.warning("prefill failed", extra=extra, exc_info=not lost)
             clock.recompute(reason, (route.num_blocks - route.cached_blocks) * BLOCK_TOKENS)
-            return task
+            return
         merge_reports(clock.report, report)
         if report.committed_blocks >= route.num_blocks - route.cached_blocks:
-            return replace(task, expected_blocks=route.num_blocks)
-        return task
+            handed.expected_blocks = route.num_blocks
 
     async def _decode(self, task: Task, clock: ReportClock) -> AsyncGenerator[GenerateReply]:
         """Stream a decode node's replies; when it dies, go on elsewhere from the last token."""
@@ -233,6 +253,19 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         count_report(self._counters, report)
         clock.report.Clear()  # counted with the rest; a request that ends earlier is counted then
         return report
+
+
+@dataclass
+class _Handed:
+    """What the prefill node leaves to the decode node.
+
+    Attributes:
+        expected_blocks: That are in the store now.
+        token_ids: Delivered already.
+    """
+
+    expected_blocks: int
+    token_ids: list[int] = field(default_factory=list)
 
 
 def _was_expected(reason: str) -> bool:

@@ -21,7 +21,7 @@ from kvstrata.prefill_node.node import PrefillNode
 from kvstrata.prefill_node.task import Task
 from kvstrata.prefill_node.worker import WorkerConfig, WorkerInfo
 from kvstrata.protos.errors import DeadlineError, KVStrataError
-from kvstrata.protos.inference_pb2 import CacheReport, GenerateReply
+from kvstrata.protos.inference_pb2 import GenerateReply
 
 PREFILL_APP, DECODE_APP = "kvstrata-prefill", "kvstrata-decode"
 MAX_ONGOING_REQUESTS = 256
@@ -34,8 +34,10 @@ class WorkerLostError(Exception):
 class Workers(Protocol):
     """What the gateway needs of the nodes."""
 
-    async def prefill(self, task: Task) -> CacheReport:
-        """Publish the prompt's blocks.
+    def prefill(self, task: Task) -> AsyncGenerator[GenerateReply]:
+        """Publish the prompt's blocks: yields at most one token, and in the end the report.
+
+        Closing the iterator cancels the work.
 
         Raises:
             WorkerLostError: The node died.
@@ -104,29 +106,27 @@ class RayWorkers:
             "decode": await self._decode.info.remote(),
         }
 
-    async def prefill(self, task: Task) -> CacheReport:
+    def prefill(self, task: Task) -> AsyncGenerator[GenerateReply]:
         """See ``Workers.prefill``."""
-        answer = self._prefill.prefill.remote(task)
-        try:
-            with translated(task):
-                async with asyncio.timeout(task.remaining_s):
-                    return CacheReport.FromString(await answer)
-        finally:
-            answer.cancel()  # of no effect once it has come
+        return _streamed(self._prefill.prefill, task)
 
-    async def decode(self, task: Task) -> AsyncGenerator[GenerateReply]:
+    def decode(self, task: Task) -> AsyncGenerator[GenerateReply]:
         """See ``Workers.decode``."""
-        replies = self._decode.generate.options(stream=True).remote(task)
-        try:
-            while True:
-                with translated(task):
-                    try:
-                        reply = await asyncio.wait_for(anext(replies), task.remaining_s)
-                    except StopAsyncIteration:
-                        return
-                yield GenerateReply.FromString(reply)
-        finally:
-            replies.cancel()
+        return _streamed(self._decode.generate, task)
+
+
+async def _streamed(method: Any, task: Task) -> AsyncGenerator[GenerateReply]:
+    replies = method.options(stream=True).remote(task)
+    try:
+        while True:
+            with translated(task):
+                try:
+                    reply = await asyncio.wait_for(anext(replies), task.remaining_s)
+                except StopAsyncIteration:
+                    return
+            yield GenerateReply.FromString(reply)
+    finally:
+        replies.cancel()  # of no effect once all have come
 
 
 @contextlib.contextmanager

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from kvstrata.engine.detokenizer import Detokenizer
-from kvstrata.engine.sampling import sample
 from kvstrata.engine.seat import ParkedError
 from kvstrata.engine.sequence import RunningSequence
 from kvstrata.methods.framing import SealedBlock, precision_name
+from kvstrata.prefill_node.answer import Answer
 from kvstrata.prefill_node.flight import Flight
 from kvstrata.prefill_node.prefill import (
     PLANNED,
@@ -31,10 +30,9 @@ from kvstrata.prefill_node.task import Task
 from kvstrata.prefill_node.worker import Worker, WorkerConfig, WorkerInfo
 from kvstrata.protos import call_context, tracing
 from kvstrata.protos.identity import BLOCK_TOKENS
-from kvstrata.protos.inference_pb2 import FinishReason, GenerateReply
+from kvstrata.protos.inference_pb2 import GenerateReply
 from kvstrata.protos.report import ReportClock
 
-STOP, LENGTH = FinishReason.FINISH_REASON_STOP, FinishReason.FINISH_REASON_LENGTH
 PUBLISH_GRACE_S = 5.0  # how long the last reply waits for blocks on their way to the store
 
 logger = logging.getLogger(__name__)
@@ -82,10 +80,7 @@ class Generation:
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
         self._order = worker.steps.next_order()
-        self._replies: asyncio.Queue[GenerateReply | None] = asyncio.Queue()
-        self._detokenizer = Detokenizer(worker.model.tokenizer, task.sampling.stop)
-        self._generated = list(task.generated_ids)
-        self._finish: FinishReason | None = None
+        self._answer = Answer(worker.model, task)
         self._clock.report.kept_fraction = 1.0
         self._clock.report.layer_bits[:] = [0.0] * worker.model.spec.num_layers
         self._publishing: set[asyncio.Task[None]] = set()
@@ -95,18 +90,10 @@ class Generation:
 
     async def run(self) -> AsyncGenerator[GenerateReply]:
         """Yield one reply per new token, then the closing one."""
-        for token_id in self._generated:
-            self._detokenizer.push(token_id)
-        self._finish = self._finished()
-        if self._finish is None:
-            working = asyncio.create_task(self._work())
-            try:
-                while (reply := await self._replies.get()) is not None:
+        if self._answer.finish is None:
+            async with contextlib.aclosing(self._answer.replies(self._work())) as replies:
+                async for reply in replies:
                     yield reply
-                await working
-            finally:
-                working.cancel()
-                await asyncio.wait({working})
         yield await self._close()
 
     def cancel(self) -> None:
@@ -116,22 +103,19 @@ class Generation:
 
     async def _work(self) -> None:
         """Generate to the end, however often the sequence loses its memory on the way."""
-        try:
-            while self._finish is None:
-                _ = self._task.remaining_s
-                try:
-                    await self._generate()
-                except ParkedError:
-                    self._was_parked = True
-                    self._clock.recompute("parked", 0)
-                    await self._wait_until_published()
-        finally:
-            self._replies.put_nowait(None)
+        while self._answer.finish is None:
+            _ = self._task.remaining_s
+            try:
+                await self._generate()
+            except ParkedError:
+                self._was_parked = True
+                self._clock.recompute("parked", 0)
+                await self._wait_until_published()
 
     async def _generate(self) -> None:
         """Bring a sequence to the end of what is known, and go on from there."""
-        clock, steps = self._clock, self._worker.steps
-        known = [*self._task.prompt_ids, *self._generated]
+        clock, steps, answer = self._clock, self._worker.steps, self._answer
+        known = [*self._task.prompt_ids, *answer.token_ids]
         plan = plan_of(self._worker, self._task, len(known), self._stored)
         task = planned(self._task, plan)
         self._method = task.method
@@ -145,7 +129,7 @@ class Generation:
 
             def choose(logits: torch.Tensor) -> int | None:
                 first[0] = first[0] or time.perf_counter()
-                return self._choose(logits)
+                return answer.choose(logits)
 
             def sealed(blocks: list[SealedBlock]) -> None:
                 new = unstored(blocks, plan) if sequence.committable else []
@@ -153,7 +137,8 @@ class Generation:
                     self._loop.call_soon_threadsafe(self._publish, new, context=self._context)
 
             try:
-                await steps.generate(sequence, choose, sealed)
+                if answer.finish is None:
+                    await steps.generate(sequence, choose, sealed)
             finally:
                 tail_s = (first[0] or time.perf_counter()) - begin
                 clock.add("tail", start, tail_s)
@@ -176,28 +161,23 @@ class Generation:
         async with contextlib.AsyncExitStack() as unless_published:
             unless_published.push_async_callback(flight.aclose)
             sealed = await provide_blocks(
-                worker, sequence, prompt_blocks, task, clock, flight, plan
+                worker,
+                sequence,
+                prompt_blocks,
+                task,
+                clock,
+                flight,
+                plan,
+                None if self._answer.token_ids else self._answer.choose,
             )
             new = unstored(sealed, plan)
             if new and sequence.committable:
                 unless_published.pop_all()
                 self._note_stored(new)
                 self._start_publishing(_publish_and_close(flight, new))
-        if sealed:
+        if sealed and self._answer.finish is None:
             with clock.stage("decompress"):
                 await worker.steps.settle(sequence, sealed)
-
-    def _choose(self, logits: torch.Tensor) -> int | None:
-        """Choose, and send, the next token; in the step loop's thread."""
-        token_id = sample(logits, self._task.sampling, len(self._generated))
-        self._generated.append(token_id)
-        text = self._detokenizer.push(token_id)
-        self._finish = self._finished()
-        if self._finish is not None:
-            text += self._detokenizer.finish()
-        reply = GenerateReply(token_ids=[token_id], text=text)
-        self._loop.call_soon_threadsafe(self._replies.put_nowait, reply)
-        return token_id if self._finish is None else None
 
     def _publish(self, sealed: Sequence[SealedBlock]) -> None:
         self._note_stored(sealed)
@@ -220,18 +200,6 @@ class Generation:
             logger.error("publishing failed", exc_info=publishing.exception())
             self._clock.recompute("unpublished_defect", 0)
 
-    def _finished(self) -> FinishReason | None:
-        if not self._generated:
-            return None
-        task, spec = self._task, self._worker.model.spec
-        ends = self._generated[-1] in spec.eos_token_ids and not task.sampling.ignore_eos
-        if ends or self._detokenizer.stopped is not None:
-            return STOP
-        length = len(task.prompt_ids) + len(self._generated)
-        if len(self._generated) >= task.sampling.max_tokens or length >= spec.max_positions:
-            return LENGTH
-        return None
-
     async def _wait_until_published(self) -> None:
         if self._publishing:
             _, late = await asyncio.wait(self._publishing, timeout=PUBLISH_GRACE_S)
@@ -245,9 +213,9 @@ class Generation:
         report.shareable_tokens = num_prompt_blocks(report.prompt_tokens, method) * BLOCK_TOKENS
         report.precision = precision_name(method.wanted)
         report.codec = f"{method.codec.name}/{method.codec.version}"
-        reply = GenerateReply(finish_reason=self._finish, cache=report)
+        reply = GenerateReply(finish_reason=self._answer.finish, cache=report)
         reply.usage.prompt_tokens = report.prompt_tokens
-        reply.usage.completion_tokens = len(self._generated)
+        reply.usage.completion_tokens = len(self._answer.token_ids)
         return reply
 
 

@@ -24,16 +24,20 @@ class ParkedError(Exception):
 
 @dataclass(eq=False)
 class Compute:
-    """Compute a prompt's tokens up to ``until``.
+    """Compute a prompt's tokens up to ``until``, or all of them.
 
     Attributes:
         until: A multiple of the block size.
+        stop: Behind the last token that is computed: ``until``, or where the prompt ends.
         progressed: Told after each chunk, in the loop's thread.
+        choose: Given the logits after the prompt; None if they are not wanted.
         done: Resolved at the end.
     """
 
     until: int
+    stop: int
     progressed: Callable[[], None]
+    choose: Choose | None = None
     done: "Future[None]" = field(default_factory=Future)
 
 
@@ -111,7 +115,7 @@ class Seat:
     def num_queued(self) -> int:
         """Tokens of its prompt that are still to be computed."""
         sequence, job = self.sequence, self.job
-        return job.until - sequence.cache.length if sequence and isinstance(job, Compute) else 0
+        return job.stop - sequence.cache.length if sequence and isinstance(job, Compute) else 0
 
     def next_span(self, limit: int) -> Span | None:
         """Return its next tokens, at most ``limit``; None if too few are allowed.
@@ -120,11 +124,13 @@ class Seat:
         keeps no probes of them.
         """
         assert self.sequence is not None
-        if not isinstance(self.job, Compute):
+        job = self.job
+        if not isinstance(job, Compute):
             return self.sequence.next_span(limit)
-        left = self.job.until - self.sequence.cache.length
-        limit -= left - limit == 1
-        return self.sequence.prompt_span(self.job.until, limit) if limit > 1 else None
+        limit -= job.stop - self.sequence.cache.length - limit == 1
+        if limit <= 1:
+            return None
+        return self.sequence.prompt_span(job.stop, limit, wants_logits=job.choose is not None)
 
     def fail(self, error: BaseException) -> None:
         """Tell its owner that what was being done ended with an error."""

@@ -211,11 +211,14 @@ class RunningSequence:
             until - int((until - self.cache.length) * PROBE_FRACTION) - 1, until
         )
 
-    def prompt_span(self, until: int, limit: int) -> Span:
-        """Return the next tokens of a prompt, at most ``limit`` and none from ``until`` on."""
+    def prompt_span(self, stop: int, limit: int, *, wants_logits: bool = False) -> Span:
+        """Return the next tokens of a prompt, at most ``limit`` and none from ``stop`` on.
+
+        Logits come after the last one before ``stop``, if they are wanted at all.
+        """
         first = self.cache.length
-        tokens = self.token_ids[first : min(first + limit, until)]
-        return Span(self.cache, tokens, wants_logits=False)
+        last = min(first + limit, stop)
+        return Span(self.cache, self.token_ids[first:last], wants_logits and last == stop)
 
     def extend(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, list[SealedBlock]]:
         """Append tokens after the computed ones, run the model over them, settle blocks that fill.

@@ -185,8 +185,16 @@ class StepLoop:
         """
         await self.call(self._stepper.with_room, sequence, lambda: sequence.cache.truncate(length))
 
-    async def compute(self, sequence: RunningSequence, until: int) -> AsyncIterator[None]:
+    async def compute(
+        self, sequence: RunningSequence, until: int, choose: Choose | None = None
+    ) -> AsyncIterator[None]:
         """Compute a prompt's tokens up to ``until``; yields after each chunk.
+
+        Args:
+            sequence: Holds less than that.
+            until: The end of a block; saliency is that of the tokens before it.
+            choose: For a sequence of the pool: all that is known is computed, and the next token
+                chosen, before the blocks are sealed. Not called for others.
 
         Raises:
             ParkedError: It lost its memory.
@@ -196,7 +204,8 @@ class StepLoop:
             return
         progress: asyncio.Queue[None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        job = Compute(until, lambda: _tell(loop, progress.put_nowait, None))
+        stop = len(sequence.token_ids) if choose else until
+        job = Compute(until, stop, lambda: _tell(loop, progress.put_nowait, None), choose)
         job.done.set_running_or_notify_cancel()
         await self.call(self._stepper.assign, sequence, job)
         done = asyncio.ensure_future(asyncio.wrap_future(job.done))

@@ -366,11 +366,11 @@ class Stepper:
         self._fair.charge(seat.tenant, **{"generated" if is_generated else "prompt": count})
 
     def _choose(self, seat: Seat, logits: torch.Tensor) -> None:
-        job = seat.job
-        assert isinstance(job, Generate)
+        choose = None if seat.job is None else seat.job.choose
+        assert choose is not None
         assert seat.sequence is not None
         try:
-            if (token_id := job.choose(logits)) is not None:
+            if (token_id := choose(logits)) is not None:
                 seat.sequence.token_ids.append(token_id)
         except Exception as error:
             self._blame(seat, error)
@@ -382,7 +382,7 @@ class Stepper:
             return
         if isinstance(job, Compute):
             job.progressed()
-            if sequence.cache.length >= job.until:
+            if sequence.cache.length >= job.stop:
                 self._finish(seat, job)
             return
         blocks = sequence.fill()

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 
+from kvstrata.engine.seat import Choose
 from kvstrata.engine.sequence import RunningSequence
 from kvstrata.methods.framing import SealedBlock
 from kvstrata.methods.presets import Method
@@ -87,6 +88,7 @@ async def provide_blocks(
     clock: ReportClock,
     flight: Flight,
     plan: ReadPlan,
+    choose: Choose | None = None,
 ) -> list[SealedBlock]:
     """Bring the cache to ``num_blocks``: load what others make now, compute the rest.
 
@@ -103,14 +105,16 @@ async def provide_blocks(
             await flight.claim(plan.num_stored, num_blocks)
         is_whole = sequence.num_blocks_held == plan.num_fetched and sequence.method.codec.lossless
         sealed_from = min(plan.num_stored, num_blocks) if is_whole else 0
-        return await compute_blocks(worker, sequence, num_blocks, task, clock, flight, sealed_from)
+        return await compute_blocks(
+            worker, sequence, num_blocks, task, clock, flight, choose, sealed_from
+        )
     for _ in range(MAX_WAITS):
         first = sequence.num_blocks_held
         theirs = await flight.claim(first, num_blocks) if first < num_blocks else 0
         if not theirs:
             break
         await flight.load(first, theirs)
-    return await compute_blocks(worker, sequence, num_blocks, task, clock, flight)
+    return await compute_blocks(worker, sequence, num_blocks, task, clock, flight, choose)
 
 
 async def compute_blocks(
@@ -120,9 +124,14 @@ async def compute_blocks(
     task: Task,
     clock: ReportClock,
     flight: Flight,
+    choose: Choose | None = None,
     sealed_from: int = 0,
 ) -> list[SealedBlock]:
     """Compute the blocks up to ``num_blocks`` that the cache lacks, and return them sealed.
+
+    Under a lossless method the rest of the prompt is computed with them, and ``choose`` given its
+    logits before anything is sealed. Under a lossy one the first token is chosen on top of what
+    was sealed, as for a hit: not here.
 
     Of those before ``sealed_from`` nobody needs the sealed form.
 
@@ -134,10 +143,12 @@ async def compute_blocks(
         return []
     num_queued, begin = worker.steps.num_queued, time.perf_counter()
     with clock.stage("prefill"):
-        async for _ in worker.steps.compute(sequence, num_blocks * BLOCK_TOKENS):
+        is_early = sequence.method.codec.lossless and not sequence.method.pipeline.stages
+        early = choose if is_early else None
+        async for _ in worker.steps.compute(sequence, num_blocks * BLOCK_TOKENS, early):
             _ = task.remaining_s
             await flight.progress()
-    num_tokens = (num_blocks - first) * BLOCK_TOKENS
+    num_tokens = sequence.cache.length - first * BLOCK_TOKENS
     rates.computed(num_queued + num_tokens, time.perf_counter() - begin)
     first = max(first, sealed_from)
     if first >= num_blocks:

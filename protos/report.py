@@ -73,14 +73,16 @@ class ReportClock:
 def merge_reports(into: CacheReport, other: CacheReport) -> None:
     """Add ``other``'s stages, recomputes and byte counts to ``into``; keep the farthest tier.
 
-    Of the other fields the last one wins.
+    Of the other fields the last one wins; of ``layer_bits`` the last that says anything.
     """
     fetched = into.bytes_fetched + other.bytes_fetched
     published = into.bytes_published + other.bytes_published
     committed = into.committed_blocks + other.committed_blocks
     coalesced = into.coalesced_tokens + other.coalesced_tokens
     tier = farthest_tier([into.tier, other.tier])
+    bits = [*(other.layer_bits if any(other.layer_bits) else into.layer_bits or other.layer_bits)]
     into.MergeFrom(other)
+    into.layer_bits[:] = bits
     into.tier = tier
     into.bytes_fetched, into.bytes_published = fetched, published
     into.committed_blocks, into.coalesced_tokens = committed, coalesced

@@ -17,7 +17,7 @@ from kvstrata.prefill_node import Task, WorkerConfig
 from kvstrata.protos import admin_pb2, inference_pb2
 from kvstrata.protos.admin_pb2_grpc import AdminStub
 from kvstrata.protos.errors import KVStrataError, from_rpc_error
-from kvstrata.protos.inference_pb2 import CacheReport, GenerateReply, GenerateRequest
+from kvstrata.protos.inference_pb2 import GenerateReply, GenerateRequest
 from kvstrata.protos.inference_pb2_grpc import InferenceStub
 from tests.prefill_node.nodes import Answer, Nodes, answer_of, running
 
@@ -29,6 +29,7 @@ class LocalWorkers:
 
     Attributes:
         prefill_error: Raised by ``prefill`` in place of work.
+        prefill_dies: Whether the node dies after its first reply, which is the first token.
         dies_at: For the calls of ``decode`` to come, before which reply the node dies; None never.
         pause_s: Before every reply of ``decode``.
         prefills: Tasks that ``prefill`` was given.
@@ -39,17 +40,23 @@ class LocalWorkers:
     def __init__(self, nodes: Nodes) -> None:
         self._nodes = nodes
         self.prefill_error: Exception | None = None
+        self.prefill_dies = False
         self.dies_at: list[int | None] = []
         self.pause_s = 0.0
         self.prefills: list[Task] = []
         self.decodes: list[Task] = []
         self.num_open = 0
 
-    async def prefill(self, task: Task) -> CacheReport:
+    async def prefill(self, task: Task) -> AsyncGenerator[GenerateReply]:
         self.prefills.append(task)
         if self.prefill_error is not None:
             raise self.prefill_error
-        return CacheReport.FromString(await self._nodes.prefill.prefill(task))
+        replies: Any = self._nodes.prefill.prefill(task)
+        async with contextlib.aclosing(replies):
+            async for reply in replies:
+                yield GenerateReply.FromString(reply)
+                if self.prefill_dies:
+                    raise WorkerLostError("the node died")
 
     async def decode(self, task: Task) -> AsyncGenerator[GenerateReply]:
         self.decodes.append(task)

@@ -1,6 +1,7 @@
 """The whole path of a request, and what becomes of it when something on the way fails."""
 
 import asyncio
+from collections.abc import AsyncGenerator
 
 import grpc
 import pytest
@@ -26,9 +27,9 @@ from kvstrata.protos.errors import (
 )
 from kvstrata.protos.identity import BlockKey
 from kvstrata.protos.inference_pb2 import (
-    CacheReport,
     ChatMessage,
     ChatMessages,
+    GenerateReply,
     GenerateRequest,
     GetModelRequest,
     Sampling,
@@ -236,7 +237,7 @@ async def test_a_defect_of_the_decode_node_is_told_as_ours_without_its_text(
     def fail(*_: object) -> None:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr("kvstrata.decode_node.node.sample", fail)
+    monkeypatch.setattr("kvstrata.prefill_node.answer.sample", fail)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await cluster.generate(request_of(SHORT))
     assert caught.value.code() is grpc.StatusCode.INTERNAL
@@ -308,13 +309,13 @@ async def test_a_lost_block_costs_those_behind_it_and_a_lossy_prefix_as_a_whole(
     await cluster.generate(request_of(LONG[:100], preset=preset))
     prefill = cluster.workers.prefill
 
-    async def prefill_then_lose(task: Task) -> CacheReport:
-        report = await prefill(task)
+    async def prefill_then_lose(task: Task) -> AsyncGenerator[GenerateReply]:
+        async for reply in prefill(task):
+            yield reply
         sequence = RunningSequence(model, task.method, task.prompt_ids, salt=task.salt)
         async with StoreClient(store.address) as client:
             keys = [BlockKey(sequence.scope, h) for h in sequence.hashes[3:]]
             assert await client.delete(keys) == 3
-        return report
 
     monkeypatch.setattr(cluster.workers, "prefill", prefill_then_lose)
     answer = await cluster.generate(request_of(LONG, preset=preset))

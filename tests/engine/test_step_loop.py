@@ -191,7 +191,7 @@ def test_a_prompt_is_never_computed_by_single_tokens(
     for limit in range(1, 70):
         sequence = RunningSequence(model, method, prompt_of(200))
         seat = Seat(method, sequence.token_ids, 0, "", 0.0, b"", 200, 1, sequence=sequence)
-        seat.job = Compute(until, lambda: None)
+        seat.job = Compute(until, until, lambda: None)
         while sequence.cache.length < until:
             span = seat.next_span(limit)
             if span is None:

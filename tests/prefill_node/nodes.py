@@ -162,7 +162,17 @@ async def decoded(node: DecodeNode, task: Task) -> Answer:
 
 
 async def prefilled(node: PrefillNode, task: Task) -> CacheReport:
-    return CacheReport.FromString(await node.prefill(task))
+    return (await first_token(node, task))[1]
+
+
+async def first_token(node: PrefillNode, task: Task) -> tuple[list[GenerateReply], CacheReport]:
+    """Return what a prefill node says of the answer, at most one token; and its report."""
+    replies = [GenerateReply.FromString(r) async for r in node.prefill(task)]
+    assert len(replies) <= 2
+    assert all(len(r.token_ids) == 1 and not r.HasField("cache") for r in replies[:-1])
+    assert not replies[-1].token_ids
+    assert not replies[-1].finish_reason
+    return replies[:-1], replies[-1].cache
 
 
 def names_of(

@@ -23,6 +23,8 @@ from tests.prefill_node.nodes import (
     EXACT,
     MAX_POSITIONS,
     VOCAB_SIZE,
+    decoded,
+    first_token,
     names_of,
     prefilled,
     prompt_of,
@@ -76,8 +78,36 @@ async def test_publishing_again_finds_the_blocks_there(
     assert (cached.committed_blocks, cached.bytes_published) == (0, 0)
     assert cached.bytes_fetched > 0
     assert cached.tier == "dram"
-    assert [s.stage for s in cached.stages] == ["fetch", "decompress"]
+    assert [s.stage for s in cached.stages] == ["fetch", "decompress", "tail"]
     assert {s.node for s in cached.stages} == {"prefill"}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("length", [192, 200])
+@pytest.mark.parametrize("method", [BALANCED, EXACT])
+async def test_the_first_token_is_the_one_that_a_decode_node_draws(
+    config: WorkerConfig, method: Method, length: int, temperature: float
+) -> None:
+    task = task_of(prompt_of(length), method, temperature=temperature, seed=5)
+    async with running(config) as nodes:
+        alone = await decoded(nodes.decode, task)
+    async with LocalStore() as store, running(config, store.address) as nodes:
+        for _ in ("computed", "attached"):
+            (reply,), report = await first_token(nodes.prefill, task)
+            assert list(reply.token_ids) == alone.tokens[:1]
+            assert alone.text.startswith(reply.text)
+            assert reasons_of(report) == {}
+        again = replace(task, generated_ids=tuple(alone.tokens[:1]))
+        assert (await first_token(nodes.prefill, again))[0] == []
+
+
+async def test_under_stages_the_first_token_is_left_to_the_decode_node(
+    config: WorkerConfig,
+) -> None:
+    method = replace(EXACT, pipeline=Pipeline.of(H2O()))
+    async with LocalStore() as store, running(config, store.address) as nodes:
+        replies, report = await first_token(nodes.prefill, task_of(prompt_of(192), method))
+    assert (replies, report.committed_blocks) == ([], 2)
 
 
 async def test_only_the_uncached_suffix_is_computed(config: WorkerConfig, model: Model) -> None:
@@ -149,7 +179,7 @@ async def test_values_beyond_the_codec_are_told(
 async def test_a_deadline_in_the_past_ends_the_work(config: WorkerConfig) -> None:
     async with LocalStore() as store, running(config, store.address) as nodes:
         with pytest.raises(DeadlineError, match="over") as caught:
-            await nodes.prefill.prefill(task_of(prompt_of(200), timeout_s=-1.0))
+            await prefilled(nodes.prefill, task_of(prompt_of(200), timeout_s=-1.0))
         assert caught.value.remedy
         assert store.running.store.counters.get("puts_total") == 0
 

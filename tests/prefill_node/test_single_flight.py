@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kvstrata.engine import Model
+from kvstrata.engine.seat import Choose
 from kvstrata.engine.sequence import RunningSequence
 from kvstrata.kvstore_service.config import StoreConfig, StoreLimits
 from kvstrata.kvstore_service.testing import LocalStore, sample_block
@@ -52,13 +53,15 @@ class Slow:
         steps = node._worker.steps
         compute = steps.compute
 
-        async def slow(sequence: RunningSequence, until: int) -> AsyncIterator[None]:
+        async def slow(
+            sequence: RunningSequence, until: int, choose: Choose | None = None
+        ) -> AsyncIterator[None]:
             self.began.set()
             await self.go_on.wait()
             first = sequence.cache.length
-            async for _ in compute(sequence, until):
+            async for _ in compute(sequence, until, choose):
                 yield
-            self.num_tokens += sequence.cache.length - first
+            self.num_tokens += until - first
 
         steps.compute = slow
 
@@ -105,7 +108,7 @@ async def test_two_prefills_of_one_prompt_compute_it_once(
     assert [r.committed_blocks for r in reports] == [4, 4]
     assert [r.coalesced_tokens for r in reports] == [0, 256]
     assert [reasons_of(r) for r in reports] == [{}, {}]
-    assert [s.stage for s in reports[1].stages] == ["attach", "decompress"]
+    assert [s.stage for s in reports[1].stages] == ["attach", "decompress", "tail"]
     counters = store.running.store.counters
     assert counters.get("puts_total", outcome="committed") == 4
     assert counters.get("opened_blocks_total", state="pending") == 4
