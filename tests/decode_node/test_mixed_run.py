@@ -38,6 +38,7 @@ SECONDS = float(os.environ.get("KVSTRATA_MIXED_S", "1"))
 IS_LONG = SECONDS >= 60
 CLIENTS = 6
 LEAST = 4  # requests of each client
+PARK_S = 45.0  # clients go on so much longer until one request at least was parked
 ROWS = 1000  # tokens that the pool of a node holds; six clients want up to about 2,400
 BYTES_A_ROW = 2 * 3 * 2 * 8 * 4  # K and V of three layers of two heads of 8 floats
 PREFIXES = [prompt_of(64 * (1 + n % 2), seed=n) for n in range(4)]
@@ -60,6 +61,11 @@ class Run:
     nodes: Nodes
     outcomes: Counter[str] = field(default_factory=Counter)
     expected: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
+
+    @property
+    def num_parked(self) -> int:
+        """How many requests of the decode node have lost their memory."""
+        return self.nodes.decode._worker.steps.counts.get("parked")
 
     def alone(self, prompt: tuple[int, ...], count: int) -> list[int]:
         """Return what the model alone generates; a longer answer serves shorter ones too."""
@@ -90,7 +96,11 @@ def draw_task(draw: random.Random) -> tuple[str, Task]:
 
 async def client(run: Run, draw: random.Random, until: float) -> None:
     num_done = 0
-    while time.monotonic() < until or num_done < LEAST:
+    while (
+        time.monotonic() < until
+        or num_done < LEAST
+        or (not run.num_parked and time.monotonic() < until + PARK_S)
+    ):
         num_done += 1
         name, task = draw_task(draw)
         try:
@@ -137,7 +147,7 @@ async def test_a_mixed_load_loses_and_doubles_no_token(config: WorkerConfig, mod
         growth = asyncio.create_task(measure_growth(until))
         await asyncio.gather(*(client(run, random.Random(n), until) for n in range(CLIENTS)))
         pools = [node._worker.steps.pool for node in (nodes.prefill, nodes.decode)]
-        parked = nodes.decode._worker.steps.counts.get("parked")
+        parked = run.num_parked
         async with asyncio.timeout(60):  # those who left are put away by the loop
             while any(pool.arena.used_bytes for pool in pools):
                 await asyncio.sleep(0.01)
