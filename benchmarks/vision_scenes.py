@@ -1,6 +1,6 @@
 """Synthetic pictures and videos with questions whose answers are known: shapes, digits, order.
 
-A picture is a grid of 4 x 4 cells of 16 pixels on a grey ground. Some cells hold a coloured shape,
+A picture is a grid of 8 x 8 cells of 16 pixels on a grey ground. Some cells hold a coloured shape,
 and some pictures hold a digit. A video is a few frames; each shows one shape somewhere, so that the
 order of events is the order of frames. All is drawn with NumPy and depends on the seed alone.
 """
@@ -12,7 +12,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-SIDE, CELL = 64, 16
+SIDE, CELL = 128, 16
+ACROSS = SIDE // CELL
 COLOURS = {
     "red": (220, 50, 47),
     "green": (60, 170, 60),
@@ -43,11 +44,13 @@ class Scene:
 
     Attributes:
         frames: uint8 (SIDE, SIDE, 3) each; one of them is a picture, several are a video.
+        shown: Of each frame, the cells that hold something and what: "red circle", "7".
         questions: Pairs of question and answer.
         kinds: Of each question: "colour", "shape", "count", "digit", "order".
     """
 
     frames: tuple[Picture, ...]
+    shown: tuple[dict[int, str], ...]
     questions: tuple[tuple[str, str], ...]
     kinds: tuple[str, ...]
 
@@ -57,11 +60,13 @@ def picture(draw: np.random.Generator) -> Scene:
     pixels = _ground(draw)
     num_shapes = int(draw.integers(1, MAX_SHAPES + 1))
     has_digit = bool(draw.integers(2))
-    cells = draw.permutation(16)[: num_shapes + has_digit]
+    cells = draw.permutation(ACROSS**2)[: num_shapes + has_digit]
     pairs = [(c, s) for c in COLOURS for s in SHAPES]
     shown = [pairs[i] for i in draw.permutation(len(pairs))[:num_shapes]]
+    held = {}
     for cell, (colour, shape) in zip(cells, shown, strict=False):
         _draw(pixels, int(cell), _shape(shape), COLOURS[colour])
+        held[int(cell)] = f"{colour} {shape}"
     asked = [("count", "how many shapes?", str(num_shapes))]
     colours, shapes = [c for c, _ in shown], [s for _, s in shown]
     for colour, shape in shown:
@@ -75,7 +80,8 @@ def picture(draw: np.random.Generator) -> Scene:
         digit = int(draw.integers(10))
         _draw(pixels, int(cells[-1]), _digit(digit), (250, 250, 250))
         asked.append(("digit", "which digit?", str(digit)))
-    return _scene(draw, (pixels,), asked)
+        held[int(cells[-1])] = str(digit)
+    return _scene(draw, (pixels,), (held,), asked)
 
 
 def video(draw: np.random.Generator) -> Scene:
@@ -83,12 +89,13 @@ def video(draw: np.random.Generator) -> Scene:
     pairs = [(c, s) for c in COLOURS for s in SHAPES]
     count = int(draw.integers(2, MAX_FRAMES + 1))
     shown = [pairs[i] for i in draw.permutation(len(pairs))[:count]]
-    frames = []
-    for colour, shape in shown:
-        pixels = _ground(draw)
-        _draw(pixels, int(draw.integers(16)), _shape(shape), COLOURS[colour])
-        frames.append(pixels)
     names = [f"{colour} {shape}" for colour, shape in shown]
+    frames, held = [], []
+    for (colour, shape), name in zip(shown, names, strict=True):
+        pixels, cell = _ground(draw), int(draw.integers(ACROSS**2))
+        _draw(pixels, cell, _shape(shape), COLOURS[colour])
+        frames.append(pixels)
+        held.append({cell: name})
     asked = [
         ("order", "what came first?", names[0]),
         ("order", "what came last?", names[-1]),
@@ -97,14 +104,22 @@ def video(draw: np.random.Generator) -> Scene:
     for before, after in pairwise(names):
         asked.append(("order", f"what came after the {before}?", after))
         asked.append(("order", f"what came before the {after}?", before))
-    return _scene(draw, frames, asked)
+    return _scene(draw, frames, held, asked)
 
 
 def _scene(
-    draw: np.random.Generator, frames: Sequence[Picture], asked: Sequence[tuple[str, str, str]]
+    draw: np.random.Generator,
+    frames: Sequence[Picture],
+    shown: Sequence[dict[int, str]],
+    asked: Sequence[tuple[str, str, str]],
 ) -> Scene:
     order = [asked[i] for i in draw.permutation(len(asked))]
-    return Scene(tuple(frames), tuple((q, a) for _, q, a in order), tuple(k for k, _, _ in order))
+    return Scene(
+        tuple(frames),
+        tuple(shown),
+        tuple((q, a) for _, q, a in order),
+        tuple(k for k, _, _ in order),
+    )
 
 
 def _ground(draw: np.random.Generator) -> Picture:
@@ -114,7 +129,7 @@ def _ground(draw: np.random.Generator) -> Picture:
 def _draw(
     pixels: Picture, cell: int, mask: NDArray[np.bool_], colour: tuple[int, int, int]
 ) -> None:
-    y, x = cell // 4 * CELL, cell % 4 * CELL
+    y, x = cell // ACROSS * CELL, cell % ACROSS * CELL
     pixels[y : y + CELL, x : x + CELL][mask] = colour
 
 

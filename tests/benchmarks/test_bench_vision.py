@@ -10,7 +10,7 @@ import pytest
 import torch
 import vision_model
 from methods_plot import draw_vision
-from vision_scenes import COLOURS, MAX_FRAMES, Scene, picture, video
+from vision_scenes import ACROSS, CELL, COLOURS, MAX_FRAMES, Scene, picture, video
 
 from kvstrata.engine.model import Model
 
@@ -41,6 +41,20 @@ def test_answers_are_what_the_pixels_show(seed: int) -> None:
     assert 2 <= len(scene.frames) <= MAX_FRAMES
     assert shows(scene, answers["what came first?"].split()[0])[0]
     assert shows(scene, answers["what came last?"].split()[0])[-1]
+
+
+@pytest.mark.parametrize("make", [picture, video])
+def test_words_name_what_cells_show(make: Any) -> None:
+    scene = make(np.random.default_rng(3))
+    tokenizer = vision_model.build_tokenizer()
+    words = vision_model.batch_of([scene], tokenizer)["words"].unflatten(0, (len(scene.frames), -1))
+    for frame, held, found in zip(scene.frames, scene.shown, words, strict=True):
+        cells = frame.reshape(ACROSS, CELL, ACROSS, CELL, 3).transpose(0, 2, 1, 3, 4)
+        cells = cells.reshape(ACROSS**2, -1)
+        assert {i for i, cell in enumerate(cells) if len(set(cell)) > 1} == set(held)
+        for cell, (first, last) in enumerate(found.tolist()):
+            said = dict.fromkeys(tokenizer.decode([token]).strip() for token in (first, last))
+            assert " ".join(said) == held.get(cell, vision_model.PAD)
 
 
 def test_scenes_depend_on_their_seed_alone() -> None:
