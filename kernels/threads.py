@@ -72,6 +72,7 @@ def for_ranges(work: Callable[[int, int], object], total: int, grain: int = 1) -
 
     Raises:
         Exception: One that ``work`` raised, after all ranges have ended.
+        RuntimeError: A range was left undone.
     """
     parts = max(1, min(torch.get_num_threads(), total // max(1, grain)))
     bounds = [total * part // parts for part in range(parts + 1)]
@@ -81,11 +82,12 @@ def for_ranges(work: Callable[[int, int], object], total: int, grain: int = 1) -
             work(*one)
         return
     errors: list[BaseException] = []
+    done: list[int] = []
     left = iter(ranges)
 
     def take(_: object = None) -> None:
         """Handle ranges until none is left; a team may have fewer threads than asked for."""
-        _handle(work, left, errors)
+        _handle(work, left, done, errors)
 
     run = None if _Child.forked else _team()
     if run is not None:
@@ -97,15 +99,19 @@ def for_ranges(work: Callable[[int, int], object], total: int, grain: int = 1) -
             other.result()
     if errors:
         raise errors[0]
+    if len(done) < len(ranges):  # an interrupt between two ranges, which the team keeps to itself
+        raise RuntimeError("work on threads was interrupted: part of it is not done")
 
 
 def _handle(
     work: Callable[[int, int], object],
     left: Iterator[tuple[int, int]],
+    done: list[int],
     errors: list[BaseException],
 ) -> None:
     for start, stop in left:  # a list's iterator gives each of its items to one thread
         try:
             work(start, stop)
+            done.append(start)
         except BaseException as error:  # raised again by the caller's thread
             errors.append(error)

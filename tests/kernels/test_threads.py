@@ -55,6 +55,14 @@ def test_an_error_is_raised_after_all_have_ended(num_threads, bad):
     assert len(ended) == num_threads - 1
 
 
+def test_a_range_that_is_left_undone_is_told(num_threads, monkeypatch):
+    # As after an interrupt in the callback, which ctypes prints and does not raise.
+    monkeypatch.setattr(threads, "_team", lambda: lambda region, *_: None)
+    if num_threads > 1:
+        with pytest.raises(RuntimeError, match="not done"):
+            for_ranges(lambda start, stop: None, 100)
+
+
 def test_callers_on_several_threads_do_not_disturb_each_other():
     sums = [0] * 8
 
