@@ -22,6 +22,7 @@ from kvstrata.kernels.vectors_numba import (
     lanes,
     many,
     pointer_to,
+    sums_and_differences,
     transposed,
     vector_function,
 )
@@ -69,15 +70,7 @@ def _steps(builder, first, step, count):
 
 
 def _turned(builder, rows):
-    """Return sums and differences of rows: of neighbours first, of halves last."""
-    rows, step = list(rows), 1
-    while step < len(rows):
-        for i in range(len(rows)):
-            if not i & step:
-                a, b = rows[i], rows[i + step]
-                rows[i], rows[i + step] = builder.fadd(a, b), builder.fsub(a, b)
-        step *= 2
-    return rows
+    return sums_and_differences(rows, builder.fadd, builder.fsub)
 
 
 def _low_turner(size):

@@ -26,6 +26,7 @@ from kvstrata.kernels.vectors_numba import (
     narrowed,
     pointer_to,
     splat_value,
+    sums_and_differences,
 )
 
 CHUNK = 64
@@ -116,15 +117,7 @@ def _codes(builder, nibbles, unit):
 
 
 def _turned(builder, rows):
-    """Return sums and differences of rows, of all pairs of them, 2 ** steps rows."""
-    rows, step = list(rows), 1
-    while step < len(rows):
-        for i in range(len(rows)):
-            if not i & step:
-                a, b = rows[i], rows[i + step]
-                rows[i], rows[i + step] = builder.add(a, b), builder.sub(a, b)
-        step *= 2
-    return rows
+    return sums_and_differences(rows, builder.add, builder.sub)
 
 
 def _unpacker(radix):

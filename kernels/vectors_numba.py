@@ -350,3 +350,15 @@ def transposed(builder, rows):
                 swapped[r + size] = builder.shuffle_vector(a, b, ir.Constant(many(_I32), second))
         rows = swapped
     return rows
+
+
+def sums_and_differences(rows, add, subtract):
+    """Return the Hadamard transform over rows, a power of two of them: neighbours first."""
+    rows, step = list(rows), 1
+    while step < len(rows):
+        for i in range(len(rows)):
+            if not i & step:
+                a, b = rows[i], rows[i + step]
+                rows[i], rows[i + step] = add(a, b), subtract(a, b)
+        step *= 2
+    return rows
