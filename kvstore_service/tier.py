@@ -148,11 +148,7 @@ class Tier(Protocol):
 class OneByOne:
     """What a tier inherits that reads each block by itself, several at a time."""
 
-    async def get(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
-        """See ``Tier.get``."""
-        raise NotImplementedError
-
-    async def get_all(self, wanted: Wanted) -> list[dict[int, bytes]]:
+    async def get_all(self: Tier, wanted: Wanted) -> list[dict[int, bytes]]:
         """See ``Tier.get_all``."""
         if len(wanted) == 1:
             return [await self.get(*wanted[0])]
