@@ -77,7 +77,7 @@ farm:
 
 proto: install farm ## regenerate the stubs in protos/ from the .proto files
 	$(PROTOC) --python_out=. --pyi_out=. $(patsubst %,kvstrata/%,$(wildcard protos/*.proto))
-	$(PROTOC) --grpc_python_out=. $(patsubst %,kvstrata/%,$(filter-out %/frame.proto,$(wildcard protos/*.proto)))
+	$(PROTOC) --grpc_python_out=. $(patsubst %,kvstrata/%,$(filter-out %/frame.proto %/retention.proto,$(wildcard protos/*.proto)))
 
 bench-%: benchmarks/bench_%.py install ## run one benchmark: make bench-<claim> ARGS=--quick
 	$(BIN)/python -P $< $(ARGS)

@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvstrata.client.connection import Endpoint
 from kvstrata.client.request import MAX_UINT32
 from kvstrata.client.validation import check_seconds
-from kvstrata.protos import admin_pb2, admin_pb2_grpc, frame_pb2, kvstore_pb2
+from kvstrata.protos import admin_pb2, admin_pb2_grpc, frame_pb2, kvstore_pb2, retention_pb2
 from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
 from kvstrata.protos.errors import InvalidRequestError
 from kvstrata.protos.identity import BlockHash, BlockKey, ScopeDigest
@@ -284,7 +284,17 @@ def listing_dict(block: admin_pb2.BlockListing) -> dict[str, Any]:
         "bytes": sum(strata.values()),
         "tiers": list(block.tiers),
         "pinned": block.pinned,
+        **_retention_dict(block),
     }
+
+
+def _retention_dict(block: admin_pb2.BlockListing) -> dict[str, Any]:
+    """Return what hints say of a block; nothing without any."""
+    if not block.sessions:
+        return {}
+    priority = _enum_name(retention_pb2.Priority, block.priority, "PRIORITY_")
+    keep_s = block.keep_ms / 1000
+    return {"retention": {"priority": priority, "sessions": block.sessions, "keep_s": keep_s}}
 
 
 def header_dict(header: frame_pb2.FrameHeader) -> dict[str, Any]:

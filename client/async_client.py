@@ -11,12 +11,12 @@ import grpc
 
 from kvstrata.client.chat import Conversation
 from kvstrata.client.connection import CONNECT_TIMEOUT_S, TIMEOUT_S, Endpoint
-from kvstrata.client.request import GenerateOptions, Prompt, build_request
+from kvstrata.client.request import GenerateOptions, Prompt, build_request, release_request
 from kvstrata.client.results import Chunk, Completion, ModelInfo
 from kvstrata.client.transcript import Transcript
 from kvstrata.protos import inference_pb2, inference_pb2_grpc, tracing
 from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
-from kvstrata.protos.errors import InvalidRequestError
+from kvstrata.protos.errors import InvalidRequestError, KVStrataError
 
 
 class AsyncStream(AsyncIterator[Chunk]):
@@ -127,7 +127,35 @@ def _task_is_cancelled() -> bool:
 
 
 class AsyncChatSession(Conversation[AsyncStream]):
-    """A conversation over an ``AsyncClient``; made by ``AsyncClient.chat``."""
+    """A conversation over an ``AsyncClient``; made by ``AsyncClient.chat``.
+
+    At the end of its ``async with`` block it is over: see ``aclose``.
+    """
+
+    def __init__(
+        self, client: "AsyncClient", *, system: str | None, defaults: GenerateOptions
+    ) -> None:
+        super().__init__(client._open, system=system, defaults=defaults)
+        self._client = client
+
+    async def aclose(self) -> None:
+        """Tell the store that it may forget first what this conversation alone used.
+
+        It may go on all the same. May be repeated.
+        """
+        await self._client.release(self.session_id)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with contextlib.suppress(KVStrataError):  # a hint that is lost costs room for a while
+            await self.aclose()
 
     async def send(self, text: str, **options: Unpack[GenerateOptions]) -> Completion:
         """Return the whole answer to ``text``, which with it joins the history."""
@@ -166,20 +194,29 @@ class AsyncClient:
         self, *, system: str | None = None, **defaults: Unpack[GenerateOptions]
     ) -> AsyncChatSession:
         """Return a conversation; ``defaults`` hold for its turns unless a turn says otherwise."""
-        return AsyncChatSession(self._open, system=system, defaults=defaults)
+        return AsyncChatSession(self, system=system, defaults=defaults)
 
     async def model(self, *, timeout_s: float | None = None) -> ModelInfo:
         """Return what is served and within which limits."""
-        stub = self._connect()
+        request = inference_pb2.GetModelRequest()
+        return ModelInfo.from_proto(await self._call("GetModel", request, timeout_s))
+
+    async def release(self, session_id: str, *, timeout_s: float | None = None) -> int:
+        """Let the store forget first what a session alone used; return how many blocks it has.
+
+        0 for a session that gave no ``priority`` or ``keep_s``, or whose time is over. Idempotent.
+        """
+        return int((await self._call("Release", release_request(session_id), timeout_s)).blocks)
+
+    async def _call(self, name: str, request: Any, timeout_s: float | None) -> Any:
         try:
-            reply = await stub.GetModel(
-                inference_pb2.GetModelRequest(),
+            return await getattr(self._connect(), name)(
+                request,
                 timeout=self._endpoint.time_limit(timeout_s),
                 metadata=self._endpoint.metadata,
             )
         except grpc.RpcError as error:
             raise self._endpoint.error(error) from None
-        return ModelInfo.from_proto(reply)
 
     async def aclose(self) -> None:
         """Cancel what runs and close the connection; may be repeated."""

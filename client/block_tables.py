@@ -5,7 +5,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from kvstrata.client.tables import add, draw, line, right, size
+from kvstrata.client.tables import add, draw, line, retention_text, right, size
 from kvstrata.client.token_picture import LEGEND, class_rows, head_rows, saliency_rows
 
 _HEADER_ROWS = {
@@ -26,6 +26,8 @@ def show_block(found: dict[str, Any], layer: int | None = None) -> None:
     """Print one block, the header of each stratum, and how its tokens are kept."""
     line(f"{found['key']}{' (pinned)' if found['pinned'] else ''}")
     line(f"{size(found['bytes'])} in {', '.join(found['tiers'])}")
+    if kept := retention_text(found):
+        line(f"priority {kept}")
     table = Table("", *(header["stratum"] for header in found["headers"]))
     headers = found["headers"]
     add(table, "frame bytes", *(found["strata"].get(h["stratum"], "") for h in headers))

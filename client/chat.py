@@ -41,13 +41,17 @@ class Conversation(Generic[StreamT]):
         if system is not None:
             self._messages.append(ChatMessage("system", check_text("system", system)))
         self._session_id = defaults.get("session_id") or str(uuid.uuid4())
-        self._defaults: GenerateOptions = {**defaults, "session_id": self._session_id}
+        self._defaults: GenerateOptions = {
+            "priority": "normal",  # so that the store knows the session when it is released
+            **defaults,
+            "session_id": self._session_id,
+        }
         self._images = list(defaults.get("images") or ())
         self._turn: weakref.ref[StreamT] | None = None
 
     @property
     def session_id(self) -> str:
-        """The name of this conversation in the service's logs."""
+        """The name of this conversation in the service's logs, and for ``release``."""
         return self._session_id
 
     @property

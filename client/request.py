@@ -11,7 +11,7 @@ from typing import Literal, TypedDict
 from kvstrata.client.method_settings import MethodSettings, StratumName, set_method, stratum_of
 from kvstrata.client.validation import check_integer, check_number, check_seconds, check_text
 from kvstrata.client.visuals import Visual, to_visuals
-from kvstrata.protos import inference_pb2
+from kvstrata.protos import inference_pb2, retention_pb2
 from kvstrata.protos.errors import (
     EmptyPromptError,
     InvalidRequestError,
@@ -22,8 +22,10 @@ from kvstrata.protos.errors import (
 from kvstrata.protos.service import MAX_MESSAGE_BYTES
 
 Role = Literal["system", "user", "assistant"]
+Priority = Literal["low", "normal", "high"]
 
 ROLES = ("system", "user", "assistant")
+PRIORITIES = ("low", "normal", "high")
 MAX_UINT32 = 2**32 - 1
 MAX_UINT64 = 2**64 - 1
 MAX_FLOAT32 = 3.4028234e38
@@ -53,7 +55,8 @@ class GenerateOptions(TypedDict, total=False):
         seed: Makes sampling repeatable.
         stop: Text, or texts, before which the continuation ends.
         ignore_eos: Go on past the end-of-sequence token.
-        session_id: Names the conversation in logs; never part of a block's identity.
+        session_id: Names the conversation in logs and for ``release``; never part of a block's
+            identity.
         model: Refuse to be answered by another model.
         timeout_s: Time limit of this call, in place of the client's.
         images: One for each placeholder in the prompt: a PNG or JPEG file as bytes or Path, or
@@ -61,6 +64,9 @@ class GenerateOptions(TypedDict, total=False):
         coarsest: The coarsest stratum that stored blocks may be read at, should the first token be
             late otherwise; by default they are read as finely as the preset or the settings say.
         first_token_s: When the first token is wanted; by default in time for ``timeout_s``.
+        priority: Of this session's blocks in the store: "low" goes before all others, "high" after,
+            as far as the store has room for such blocks. What a later request says holds for all.
+        keep_s: How long that holds; at most, and by default, the store's limit.
     """
 
     preset: str | None
@@ -78,6 +84,8 @@ class GenerateOptions(TypedDict, total=False):
     images: Sequence[Visual] | None
     coarsest: StratumName | None
     first_token_s: float | None
+    priority: Priority | None
+    keep_s: float | None
 
 
 def build_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.GenerateRequest:
@@ -105,12 +113,35 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.Gen
     if (first_token_s := options.get("first_token_s")) is not None:
         milliseconds = check_seconds("first_token_s", first_token_s) * 1000
         request.first_token_ms = min(max(1, round(milliseconds)), MAX_UINT32)
+    _set_retention(request, options.get("priority"), options.get("keep_s"))
     if request.ByteSize() > MAX_MESSAGE_BYTES:
         raise MessageTooLargeError(
             f"the request has {request.ByteSize()} bytes, a server accepts {MAX_MESSAGE_BYTES}",
             "shorten the prompt, or scale images down",
         )
     return request
+
+
+def release_request(session_id: str) -> retention_pb2.ReleaseRequest:
+    """Return the message that ends a session; ``InvalidRequestError`` without a name."""
+    if not check_text("session_id", session_id):
+        raise InvalidRequestError("no session to release", "name the session, such as a chat's id")
+    return retention_pb2.ReleaseRequest(session=session_id)
+
+
+def _set_retention(
+    request: inference_pb2.GenerateRequest, priority: Priority | None, keep_s: float | None
+) -> None:
+    if priority is not None:
+        if priority not in PRIORITIES:
+            raise InvalidRequestError(
+                f"unknown priority {str(priority)[:40]!r}", f"use one of {', '.join(PRIORITIES)}"
+            )
+        number = retention_pb2.Priority.Value(f"PRIORITY_{priority.upper()}")
+        request.retention.priority = number  # type: ignore[assignment]
+    if keep_s is not None:
+        milliseconds = check_seconds("keep_s", keep_s) * 1000
+        request.retention.keep_ms = min(max(1, round(milliseconds)), MAX_UINT32)
 
 
 def _set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:

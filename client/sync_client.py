@@ -10,12 +10,12 @@ import grpc
 
 from kvstrata.client.chat import Conversation
 from kvstrata.client.connection import CONNECT_TIMEOUT_S, TIMEOUT_S, Endpoint
-from kvstrata.client.request import GenerateOptions, Prompt, build_request
+from kvstrata.client.request import GenerateOptions, Prompt, build_request, release_request
 from kvstrata.client.results import Chunk, Completion, ModelInfo
 from kvstrata.client.transcript import Transcript
 from kvstrata.protos import inference_pb2, inference_pb2_grpc, tracing
 from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
-from kvstrata.protos.errors import InvalidRequestError
+from kvstrata.protos.errors import InvalidRequestError, KVStrataError
 
 
 class Stream(Iterator[Chunk]):
@@ -114,7 +114,33 @@ class Stream(Iterator[Chunk]):
 
 
 class ChatSession(Conversation[Stream]):
-    """A conversation over a ``Client``; made by ``Client.chat``. Belongs to one thread."""
+    """A conversation over a ``Client``; made by ``Client.chat``. Belongs to one thread.
+
+    At the end of its ``with`` block it is over: see ``close``.
+    """
+
+    def __init__(self, client: "Client", *, system: str | None, defaults: GenerateOptions) -> None:
+        super().__init__(client._open, system=system, defaults=defaults)
+        self._client = client
+
+    def close(self) -> None:
+        """Tell the store that it may forget first what this conversation alone used.
+
+        It may go on all the same. May be repeated.
+        """
+        self._client.release(self.session_id)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with contextlib.suppress(KVStrataError):  # a hint that is lost costs room for a while
+            self.close()
 
     def send(self, text: str, **options: Unpack[GenerateOptions]) -> Completion:
         """Return the whole answer to ``text``, which with it joins the history."""
@@ -164,20 +190,30 @@ class Client:
         self, *, system: str | None = None, **defaults: Unpack[GenerateOptions]
     ) -> ChatSession:
         """Return a conversation; ``defaults`` hold for its turns unless a turn says otherwise."""
-        return ChatSession(self._open, system=system, defaults=defaults)
+        return ChatSession(self, system=system, defaults=defaults)
 
     def model(self, *, timeout_s: float | None = None) -> ModelInfo:
         """Return what is served and within which limits."""
+        request = inference_pb2.GetModelRequest()
+        return ModelInfo.from_proto(self._call("GetModel", request, timeout_s))
+
+    def release(self, session_id: str, *, timeout_s: float | None = None) -> int:
+        """Let the store forget first what a session alone used; return how many blocks it has.
+
+        0 for a session that gave no ``priority`` or ``keep_s``, or whose time is over. Idempotent.
+        """
+        return int(self._call("Release", release_request(session_id), timeout_s).blocks)
+
+    def _call(self, name: str, request: Any, timeout_s: float | None) -> Any:
         self._check_open()
         try:
-            reply = self._stub.GetModel(
-                inference_pb2.GetModelRequest(),
+            return getattr(self._stub, name)(
+                request,
                 timeout=self._endpoint.time_limit(timeout_s),
                 metadata=self._endpoint.metadata,
             )
         except grpc.RpcError as error:
             raise self._endpoint.error(error) from None
-        return ModelInfo.from_proto(reply)
 
     def close(self) -> None:
         """Cancel what runs and close the connection; may be repeated."""

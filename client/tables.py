@@ -47,11 +47,21 @@ def show_blocks(found: dict[str, Any]) -> None:
     """Print one line per block; keys are never shortened, so that they can be copied."""
     for block in found["blocks"]:
         strata = "+".join(block["strata"])
-        pinned = " pinned" if block["pinned"] else ""
+        kept = retention_text(block)
+        marks = "".join(f" {mark}" for mark in ("pinned" * block["pinned"], kept) if mark)
         tiers = ",".join(block["tiers"])
-        line(f"{block['key']}  {size(block['bytes']):>10}  {strata}  {tiers}{pinned}")
+        line(
+            f"{block['key']}  {size(block['bytes']):>10}  {strata}  {tiers}{marks and ' ' + marks}"
+        )
     more = "; there are more, see --limit" if found["truncated"] else ""
     line(f"{len(found['blocks'])} blocks{more}")
+
+
+def retention_text(found: dict[str, Any]) -> str:
+    """Return priority, time and sessions of a block; empty without hints."""
+    if not (kept := found.get("retention")):
+        return ""
+    return f"{kept['priority']} for {kept['keep_s']:.0f} s, {kept['sessions']} sessions"
 
 
 def show_health(found: dict[str, Any]) -> None:

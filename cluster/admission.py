@@ -5,7 +5,7 @@ import math
 import secrets
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvstrata.cluster.visuals import place_visuals
@@ -26,11 +26,11 @@ from kvstrata.protos.errors import (
     UnknownModelError,
 )
 from kvstrata.protos.inference_pb2 import GenerateRequest, Sampling
+from kvstrata.protos.retention import MAX_NAME_CHARS, read_retention
 
 logger = logging.getLogger(__name__)
 
 MAX_DEADLINE_S = 3600.0
-MAX_SESSION_CHARS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +81,22 @@ class Admission:
                 f"codec {method.codec.name!r} has no stratum {coarsest} to read",
                 "leave coarsest_stratum out, or take one that is read",
             )
+        request_id, session_id = uuid.uuid4().hex, request.session_id[:MAX_NAME_CHARS]
+        retention = None
+        if request.HasField("retention"):
+            retention = replace(read_retention(request.retention), session=session_id or request_id)
         now = time.time()
         first_token_s = request.first_token_ms / 1000 if request.first_token_ms else math.inf
         return Task(
-            request_id=uuid.uuid4().hex,
+            request_id=request_id,
             prompt_ids=tuple(prompt_ids),
             images=images,
             method=method,
             sampling=sampling,
             deadline_unix_s=now
             + (MAX_DEADLINE_S if remaining_s is None else min(remaining_s, MAX_DEADLINE_S)),
-            session_id=request.session_id[:MAX_SESSION_CHARS],
+            session_id=session_id,
+            retention=retention,
             salt=self.salt,
             coarsest=coarsest,
             first_token_unix_s=now + first_token_s,

@@ -30,6 +30,8 @@ from kvstrata.protos.inference_pb2 import (
     GetModelRequest,
 )
 from kvstrata.protos.report import ReportClock, merge_reports
+from kvstrata.protos.retention import MAX_NAME_CHARS
+from kvstrata.protos.retention_pb2 import ReleaseReply, ReleaseRequest
 from kvstrata.protos.service import metadata_of
 
 MAX_REPLAYS = 8
@@ -96,6 +98,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
                     task,
                     tenant=tenant.name,
                     salt=tenant.scope_salt(task.salt),
+                    retention=task.retention and replace(task.retention, account=tenant.name),
                     request_id=call_context.request_id.get() or task.request_id,
                 )
                 call_context.request_id.set(task.request_id)
@@ -149,6 +152,13 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
             placeholder=self._admission.placeholder,
             picture_tokens=info.image_tokens,
         )
+
+    async def Release(self, request: ReleaseRequest, context: Any) -> ReleaseReply:  # noqa: N802
+        """See ``inference.proto``."""
+        tenant = self._tenants.identify(metadata_of(context))
+        self.quotas.count_request(tenant)
+        blocks = await self._router.release(request.session[:MAX_NAME_CHARS], tenant.name)
+        return ReleaseReply(blocks=blocks)
 
     async def _serve(
         self, task: Task, route: Route, clock: ReportClock

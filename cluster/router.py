@@ -69,7 +69,9 @@ class Router:
         scope = cache_scope(task, self._info).digest()
         hashes = block_hashes(scope, task.prompt_ids[: num_blocks * BLOCK_TOKENS])
         try:
-            found = await self._store.lookup(scope, hashes, lease_s=LEASE_S)
+            found = await self._store.lookup(
+                scope, hashes, lease_s=LEASE_S, retention=task.retention
+            )
         except KVStrataError as error:
             return Route(0, num_blocks, needs_prefill=False, failure=store_failure(error))
         wanted = set(task.method.wanted)
@@ -91,3 +93,11 @@ class Router:
             pending_blocks=pending,
             stored=tuple(stored),
         )
+
+    async def release(self, session: str, account: str) -> int:
+        """End a session's hints; return how many blocks it has.
+
+        Raises:
+            KVStrataError: The store does not answer.
+        """
+        return await self._store.release(session, account=account)

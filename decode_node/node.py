@@ -181,7 +181,7 @@ class Generation:
 
     def _publish(self, sealed: Sequence[SealedBlock]) -> None:
         self._note_stored(sealed)
-        self._start_publishing(self._worker.publish(sealed, self._clock))
+        self._start_publishing(self._worker.publish(sealed, self._clock, self._task.retention))
 
     def _note_stored(self, sealed: Sequence[SealedBlock]) -> None:
         """Expect blocks in the store, should this request have to read them again."""

@@ -45,6 +45,11 @@ class BlockRun(Sequence[BlockKey]):
         first = HASH_BYTES * index
         return BlockKey(self.scope, BlockHash(self.hashes[first : first + HASH_BYTES]))
 
+    def block_hashes(self) -> list[BlockHash]:
+        """Return the hash of each block, without a key an object."""
+        joined = self.hashes
+        return [BlockHash(joined[i : i + HASH_BYTES]) for i in range(0, len(joined), HASH_BYTES)]
+
     def __iter__(self) -> Iterator[BlockKey]:
         for first in range(0, len(self.hashes), HASH_BYTES):
             yield BlockKey(self.scope, BlockHash(self.hashes[first : first + HASH_BYTES]))

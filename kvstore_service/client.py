@@ -4,11 +4,9 @@ import asyncio
 import contextlib
 from collections.abc import (
     AsyncGenerator,
-    AsyncIterable,
     AsyncIterator,
     Iterable,
     Iterator,
-    Mapping,
     Sequence,
 )
 from dataclasses import replace
@@ -28,17 +26,17 @@ from kvstrata.kvstore_service.found import (
     GetAssembly,
     LookupResult,
 )
+from kvstrata.kvstore_service.put_parts import AsyncBlocks, Blocks, iterate, put_parts
 from kvstrata.kvstore_service.retrieved import Retrieved, retrieve_request, retrieved
-from kvstrata.kvstore_service.wire import key_message, key_of, size_messages, stratum_enum
+from kvstrata.kvstore_service.wire import key_message, key_of, stratum_enum
 from kvstrata.protos import kvstore_pb2 as pb
-from kvstrata.protos import tracing
+from kvstrata.protos import retention_pb2, tracing
 from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
 from kvstrata.protos.errors import MalformedMessageError, UnavailableError, from_rpc_error
 from kvstrata.protos.identity import BlockHash, BlockKey, ScopeDigest
 from kvstrata.protos.kvstore_pb2_grpc import KVStoreStub
+from kvstrata.protos.retention import Retention
 from kvstrata.protos.service import (
-    CHUNK_BYTES,
-    MAX_WHOLE_BYTES,
     call_metadata,
     open_channel,
 )
@@ -55,8 +53,6 @@ __all__ = [
 ]
 
 THROTTLED = "throttled: "
-Blocks = Iterable[tuple[BlockKey, Mapping[int, bytes]]]
-AsyncBlocks = AsyncIterable[tuple[BlockKey, Mapping[int, bytes]]]
 
 
 class StoreClient:
@@ -123,15 +119,26 @@ class StoreClient:
         await self._channel.close()
 
     async def lookup(
-        self, scope: ScopeDigest, hashes: Sequence[BlockHash], *, lease_s: float = 0.0
+        self,
+        scope: ScopeDigest,
+        hashes: Sequence[BlockHash],
+        *,
+        lease_s: float = 0.0,
+        retention: Retention | None = None,
     ) -> LookupResult:
         """Return the longest run of committed blocks from the first hash on.
 
-        Blocks that are told stay for ``lease_s``, or the store's limit.
+        Args:
+            scope: Whose blocks.
+            hashes: Which blocks.
+            lease_s: How long what is told stays, or for the store's limit.
+            retention: A hint for all of the blocks, also for those that are made later.
         """
         request = pb.LookupRequest(
             scope=scope, block_hashes=b"".join(hashes), lease_ms=int(lease_s * 1000)
         )
+        if retention is not None:
+            request.retention.CopyFrom(retention.message())
         reply = await self._call(self._stub.Lookup, request)
         return LookupResult(FoundBlocks(reply), reply.degraded, reply.pending)
 
@@ -140,6 +147,7 @@ class StoreClient:
         blocks: Blocks | AsyncBlocks,
         *,
         durability: str = "",
+        retention: Retention | None = None,
         timeout_s: float | None = None,
     ) -> list[PutOutcome]:
         """Publish blocks on one stream, without waiting for one before sending the next.
@@ -155,6 +163,7 @@ class StoreClient:
             blocks: Keys and frames.
             durability: The tier that must hold a block before it counts as committed: "dram",
                 "redis", "ssd" or "object". Tiers below it get the block afterwards.
+            retention: A hint for the blocks.
             timeout_s: Deadline of the whole call.
         """
         failures: list[Exception] = []
@@ -163,9 +172,9 @@ class StoreClient:
 
         async def requests() -> AsyncIterator[PutPart]:
             try:
-                async for key, frames in _iterate(source):
+                async for key, frames in iterate(source):
                     sent.append(key)
-                    for request in _put_parts(key, frames, durability):
+                    for request in put_parts(key, frames, durability, retention):
                         yield request
             except Exception as error:
                 failures.append(error)
@@ -330,6 +339,11 @@ class StoreClient:
         """End pins early. Idempotent."""
         await self._call(self._stub.Unpin, pb.UnpinRequest(keys=map(key_message, keys)))
 
+    async def release(self, session: str, *, account: str = "") -> int:
+        """Let what a session alone used go first; return how many blocks it has. Idempotent."""
+        request = retention_pb2.ReleaseRequest(session=session, account=account)
+        return int((await self._call(self._stub.Release, request)).blocks)
+
     async def delete(self, keys: Sequence[BlockKey]) -> int:
         """Forget blocks in every tier, pinned or not; return how many there were. Idempotent."""
         reply = await self._call(self._stub.Delete, pb.DeleteRequest(keys=map(key_message, keys)))
@@ -358,30 +372,3 @@ class StoreClient:
                 raise
         finally:
             call.cancel()
-
-
-async def _iterate(
-    blocks: Blocks | AsyncBlocks,
-) -> AsyncIterator[tuple[BlockKey, Mapping[int, bytes]]]:
-    if isinstance(blocks, AsyncIterable):
-        async for block in blocks:
-            yield block
-    else:
-        for block in blocks:
-            yield block
-
-
-def _put_parts(key: BlockKey, frames: Mapping[int, bytes], durability: str) -> Iterator[PutPart]:
-    """Yield the messages of one block: one if it fits, else pieces of 1 MiB."""
-    sizes = size_messages({stratum: len(frame) for stratum, frame in frames.items()})
-    opening: pb.PutOpen | None = pb.PutOpen(
-        key=key_message(key), strata=sizes, durability=durability
-    )
-    if sum(map(len, frames.values())) <= MAX_WHOLE_BYTES:
-        yield PutPart(opening, tuple(frames.values()))
-        return
-    for frame in frames.values():
-        view = memoryview(frame)
-        for first in range(0, len(frame), CHUNK_BYTES):
-            yield PutPart(opening, (view[first : first + CHUNK_BYTES],))
-            opening = None

@@ -20,6 +20,7 @@ class StoreLimits:
         max_wait_ms: Longest wait of a Get, and longest time of a Retrieve; longer ones are cut.
         max_pin_ttl_ms: Longest pin; longer ones are cut.
         max_lease_ms: Longest lease of a Lookup; longer ones are cut.
+        max_keep_ms: Longest time that a hint of retention holds; longer ones are cut.
         max_in_flight_bytes: Bytes of blocks being received, over all streams.
         max_page_size: Blocks on one page of ListBlocks.
         put_idle_s: A Put stream with a block half sent and silent for so long is ended.
@@ -31,6 +32,7 @@ class StoreLimits:
     max_wait_ms: int = 30_000
     max_pin_ttl_ms: int = 600_000
     max_lease_ms: int = 60_000
+    max_keep_ms: int = 3_600_000
     max_in_flight_bytes: int = 512 * MIB
     max_page_size: int = 1000
     put_idle_s: float = 30.0

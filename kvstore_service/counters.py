@@ -38,6 +38,8 @@ REPRESENTATIVES_READ = "representatives_read_total"
 WRITTEN_BEHIND = "written_behind_total"  # tier, outcome
 REFUSALS = "refusals_total"  # tenant, reason
 GIVEN_UP = "quota_evictions_total"  # tenant
+RETENTIONS = "retained_blocks_total"  # tenant, outcome
+RELEASED = "released_blocks_total"  # tenant
 CALLS = "calls_total"  # tenant, method, code
 TIER_BYTES = "tier_moved_bytes_total"  # tier, direction
 REQUESTS = "requests_total"  # tenant, outcome; at a gateway, as all below
@@ -67,7 +69,7 @@ PER_TENANT = frozenset(
     {HITS, MISSES, WANTED, ABANDONED, PUTS, RECEIVED_BYTES, SENT_BYTES, WAITS, LOOKUPS}
     | {LOOKUP_BLOCKS, REFUSALS, GIVEN_UP, CALLS, REQUESTS, PROMPT_TOKENS, CACHED_TOKENS}
     | {COMPUTED_TOKENS, GENERATED_TOKENS, OPENED, UNFINISHED, ATTACHED}
-    | {COALESCED_TOKENS, COALESCED_REQUESTS}
+    | {COALESCED_TOKENS, COALESCED_REQUESTS, RETENTIONS, RELEASED}
 )
 MAX_TENANTS = 100
 OTHER = "other"

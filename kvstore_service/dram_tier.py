@@ -1,7 +1,7 @@
 """The first tier: blocks in this process's memory."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +15,15 @@ from kvstrata.kvstore_service.eviction import EvictionPolicy, Exempt
 from kvstrata.kvstore_service.eviction_gittins import GittinsPolicy
 from kvstrata.kvstore_service.held_frames import Held, HeldFrames
 from kvstrata.kvstore_service.pin_table import Clock, PinTable
+from kvstrata.kvstore_service.ranked_leaves import Rank, RankedLeaves
 from kvstrata.kvstore_service.slot_leases import SlotLeases
 from kvstrata.kvstore_service.slots import NONE, Slots
 from kvstrata.kvstore_service.tier import OneByOne, StratumSizes, TierUsage
 from kvstrata.protos.errors import CapacityError
 from kvstrata.protos.identity import BlockKey
+
+HIGH_SHARE = 0.5
+"""Of the capacity, that blocks of high priority may take before they are like any other."""
 
 
 class DramTier(OneByOne):
@@ -27,7 +31,8 @@ class DramTier(OneByOne):
 
     Under pressure FINE goes first, then MID, of the colder half of the blocks (``ColdHalf``); then
     whole blocks, as the policy says, children before parents. Pinned and leased blocks are exempt
-    from both.
+    from both. Blocks of low priority go before anything is shed, those of high priority last and
+    unshed, as long as they take no more than half of the tier.
     Bytes that are not a frame with a readable header are a block without a parent, and their strata
     are never shed: nothing says what they mean.
 
@@ -42,6 +47,7 @@ class DramTier(OneByOne):
         policy: Makes what decides which blocks go.
 
     Attributes:
+        rank_of: What decides which blocks have high or low priority.
         on_shed: Called with each block that lost a refinement under pressure, and its bytes.
     """
 
@@ -58,6 +64,7 @@ class DramTier(OneByOne):
         self._capacity_bytes = capacity_bytes
         self._table = BlockTable()
         self._policy = policy(self._table, self._table.fingerprints)
+        self._policy.ranked.max_high_bytes = int(HIGH_SHARE * capacity_bytes)
         self._held = HeldFrames(self._table)
         self._cold = ColdHalf(self._table)
         self._used = self._table.column("Q")
@@ -66,6 +73,7 @@ class DramTier(OneByOne):
         self._pins = PinTable(clock)
         self._evictions = 0
         self.on_shed: Callable[[BlockKey, int], None] = _ignore
+        self.rank_of: Callable[[BlockKey], Rank | None] = _unranked
 
     async def get(self, key: BlockKey, strata: Sequence[int]) -> dict[int, bytes]:
         """Return the strata that are here; see ``Tier.get``."""
@@ -108,6 +116,8 @@ class DramTier(OneByOne):
         parent = standing.parent if standing and not self._held.holds(slot) else None
         parent_slot = NONE if parent is None else self._slot_of(parent)
         self._policy.insert(slot, parent_slot, num_bytes)
+        if (rank := self.rank_of(key)) is not None:
+            self._policy.rank(slot, rank)
         victims = self._make_room(
             self._held.num_bytes - old_bytes + num_bytes - self._capacity_bytes,
             lambda other: other == slot or self._is_exempt(other),
@@ -152,7 +162,10 @@ class DramTier(OneByOne):
         """Shed and evict ``excess`` bytes; return the evicted. None if impossible: none is gone."""
         if excess <= 0:
             return []
-        shed = self._shed(excess, is_exempt)
+        ranked = self._policy.ranked
+        shed = self._shed(
+            excess - ranked.expendable_bytes, lambda slot: is_exempt(slot) or ranked.is_high(slot)
+        )
         victims = self._policy.evict(excess - sum(len(f) for _, _, f in shed), is_exempt)
         if victims is None:
             for slot, stratum, frame in shed:
@@ -194,6 +207,18 @@ class DramTier(OneByOne):
         self._held.drop(slot)
         self._cold.remove(slot)
         self._leases.forget(slot)
+
+    @property
+    def ranked(self) -> RankedLeaves:
+        """The blocks that have high or low priority."""
+        return self._policy.ranked
+
+    def rerank(self, keys: Iterable[BlockKey]) -> None:
+        """Ask ``rank_of`` again about blocks."""
+        for key in keys:
+            slot = self._table.find(key)
+            if self._held.holds(slot):
+                self._policy.rank(slot, self.rank_of(key))
 
     async def contains(self, keys: Sequence[BlockKey]) -> list[StratumSizes | None]:
         """Return strata and sizes; see ``Tier.contains``."""
@@ -300,3 +325,7 @@ class DramTier(OneByOne):
 
 def _ignore(key: BlockKey, num_bytes: int) -> None:
     """Nobody listens."""
+
+
+def _unranked(key: BlockKey) -> None:
+    """Every block is like any other."""

@@ -9,6 +9,8 @@ that somebody asks; what it costs is its bytes. Blocks whose parent is unknown c
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+from kvstrata.kvstore_service.ranked_leaves import Rank, RankedLeaves
+
 Exempt = Callable[[int], bool]
 
 
@@ -17,7 +19,12 @@ class EvictionPolicy(Protocol):
 
     A block is named by its slot, which its owner gives it and keeps for it until ``leftovers``
     yields it. Time is counted in calls. Calls that name a block that is not held do nothing.
+
+    Attributes:
+        ranked: Blocks that their users gave a rank, which the policy's own order leaves out.
     """
+
+    ranked: RankedLeaves
 
     def insert(self, slot: int, parent: int, num_bytes: int) -> None:
         """Know the block from now on; a block that is held already is used and gets that size.
@@ -31,6 +38,13 @@ class EvictionPolicy(Protocol):
 
     def touch(self, slot: int) -> None:
         """Count a use of the block."""
+        ...
+
+    def rank(self, slot: int, rank: Rank | None) -> None:
+        """Let the block go before or after all without a rank, or be one of those; no use.
+
+        It is forgotten with the block.
+        """
         ...
 
     def resize(self, slot: int, num_bytes: int) -> None:

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from kvstrata.kvstore_service.eviction import Exempt
+from kvstrata.kvstore_service.ranked_leaves import Rank, RankedLeaves
 from kvstrata.kvstore_service.slots import NONE, Slots
 
 _HELD, _QUEUED = 1, 2
@@ -15,6 +16,8 @@ class LeafFirst(ABC):
     A block gets an entry among the leaves when it becomes one. The entry may outlive that: one
     whose block got a child or is gone is dropped when it is met, so that a use costs O(1). A slot
     that is used again keeps the entry that it has. 26 bytes a block, entries and ghosts on top.
+    Blocks with a rank have no part in a policy's order; those with low priority go before it, those
+    with high priority after.
 
     Args:
         slots: Who gives the slots, and columns beside them.
@@ -35,6 +38,7 @@ class LeafFirst(ABC):
         """Where it waits as a leaf; the policy says what the number means."""
         self._size = 0
         self._clock = 0
+        self.ranked = RankedLeaves()
 
     @abstractmethod
     def _admitted(self, slot: int) -> None:
@@ -64,11 +68,11 @@ class LeafFirst(ABC):
 
     def insert(self, slot: int, parent: int, num_bytes: int) -> None:
         """See ``EvictionPolicy.insert``."""
-        self._clock += 1
         if self._state[slot] & _HELD:
-            self._used(slot)
+            self.touch(slot)
             self.resize(slot, num_bytes)
             return
+        self._clock += 1
         self._parent[slot] = NONE if parent == slot else parent
         self._bytes[slot] = num_bytes
         self._uses[slot] = 0
@@ -80,17 +84,25 @@ class LeafFirst(ABC):
         self._clock += 1
         if self._state[slot] & _HELD:
             self._used(slot)
+            self.ranked.touch(slot)
+
+    def rank(self, slot: int, rank: Rank | None) -> None:
+        """See ``EvictionPolicy.rank``."""
+        if self._state[slot] & _HELD:
+            self.ranked.assign(slot, rank, self._bytes[slot])
+            self._enqueue(slot)
 
     def resize(self, slot: int, num_bytes: int) -> None:
         """See ``EvictionPolicy.resize``."""
         if self._state[slot] & _HELD:
-            self._resized(slot, num_bytes - self._bytes[slot])
+            self._weigh(slot, num_bytes - self._bytes[slot])
             self._bytes[slot] = num_bytes
 
     def remove(self, slot: int) -> None:
         """See ``EvictionPolicy.remove``."""
         if self._state[slot] & _HELD:
             self._unlink(slot)
+            self.ranked.assign(slot, None, 0)
 
     def evict(self, num_bytes: int, is_exempt: Exempt) -> list[int] | None:
         """See ``EvictionPolicy.evict``. An exempt leaf that is met counts as used."""
@@ -98,7 +110,7 @@ class LeafFirst(ABC):
         spared: list[int] = []
         hidden: list[int] = []
         while num_bytes > 0:
-            slot = self._coldest()
+            slot = self._next()
             if slot != NONE and is_exempt(slot):
                 spared.append(slot)
             elif slot != NONE:
@@ -122,8 +134,17 @@ class LeafFirst(ABC):
             for slot in reversed(taken):
                 self._link(slot)
             return None
+        for slot in taken:
+            self.ranked.assign(slot, None, 0)
         self._evicted(taken)
         return taken
+
+    def _next(self) -> int:
+        """Take the leaf out that should go next, ranks considered; ``NONE`` without any."""
+        slot = self.ranked.take_first()
+        if slot == NONE:
+            slot = self._coldest()
+        return self.ranked.take_last() if slot == NONE else slot
 
     def leftovers(self, gone: Sequence[int]) -> set[int]:
         """See ``EvictionPolicy.leftovers``."""
@@ -136,17 +157,19 @@ class LeafFirst(ABC):
     def _link(self, slot: int) -> None:
         self._state[slot] |= _HELD
         self._size += 1
-        self._resized(slot, self._bytes[slot])
+        self._weigh(slot, self._bytes[slot])
         parent = self._parent[slot]
         if parent != NONE:
             self._children[parent] += 1
+            self.ranked.leave(parent)
         self._enqueue(slot)
 
     def _unlink(self, slot: int) -> None:
         """Take the block out; its parent, if that was the last child, is a leaf of the same age."""
         self._state[slot] &= ~_HELD
         self._size -= 1
-        self._resized(slot, -self._bytes[slot])
+        self._weigh(slot, -self._bytes[slot])
+        self.ranked.leave(slot)
         parent = self._parent[slot]
         if parent == NONE:
             return
@@ -157,9 +180,17 @@ class LeafFirst(ABC):
 
     def _enqueue(self, slot: int) -> None:
         state = self._state[slot]
-        if state == _HELD and not self._children[slot]:
+        if not state & _HELD or self._children[slot]:
+            return
+        if slot in self.ranked:
+            self.ranked.wait(slot)
+        elif not state & _QUEUED:
             self._state[slot] = state | _QUEUED
             self._add_entry(slot)
+
+    def _weigh(self, slot: int, change: int) -> None:
+        self.ranked.weigh(slot, change)
+        self._resized(slot, change)
 
     def _is_queued(self, slot: int) -> bool:
         """Whether the policy has an entry of the block among the leaves."""
@@ -173,8 +204,9 @@ class LeafFirst(ABC):
         return bool(self._state[slot] & _HELD)
 
     def _is_stale(self, slot: int) -> bool:
-        """Whether an entry of the block means nothing: it is gone, or no leaf."""
-        return not self._state[slot] & _HELD or self._children[slot] > 0
+        """Whether an entry of the block means nothing: it is gone, or no leaf, or has a rank."""
+        held = self._state[slot] & _HELD
+        return not held or self._children[slot] > 0 or slot in self.ranked
 
     def __len__(self) -> int:
         """Return the number of blocks known."""
@@ -193,5 +225,12 @@ class LeafFirst(ABC):
         entries = list(self._entries())
         assert len(entries) == len(set(entries)), "a block waits twice"
         assert all(self._is_queued(slot) for slot in entries), "an entry is not known"
-        lost = {slot for slot in held if not self._children[slot]} - set(entries)
+        leaves = {slot for slot in held if not self._children[slot]}
+        ranked = self.ranked.waiting()
+        assert len(ranked) == len(set(ranked)), "a ranked block waits twice"
+        assert set(ranked) == {slot for slot in leaves if slot in self.ranked}, (
+            "wrong ranked leaves"
+        )
+        lost = leaves - set(entries) - set(ranked)
         assert not lost, f"{len(lost)} leaves wait nowhere"
+        self.ranked.check_integrity({slot: self._bytes[slot] for slot in held})

@@ -60,7 +60,8 @@ class LeafQueues(LeafFirst, ABC):
             stamp, _, slot = queue[0]
             if self._is_stale(slot) or self._place[slot] != group:
                 self._pop(group)
-                self._enqueue(slot)
+                if slot not in self.ranked:  # else it waits there, or was taken a moment ago
+                    self._enqueue(slot)
             elif self._stamp[slot] != stamp:
                 heapq.heapreplace(queue, self._entry(slot))
             else:

@@ -9,6 +9,9 @@ HELP = {
     "puts_total": "Blocks that arrived whole, by caller's tenant, outcome and reason.",
     "evictions_total": "Blocks given up, by tier and reason: capacity, quota, admin.",
     "quota_evictions_total": "Blocks that a tenant gave up to keep its quota of bytes.",
+    "retained_blocks_total": "Blocks that came with a hint of retention, by caller's "
+    "tenant and priority, or refused since too many are known.",
+    "released_blocks_total": "Blocks of sessions that were ended, by caller's tenant.",
     "shed_bytes_total": "Bytes of refinements shed under pressure, by tier.",
     "sealed_strata_total": "Strata encrypted (sealed) or decrypted (opened) at rest, or refused: "
     "undecryptable (no key), plaintext, foreign (another tenant's key), damaged.",
@@ -43,6 +46,8 @@ HELP = {
     "write_behind_capacity_bytes": "Bound on the bytes that wait for the tier.",
     "pinned_blocks": "Blocks exempt from eviction.",
     "pinned_bytes": "Their bytes.",
+    "retained_sessions": "Sessions whose hints hold.",
+    "priority_bytes": "Bytes in dram of blocks of low and of high priority.",
     "in_flight_calls": "Calls that run.",
     "in_flight_puts": "Blocks being received or committed.",
     "tenant_stored_bytes": "Bytes of blocks accepted from a tenant that has a quota of them.",

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 
 from kvstrata.kvstore_service.config import StoreLimits
-from kvstrata.kvstore_service.request_check import parse_key
+from kvstrata.kvstore_service.request_check import parse_key, parse_retention
 from kvstrata.protos.errors import (
     InvalidRequestError,
     LimitError,
@@ -16,6 +16,7 @@ from kvstrata.protos.errors import (
 from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.identity import BlockKey
 from kvstrata.protos.kvstore_pb2 import PutOpen, StratumSize
+from kvstrata.protos.retention import Retention
 
 _KNOWN_STRATA = frozenset(Stratum.values()) - {Stratum.STRATUM_UNSPECIFIED}
 
@@ -57,6 +58,9 @@ class BlockAssembly:
     def __init__(self, opening: PutOpen, limits: StoreLimits) -> None:
         self.key: BlockKey = parse_key(opening.key)
         self.durability: str = opening.durability
+        self.retention: Retention | None = None
+        if opening.HasField("retention"):
+            self.retention = parse_retention(opening.retention, limits.max_keep_ms)
         sizes = declared_sizes(self.key, opening.strata, limits)
         self._pending = deque(sizes.items())
         self.num_bytes = sum(sizes.values())

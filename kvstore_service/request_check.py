@@ -1,10 +1,12 @@
 """Reading the fields that requests share, with the error that names what is wrong."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from kvstrata.kvstore_service.block_run import BlockRun
 from kvstrata.kvstore_service.wire import key_of
 from kvstrata.protos import kvstore_pb2 as pb
+from kvstrata.protos import retention
 from kvstrata.protos.errors import InvalidRequestError, LimitError
 from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.identity import (
@@ -12,6 +14,7 @@ from kvstrata.protos.identity import (
     BlockKey,
     ScopeDigest,
 )
+from kvstrata.protos.retention_pb2 import Retention
 
 
 def parse_key(message: pb.BlockKey) -> BlockKey:
@@ -53,6 +56,12 @@ def parse_strata(strata: Iterable[int]) -> list[int]:
             f"strata must be some of BASE, MID, FINE, EXACT, got {wanted[:8]}", "name at least one"
         )
     return wanted
+
+
+def parse_retention(message: Retention, max_keep_ms: int) -> retention.Retention:
+    """Return the hint, which holds for ``max_keep_ms`` at most; see ``read_retention``."""
+    hint = retention.read_retention(message)
+    return replace(hint, keep_s=min(message.keep_ms or max_keep_ms, max_keep_ms) / 1000)
 
 
 def _check_count(count: int, max_keys: int) -> None:

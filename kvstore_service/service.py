@@ -23,6 +23,7 @@ from kvstrata.kvstore_service.read_ahead import cancel, read_ahead
 from kvstrata.kvstore_service.request_check import (
     parse_hashes,
     parse_keys,
+    parse_retention,
     parse_strata,
 )
 from kvstrata.kvstore_service.retrieve_handler import RetrieveHandler
@@ -40,6 +41,8 @@ from kvstrata.protos.errors import (
 )
 from kvstrata.protos.identity import BlockKey, ScopeDigest
 from kvstrata.protos.kvstore_pb2_grpc import KVStoreServicer
+from kvstrata.protos.retention import check_names
+from kvstrata.protos.retention_pb2 import ReleaseReply, ReleaseRequest
 from kvstrata.protos.service import discard, metadata_of
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["KVStore"].full_name
@@ -61,6 +64,7 @@ def store_handlers(service: "StoreService") -> grpc.GenericRpcHandler:
             ("Unpin", pb.UnpinRequest, pb.UnpinReply),
             ("Delete", pb.DeleteRequest, pb.DeleteReply),
             ("Retrieve", pb.RetrieveRequest, pb.RetrieveReply),
+            ("Release", ReleaseRequest, ReleaseReply),
         )
     }
     put: Any = grpc.stream_stream_rpc_method_handler(
@@ -115,8 +119,16 @@ class StoreService(KVStoreServicer):
     async def Lookup(self, request: pb.LookupRequest, context: Any) -> pb.LookupReply:  # noqa: N802
         """Tell the longest run of committed blocks."""
         keys = parse_hashes(request.scope, request.block_hashes, self._limits.max_hashes)
-        keys = self._admit(context).namespace.run(keys)
+        hint = None
+        if request.HasField("retention"):
+            hint = parse_retention(request.retention, self._limits.max_keep_ms)
+        tenant = self._admit(context)
+        keys = tenant.namespace.run(keys)
         with self._workload.call():
+            if hint is None:
+                self._store.retention.note_use(keys)
+            else:
+                self._store.retention.note(tenant.name, hint, keys)
             lease_ms = min(request.lease_ms, self._limits.max_lease_ms)
             found = await self._store.lookup(keys, lease_ms / 1000)
         return pb.LookupReply(
@@ -229,6 +241,8 @@ class StoreService(KVStoreServicer):
                 self._store.counters.add(names.RECEIVED_BYTES, block.num_bytes)
                 place.kept = True
                 frames = tenant.namespace.stored(block.key, block.frames)
+                if block.retention is not None:
+                    self._store.retention.note(tenant.name, block.retention, [key])
                 result = await self._store.put(key, frames, block.durability)
                 place.kept = result.outcome != pb.PUT_OUTCOME_REJECTED
         finally:
@@ -313,6 +327,16 @@ class StoreService(KVStoreServicer):
         with self._workload.call():
             self._quotas.of(tenant).remove(keys)
             return pb.DeleteReply(deleted=await self._store.delete(keys))
+
+    async def Release(self, request: ReleaseRequest, context: Any) -> ReleaseReply:  # noqa: N802
+        """Let what a session alone used go first."""
+        check_names(request.session, request.account)
+        if not request.session:
+            raise InvalidRequestError("no session to release", "name the session of the hints")
+        tenant = self._admit(context)
+        with self._workload.call():
+            blocks = self._store.retention.release(tenant.name, request.account, request.session)
+        return ReleaseReply(blocks=blocks)
 
 
 def _data_size(part: PutPart) -> int:

@@ -24,6 +24,7 @@ from kvstrata.kvstore_service.departures import ADMIN, QUOTA, Departures
 from kvstrata.kvstore_service.dram_tier import DramTier
 from kvstrata.kvstore_service.lower_reader import LowerReader, Piece, Read
 from kvstrata.kvstore_service.pin_table import Clock, PinTable
+from kvstrata.kvstore_service.retention_table import RetentionTable
 from kvstrata.kvstore_service.run_lookup import FoundRun, RunLookup
 from kvstrata.kvstore_service.tier import StratumSizes, Tier, TierUnavailableError
 from kvstrata.kvstore_service.write_behind import WriteBehind
@@ -61,6 +62,7 @@ class BlockStore:
         deletions: How other processes learn what was deleted here; nobody does without it.
 
     Attributes:
+        retention: Who wishes to keep which blocks.
         on_changed: Called with blocks that were put or deleted.
     """
 
@@ -78,6 +80,8 @@ class BlockStore:
         self.counters = counters or Counters()
         self.max_behind_bytes = max_behind_bytes
         self.pins = PinTable(clock)
+        self.retention = RetentionTable(self.counters, clock)
+        self.retention.on_changed, dram.rank_of = dram.rerank, self.retention.rank
         self.arrivals = Arrivals()
         self.waits = CommitWaits(self.arrivals, self._are_present, is_shared=bool(lower))
         self.departures = Departures(self.counters)
@@ -109,6 +113,7 @@ class BlockStore:
             InvalidRequestError: The store has no such tier.
         """
         now, later = self._split(durability)
+        self.retention.expire()
         try:
             check_block(key, frames)
         except BlockRejectedError as error:

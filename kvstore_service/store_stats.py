@@ -47,6 +47,14 @@ class StoreStats:
             health=health.text,
         )
         reply.gauges.add(name="in_flight_calls", value=self._workload.in_flight)
+        retention, ranked = self._store.retention, self._store.dram.ranked
+        retention.expire()
+        reply.gauges.add(name="retained_sessions", value=retention.num_sessions)
+        for priority, num_bytes in (
+            ("low", ranked.low_bytes),
+            ("high", ranked.high_bytes.total()),
+        ):
+            reply.gauges.add(name="priority_bytes", labels={"priority": priority}, value=num_bytes)
         for tenant in self._tenants.all()[:MAX_TENANTS]:
             usage = self._quotas.of(tenant)
             values = {"tenant_in_flight_bytes": usage.in_flight_bytes}
@@ -75,9 +83,14 @@ class StoreStats:
 def block_listing(store: BlockStore, key: BlockKey, presence: Presence) -> pb.BlockListing:
     """Return one line of a listing."""
     sizes = {stratum: size for _, held in reversed(presence) for stratum, size in held.items()}
-    return pb.BlockListing(
+    listing = pb.BlockListing(
         key=key_message(key),
         strata=size_messages(dict(sorted(sizes.items()))),
         tiers=[name for name, _ in presence],
         pinned=store.pins.holds(key),
     )
+    if (standing := store.retention.standing(key)) is not None:
+        listing.priority = standing.priority  # type: ignore[assignment]
+        listing.sessions = standing.num_sessions
+        listing.keep_ms = int(standing.keep_s * 1000)
+    return listing

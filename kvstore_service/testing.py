@@ -14,6 +14,7 @@ from typing import Generic, Self, TypeVar
 
 from kvstrata.kvstore_service.config import StoreConfig
 from kvstrata.kvstore_service.eviction import EvictionPolicy
+from kvstrata.kvstore_service.ranked_leaves import Rank
 from kvstrata.kvstore_service.redis_binary import find_redis_server, free_port
 from kvstrata.kvstore_service.server import RunningStore, start_store
 from kvstrata.kvstore_service.slots import NONE, Slots
@@ -80,6 +81,11 @@ class KeyedPolicy(Generic[Key]):
         """Count a use."""
         if key in self._held:
             self.policy.touch(self._slot(key))
+
+    def rank(self, key: Key, rank: Rank | None) -> None:
+        """Let the block go before or after others."""
+        if key in self._held:
+            self.policy.rank(self._slot(key), rank)
 
     def resize(self, key: Key, num_bytes: int) -> None:
         """Know the new size."""

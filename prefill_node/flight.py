@@ -164,7 +164,7 @@ class Flight:
         if mine and self._writer is not None:
             chosen = [block for block in blocks if block.identity.key in mine]
             left = await self._finish(self._writer, chosen) + left
-        await self._worker.publish(left, self._clock)
+        await self._worker.publish(left, self._clock, self._task.retention)
 
     def _is_claimed(self, key: BlockKey) -> bool:
         return not self._is_void and self._claimed.get(key) == "open"

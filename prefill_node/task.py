@@ -10,6 +10,7 @@ from kvstrata.methods.presets import Method
 from kvstrata.prefill_node.read_plan import StoredBlock
 from kvstrata.protos.errors import DeadlineError
 from kvstrata.protos.frame_pb2 import Stratum
+from kvstrata.protos.retention import Retention
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Task:
         images: Those that the prompt's tokens stand for, each once.
         coarsest: The coarsest stratum that may be read alone where more would be late; None reads
             what the method says, however long it takes.
+        retention: How dear prompt and answer are to their session; None for no hint.
         first_token_unix_s: Wall-clock time until which the first token is wanted.
     """
 
@@ -52,6 +54,7 @@ class Task:
     traceparent: str = ""
     images: tuple[Image, ...] = field(default=(), repr=False)
     coarsest: Stratum | None = None
+    retention: Retention | None = None
     first_token_unix_s: float = math.inf
 
     @property

@@ -27,6 +27,7 @@ from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.identity import BlockHash, ScopeDigest
 from kvstrata.protos.logs import FORMAT_VARIABLE, configure_logging
 from kvstrata.protos.report import ReportClock, farthest_tier
+from kvstrata.protos.retention import Retention
 from kvstrata.protos.tracing import configure_tracing
 
 _POOL_SHARE = 8
@@ -224,7 +225,12 @@ class Worker:
                 except TimeoutError as error:
                     raise DeadlineError(f"the store was silent for {limit} s") from error
 
-    async def publish(self, blocks: Sequence[SealedBlock], clock: ReportClock) -> None:
+    async def publish(
+        self,
+        blocks: Sequence[SealedBlock],
+        clock: ReportClock,
+        retention: Retention | None = None,
+    ) -> None:
         """Put sealed blocks into the store. A failure is counted, not raised: recompute is safe."""
         if not blocks:
             return
@@ -232,6 +238,7 @@ class Worker:
             try:
                 results = await self.store.put(
                     ((b.identity.key, dict(b.frames.items())) for b in blocks),
+                    retention=retention,
                     timeout_s=self.ship_s(blocks),
                 )
             except KVStrataError as error:

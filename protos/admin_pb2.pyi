@@ -1,6 +1,7 @@
 from kvstrata.protos import frame_pb2 as _frame_pb2
 from kvstrata.protos import inference_pb2 as _inference_pb2
 from kvstrata.protos import kvstore_pb2 as _kvstore_pb2
+from kvstrata.protos import retention_pb2 as _retention_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -125,16 +126,22 @@ class ListBlocksRequest(_message.Message):
     def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., scope: _Optional[bytes] = ...) -> None: ...
 
 class BlockListing(_message.Message):
-    __slots__ = ("key", "strata", "tiers", "pinned")
+    __slots__ = ("key", "strata", "tiers", "pinned", "priority", "sessions", "keep_ms")
     KEY_FIELD_NUMBER: _ClassVar[int]
     STRATA_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_MS_FIELD_NUMBER: _ClassVar[int]
     key: _kvstore_pb2.BlockKey
     strata: _containers.RepeatedCompositeFieldContainer[_kvstore_pb2.StratumSize]
     tiers: _containers.RepeatedScalarFieldContainer[str]
     pinned: bool
-    def __init__(self, key: _Optional[_Union[_kvstore_pb2.BlockKey, _Mapping]] = ..., strata: _Optional[_Iterable[_Union[_kvstore_pb2.StratumSize, _Mapping]]] = ..., tiers: _Optional[_Iterable[str]] = ..., pinned: _Optional[bool] = ...) -> None: ...
+    priority: _retention_pb2.Priority
+    sessions: int
+    keep_ms: int
+    def __init__(self, key: _Optional[_Union[_kvstore_pb2.BlockKey, _Mapping]] = ..., strata: _Optional[_Iterable[_Union[_kvstore_pb2.StratumSize, _Mapping]]] = ..., tiers: _Optional[_Iterable[str]] = ..., pinned: _Optional[bool] = ..., priority: _Optional[_Union[_retention_pb2.Priority, str]] = ..., sessions: _Optional[int] = ..., keep_ms: _Optional[int] = ...) -> None: ...
 
 class ListBlocksReply(_message.Message):
     __slots__ = ("blocks", "next_page_token")

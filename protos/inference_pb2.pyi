@@ -1,4 +1,5 @@
 from kvstrata.protos import frame_pb2 as _frame_pb2
+from kvstrata.protos import retention_pb2 as _retention_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -204,7 +205,7 @@ class Visual(_message.Message):
     def __init__(self, picture: _Optional[_Union[Picture, _Mapping]] = ..., video: _Optional[_Union[Video, _Mapping]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("text", "messages", "token_ids", "preset", "settings", "sampling", "session_id", "model", "visuals", "coarsest_stratum", "first_token_ms")
+    __slots__ = ("text", "messages", "token_ids", "preset", "settings", "sampling", "session_id", "model", "visuals", "coarsest_stratum", "first_token_ms", "retention")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -216,6 +217,7 @@ class GenerateRequest(_message.Message):
     VISUALS_FIELD_NUMBER: _ClassVar[int]
     COARSEST_STRATUM_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_MS_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_FIELD_NUMBER: _ClassVar[int]
     text: str
     messages: ChatMessages
     token_ids: TokenIds
@@ -227,7 +229,8 @@ class GenerateRequest(_message.Message):
     visuals: _containers.RepeatedCompositeFieldContainer[Visual]
     coarsest_stratum: _frame_pb2.Stratum
     first_token_ms: int
-    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., preset: _Optional[str] = ..., settings: _Optional[_Union[MethodSettings, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., session_id: _Optional[str] = ..., model: _Optional[str] = ..., visuals: _Optional[_Iterable[_Union[Visual, _Mapping]]] = ..., coarsest_stratum: _Optional[_Union[_frame_pb2.Stratum, str]] = ..., first_token_ms: _Optional[int] = ...) -> None: ...
+    retention: _retention_pb2.Retention
+    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., preset: _Optional[str] = ..., settings: _Optional[_Union[MethodSettings, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., session_id: _Optional[str] = ..., model: _Optional[str] = ..., visuals: _Optional[_Iterable[_Union[Visual, _Mapping]]] = ..., coarsest_stratum: _Optional[_Union[_frame_pb2.Stratum, str]] = ..., first_token_ms: _Optional[int] = ..., retention: _Optional[_Union[_retention_pb2.Retention, _Mapping]] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens")

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from kvstrata.protos import inference_pb2 as kvstrata_dot_protos_dot_inference__pb2
+from kvstrata.protos import retention_pb2 as kvstrata_dot_protos_dot_retention__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -44,6 +45,11 @@ class InferenceStub:
                 request_serializer=kvstrata_dot_protos_dot_inference__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=kvstrata_dot_protos_dot_inference__pb2.GetModelReply.FromString,
                 _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/kvstrata.v1.Inference/Release',
+                request_serializer=kvstrata_dot_protos_dot_retention__pb2.ReleaseRequest.SerializeToString,
+                response_deserializer=kvstrata_dot_protos_dot_retention__pb2.ReleaseReply.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -69,6 +75,14 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Release(self, request, context):
+        """Ends a session that gave hints of retention: what nobody else used of its blocks goes before all
+        others. An unknown session is no error. Idempotent. UNAVAILABLE where the store is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -81,6 +95,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=kvstrata_dot_protos_dot_inference__pb2.GetModelRequest.FromString,
                     response_serializer=kvstrata_dot_protos_dot_inference__pb2.GetModelReply.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=kvstrata_dot_protos_dot_retention__pb2.ReleaseRequest.FromString,
+                    response_serializer=kvstrata_dot_protos_dot_retention__pb2.ReleaseReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -137,6 +156,33 @@ class Inference:
             '/kvstrata.v1.Inference/GetModel',
             kvstrata_dot_protos_dot_inference__pb2.GetModelRequest.SerializeToString,
             kvstrata_dot_protos_dot_inference__pb2.GetModelReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstrata.v1.Inference/Release',
+            kvstrata_dot_protos_dot_retention__pb2.ReleaseRequest.SerializeToString,
+            kvstrata_dot_protos_dot_retention__pb2.ReleaseReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,4 +1,5 @@
 from kvstrata.protos import frame_pb2 as _frame_pb2
+from kvstrata.protos import retention_pb2 as _retention_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -50,14 +51,16 @@ class BlockKey(_message.Message):
     def __init__(self, scope: _Optional[bytes] = ..., block_hash: _Optional[bytes] = ...) -> None: ...
 
 class LookupRequest(_message.Message):
-    __slots__ = ("scope", "block_hashes", "lease_ms")
+    __slots__ = ("scope", "block_hashes", "lease_ms", "retention")
     SCOPE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_FIELD_NUMBER: _ClassVar[int]
     scope: bytes
     block_hashes: bytes
     lease_ms: int
-    def __init__(self, scope: _Optional[bytes] = ..., block_hashes: _Optional[bytes] = ..., lease_ms: _Optional[int] = ...) -> None: ...
+    retention: _retention_pb2.Retention
+    def __init__(self, scope: _Optional[bytes] = ..., block_hashes: _Optional[bytes] = ..., lease_ms: _Optional[int] = ..., retention: _Optional[_Union[_retention_pb2.Retention, _Mapping]] = ...) -> None: ...
 
 class LookupReply(_message.Message):
     __slots__ = ("degraded", "pending", "strata", "tiers", "block_bytes", "tier_names")
@@ -84,14 +87,16 @@ class StratumSize(_message.Message):
     def __init__(self, stratum: _Optional[_Union[_frame_pb2.Stratum, str]] = ..., frame_bytes: _Optional[int] = ...) -> None: ...
 
 class PutOpen(_message.Message):
-    __slots__ = ("key", "strata", "durability")
+    __slots__ = ("key", "strata", "durability", "retention")
     KEY_FIELD_NUMBER: _ClassVar[int]
     STRATA_FIELD_NUMBER: _ClassVar[int]
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_FIELD_NUMBER: _ClassVar[int]
     key: BlockKey
     strata: _containers.RepeatedCompositeFieldContainer[StratumSize]
     durability: str
-    def __init__(self, key: _Optional[_Union[BlockKey, _Mapping]] = ..., strata: _Optional[_Iterable[_Union[StratumSize, _Mapping]]] = ..., durability: _Optional[str] = ...) -> None: ...
+    retention: _retention_pb2.Retention
+    def __init__(self, key: _Optional[_Union[BlockKey, _Mapping]] = ..., strata: _Optional[_Iterable[_Union[StratumSize, _Mapping]]] = ..., durability: _Optional[str] = ..., retention: _Optional[_Union[_retention_pb2.Retention, _Mapping]] = ...) -> None: ...
 
 class PutRequest(_message.Message):
     __slots__ = ("open", "data")

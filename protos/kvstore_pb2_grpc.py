@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from kvstrata.protos import kvstore_pb2 as kvstrata_dot_protos_dot_kvstore__pb2
+from kvstrata.protos import retention_pb2 as kvstrata_dot_protos_dot_retention__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -78,6 +79,11 @@ class KVStoreStub:
                 '/kvstrata.v1.KVStore/Retrieve',
                 request_serializer=kvstrata_dot_protos_dot_kvstore__pb2.RetrieveRequest.SerializeToString,
                 response_deserializer=kvstrata_dot_protos_dot_kvstore__pb2.RetrieveReply.FromString,
+                _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/kvstrata.v1.KVStore/Release',
+                request_serializer=kvstrata_dot_protos_dot_retention__pb2.ReleaseRequest.SerializeToString,
+                response_deserializer=kvstrata_dot_protos_dot_retention__pb2.ReleaseReply.FromString,
                 _registered_method=True)
 
 
@@ -181,6 +187,14 @@ class KVStoreServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Release(self, request, context):
+        """Ends a session: what nobody else used of its blocks goes before all others. A hint given again by the
+        same session takes it back. An unknown session is no error. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KVStoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -228,6 +242,11 @@ def add_KVStoreServicer_to_server(servicer, server):
                     servicer.Retrieve,
                     request_deserializer=kvstrata_dot_protos_dot_kvstore__pb2.RetrieveRequest.FromString,
                     response_serializer=kvstrata_dot_protos_dot_kvstore__pb2.RetrieveReply.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=kvstrata_dot_protos_dot_retention__pb2.ReleaseRequest.FromString,
+                    response_serializer=kvstrata_dot_protos_dot_retention__pb2.ReleaseReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -473,6 +492,33 @@ class KVStore:
             '/kvstrata.v1.KVStore/Retrieve',
             kvstrata_dot_protos_dot_kvstore__pb2.RetrieveRequest.SerializeToString,
             kvstrata_dot_protos_dot_kvstore__pb2.RetrieveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstrata.v1.KVStore/Release',
+            kvstrata_dot_protos_dot_retention__pb2.ReleaseRequest.SerializeToString,
+            kvstrata_dot_protos_dot_retention__pb2.ReleaseReply.FromString,
             options,
             channel_credentials,
             insecure,

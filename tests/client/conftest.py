@@ -18,6 +18,7 @@ from kvstrata.protos import (
     inference_pb2,
     inference_pb2_grpc,
     kvstore_pb2,
+    retention_pb2,
 )
 from kvstrata.protos.credentials import ServerTls
 from kvstrata.protos.errors import BlockNotFoundError, KVStrataError, UnknownPresetError
@@ -44,6 +45,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServicer
         self.requests: list[inference_pb2.GenerateRequest] = []
         self.metadata: list[dict[str, str]] = []
         self.seen: list[list[str]] = []
+        self.released: list[str] = []
         self.delay_s = 0.0
         self.error: KVStrataError | None = None
         self.error_after = 0
@@ -136,6 +138,12 @@ class Gateway(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServicer
             kv_bytes_per_token_bf16=23040,
             placeholder=self.placeholder,
         )
+
+    async def Release(self, request, context):
+        if self.error is not None:
+            raise self.error
+        self.released.append(request.session)
+        return retention_pb2.ReleaseReply(blocks=3)
 
     async def Stats(self, request, context):
         if self.error is not None:

@@ -3,6 +3,7 @@ import uuid
 import pytest
 
 from kvstrata.client import AsyncClient, MethodSettings
+from kvstrata.protos import retention_pb2
 from kvstrata.protos.errors import CapacityError, InvalidRequestError, MalformedMessageError
 
 
@@ -32,6 +33,23 @@ def test_a_session_has_one_random_id(client, gateway):
     assert uuid.UUID(chat.session_id)
     assert client.chat().session_id != chat.session_id
     assert client.chat(session_id="mine").session_id == "mine"
+
+
+def test_a_session_that_is_over_is_released(client, gateway):
+    with client.chat(priority="high", keep_s=0.25) as chat:
+        chat.send("a")
+        chat.send("b", priority="low")
+    hints = [(r.retention.priority, r.retention.keep_ms) for r in gateway.requests]
+    assert hints == [(retention_pb2.PRIORITY_HIGH, 250), (retention_pb2.PRIORITY_LOW, 250)]
+    assert gateway.released == [chat.session_id]
+    assert client.release("mine") == 3
+    with pytest.raises(InvalidRequestError, match="no session"):
+        client.release("")
+    gateway.error = CapacityError("full")
+    with pytest.raises(CapacityError):
+        chat.close()
+    with client.chat():
+        pass  # a lost hint is no reason to fail
 
 
 def test_a_streamed_turn_joins_the_history_at_its_end(client):
@@ -103,8 +121,10 @@ def test_bad_text_is_refused_before_it_is_sent(client, gateway):
 
 
 async def test_async_turns_keep_the_history(gateway_here):
-    async with AsyncClient(gateway_here.address) as client:
-        chat = client.chat(system="be kind")
+    async with (
+        AsyncClient(gateway_here.address) as client,
+        client.chat(system="be kind") as chat,
+    ):
         await chat.send("hello")
         async with chat.stream("one two") as stream:
             await anext(stream)
@@ -112,3 +132,4 @@ async def test_async_turns_keep_the_history(gateway_here):
         await chat.send("more")
     assert sent(gateway_here)[-1] == ("user", "more")
     assert len(chat.messages) == 5
+    assert gateway_here.released == [chat.session_id]

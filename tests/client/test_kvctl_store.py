@@ -21,6 +21,7 @@ from kvstrata.kvstore_service.testing import sample_block
 from kvstrata.methods import FallbackCodec
 from kvstrata.methods.calibrated import CalibratedCodec
 from kvstrata.protos.identity import BlockKey, CacheScope, ScopeDigest, block_hashes
+from kvstrata.protos.retention import HIGH, Retention
 from tests.kvstore_service.tenancy import credentials, tenants_file, token
 from tests.methods.blocks import random_blocks, seal_all
 from tests.methods.profiles import blocks_of, make_profile
@@ -218,6 +219,27 @@ def test_pins_keep_blocks_until_they_are_ended(
     assert loads(run("unpin", *keys, "--json")) == {"unpinned": 4}
     assert loads(run("evict", *keys, "--json"))["evicted"] == 2
     assert run("pin", keys[0], "--ttl", "0").exit_code == 2
+
+
+def test_ls_and_inspect_tell_priority_sessions_and_time(
+    run: Run, store: StoreProcess, scope: ScopeDigest
+) -> None:
+    keys = stored(run, store, scope)
+    listing = ("ls", "--scope", keys[0].partition(".")[0])
+    assert all("retention" not in block for block in loads(run(*listing, "--json"))["blocks"])
+
+    async def hint() -> None:
+        async with StoreClient(store.address, credentials=credentials("ops")) as client:
+            retention = Retention(HIGH, keep_s=300, session="s")
+            await client.lookup(scope, block_hashes(scope, range(64)), retention=retention)
+
+    asyncio.run(hint())
+    blocks = loads(run(*listing, "--json"))["blocks"]
+    (kept,) = [block["retention"] for block in blocks if "retention" in block]
+    assert (kept["priority"], kept["sessions"]) == ("high", 1)
+    assert 200 < kept["keep_s"] <= 300
+    assert "high for " in run(*listing).stdout
+    assert ", 1 sessions" in run("inspect", keys[0]).stdout
 
 
 def test_blocks_move_between_tiers(run: Run, store: StoreProcess, scope: ScopeDigest) -> None:

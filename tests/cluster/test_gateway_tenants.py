@@ -15,7 +15,7 @@ from kvstrata.kvstore_service.config import StoreConfig
 from kvstrata.kvstore_service.tenants import Tenants
 from kvstrata.kvstore_service.testing import LocalStore
 from kvstrata.prefill_node import WorkerConfig
-from kvstrata.protos import admin_pb2, inference_pb2, kvstore_pb2
+from kvstrata.protos import admin_pb2, inference_pb2, kvstore_pb2, retention_pb2
 from kvstrata.protos.errors import ThrottledError
 from kvstrata.protos.service import call_metadata
 from tests.cluster.local_workers import Cluster, LocalWorkers, error_of, request_of
@@ -80,11 +80,23 @@ async def test_a_request_needs_a_known_token(
     assert (await generate.code()).name == code
     model = shared.inference.GetModel(inference_pb2.GetModelRequest(), **call)
     assert (await model.code()).name == code
+    release = shared.inference.Release(retention_pb2.ReleaseRequest(session="s"), **call)
+    assert (await release.code()).name == code
+
+
+async def test_nobody_releases_another_tenants_session(shared: Cluster) -> None:
+    request = request_of(PROMPT, max_tokens=1)
+    request.retention.priority = retention_pb2.PRIORITY_HIGH
+    request.session_id = "s"
+    await shared.generate(request, **shown("alice"))
+    release = retention_pb2.ReleaseRequest(session="s", account="alice")
+    assert (await shared.inference.Release(release, **shown("bob"))).blocks == 0
+    assert (await shared.inference.Release(release, **shown("alice"))).blocks == 3
 
 
 def test_every_call_of_tenants_is_tried_above() -> None:
     service = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
-    assert [method.name for method in service.methods] == ["Generate", "GetModel"]
+    assert [method.name for method in service.methods] == ["Generate", "GetModel", "Release"]
 
 
 ADMIN = [method.name for method in admin_pb2.DESCRIPTOR.services_by_name["Admin"].methods]

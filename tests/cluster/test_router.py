@@ -12,6 +12,7 @@ from kvstrata.prefill_node.read_plan import StoredBlock
 from kvstrata.protos.errors import DeadlineError, KVStrataError, UnavailableError
 from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.identity import BlockHash, ScopeDigest
+from kvstrata.protos.retention import Retention
 from tests.prefill_node.nodes import BALANCED, EXACT, prompt_of, task_of
 
 BASE, MID, FULL = Stratum.STRATUM_BASE, Stratum.STRATUM_MID, Stratum.STRATUM_EXACT
@@ -30,7 +31,12 @@ class Found:
         self.asked: list[tuple[ScopeDigest, list[BlockHash]]] = []
 
     async def lookup(
-        self, scope: ScopeDigest, hashes: list[BlockHash], *, lease_s: float
+        self,
+        scope: ScopeDigest,
+        hashes: list[BlockHash],
+        *,
+        lease_s: float,
+        retention: Retention | None,
     ) -> LookupResult:
         assert lease_s > 0  # what it told must still be there when a node fetches it
         self.asked.append((scope, hashes))

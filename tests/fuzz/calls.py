@@ -16,7 +16,7 @@ from kvstrata.kvstore_service.config import StoreConfig, StoreLimits
 from kvstrata.kvstore_service.lower_reader import Piece
 from kvstrata.kvstore_service.server import RunningStore, start_store
 from kvstrata.kvstore_service.testing import sample_block
-from kvstrata.protos import admin_pb2, kvstore_pb2
+from kvstrata.protos import admin_pb2, kvstore_pb2, retention_pb2
 from kvstrata.protos import kvstore_pb2 as pb
 from kvstrata.protos.errors import InternalError, KVStrataError, from_rpc_error
 from kvstrata.protos.frame import Frame, draft_header, segment_checksum
@@ -108,9 +108,15 @@ def _write(number: int) -> list[Any]:
     ]
 
 
+HINT = retention_pb2.Retention(
+    priority=retention_pb2.PRIORITY_HIGH, keep_ms=9, session="s", account="a"
+)
 QUERY = pb.RetrieveQuery(layer=0, vector=bytes(32))
 CORPUS: dict[str, list[list[Any]]] = {
-    "Lookup": [[pb.LookupRequest(scope=SCOPE, block_hashes=HASHES, lease_ms=10)]],
+    "Lookup": [
+        [pb.LookupRequest(scope=SCOPE, block_hashes=HASHES, lease_ms=10)],
+        [pb.LookupRequest(scope=SCOPE, block_hashes=HASHES, retention=HINT)],
+    ],
     "Put": [_put(0) + _put(1), _put(2), _put(3)],
     "Get": [
         [pb.GetRequest(scope=SCOPE, block_hashes=HASHES, strata=[BASE, MID], wait_ms=3)],
@@ -121,6 +127,7 @@ CORPUS: dict[str, list[list[Any]]] = {
     "Pin": [[pb.PinRequest(keys=KEYS, ttl_ms=10)]],
     "Unpin": [[pb.UnpinRequest(keys=KEYS)]],
     "Delete": [[pb.DeleteRequest(keys=KEYS[3:])]],
+    "Release": [[retention_pb2.ReleaseRequest(session="s", account="a")]],
     "Retrieve": [
         [
             pb.RetrieveRequest(

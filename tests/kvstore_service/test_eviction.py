@@ -14,6 +14,7 @@ from kvstrata.kvstore_service.eviction_gittins import GittinsPolicy
 from kvstrata.kvstore_service.eviction_lru import LruPolicy
 from kvstrata.kvstore_service.eviction_s3fifo import S3FifoPolicy
 from kvstrata.kvstore_service.ghost_table import GhostTable
+from kvstrata.kvstore_service.ranked_leaves import Rank
 from kvstrata.kvstore_service.reuse_ages import (
     NUM_BUCKETS,
     ReuseAges,
@@ -22,6 +23,7 @@ from kvstrata.kvstore_service.reuse_ages import (
     gittins,
 )
 from kvstrata.kvstore_service.testing import KeyedPolicy
+from kvstrata.protos.retention import HIGH, LOW, NORMAL
 
 POLICIES: dict[str, Callable[[], KeyedPolicy[int]]] = {
     "lru": lambda: KeyedPolicy(LruPolicy),
@@ -32,6 +34,8 @@ BYTES_A_BLOCK = {"lru": 240, "s3-fifo": 240, "gittins": 160}
 """Of memory: columns with their room to grow, ghosts, what is learned of ages, and the entries of
 heaps. A name, 36 bytes more in the dram tier, is not the policy's."""
 KEYS = st.integers(0, 39)
+OWNERS = (("a", "x"), ("a", "y"), ("b", ""))
+RANKS = [None, *(Rank(priority, owner) for priority in (LOW, HIGH) for owner in OWNERS)]
 
 
 def parent_of(key: int) -> int | None:
@@ -57,6 +61,7 @@ class PolicyMachine(RuleBasedStateMachine):
         super().__init__()
         self.policy = type(self).make()
         self.sizes: dict[int, int] = {}
+        self.ranks: dict[int, Rank | None] = {}
 
     @rule(key=KEYS, size=st.integers(0, 9))
     def insert(self, key: int, size: int) -> None:
@@ -73,8 +78,19 @@ class PolicyMachine(RuleBasedStateMachine):
         if key in self.sizes:
             self.sizes[key] = size
 
+    @rule(key=KEYS, rank=st.sampled_from(RANKS))
+    def rank(self, key: int, rank: Rank | None) -> None:
+        self.policy.rank(key, rank)
+        if key in self.sizes:
+            self.ranks[key] = rank
+
+    @rule(bound=st.integers(0, 30))
+    def bound(self, bound: int) -> None:
+        self.policy.policy.ranked.max_high_bytes = bound
+
     @rule(key=KEYS)
     def remove(self, key: int) -> None:
+        self.ranks.pop(key, None)
         self.policy.remove(key)
         self.sizes.pop(key, None)
 
@@ -90,7 +106,9 @@ class PolicyMachine(RuleBasedStateMachine):
         for victim in victims:
             assert freed < wanted, "more than was asked for"
             self.assert_is_next(victim, exempt)
+            self.assert_ranks_allow(victim, exempt)
             freed += self.sizes.pop(victim)
+            self.ranks.pop(victim, None)
         assert freed >= wanted
 
     def assert_is_next(self, victim: int, exempt: set[int]) -> None:
@@ -100,6 +118,21 @@ class PolicyMachine(RuleBasedStateMachine):
         if children:
             loose = self.sizes.keys() - exempt
             assert all(self.shelters(key, exempt) for key in loose)
+
+    def assert_ranks_allow(self, victim: int, exempt: set[int]) -> None:
+        """No low leaf is passed over, and a high one goes last, within the bound of such bytes."""
+        if exempt:
+            return  # what is hidden by exempt blocks surfaces late
+
+        def priority(key: int) -> int:
+            rank = self.ranks.get(key)
+            return rank.priority if rank else NORMAL
+
+        leaves = [k for k in self.sizes if not any(parent_of(c) == k for c in self.sizes)]
+        least = min(map(priority, leaves))
+        high = sum(size for key, size in self.sizes.items() if priority(key) == HIGH)
+        beyond = high > self.policy.policy.ranked.max_high_bytes
+        assert priority(victim) == least or (least > LOW and beyond and priority(victim) == HIGH)
 
     def shelters(self, key: int, exempt: set[int]) -> bool:
         children = [child for child in self.sizes if parent_of(child) == key]
@@ -124,6 +157,44 @@ def test_a_chain_goes_last_block_first(policy: KeyedPolicy[int]) -> None:
         policy.insert(key, key - 1 if key else None, 1)
     assert policy.evict(4, nobody) == [9, 8, 7, 6]
     assert policy.evict(1, lambda key: key == 5) == [4], "the rest goes when a pin is in the way"
+
+
+def test_low_blocks_go_first_and_high_ones_last(policy: KeyedPolicy[int]) -> None:
+    policy.policy.ranked.max_high_bytes = 4
+    for key in range(60):
+        policy.insert(key, None, 1)
+    for key in (7, 11, 30):
+        policy.rank(key, Rank(HIGH, ("a", "")))
+    for key in (50, 40):
+        policy.rank(key, Rank(LOW, ("a", "")))
+    policy.touch(50)
+    assert policy.evict(2, nobody) == [40, 50]
+    gone = policy.evict(55, nobody)
+    assert gone is not None
+    assert not {7, 11, 30} & set(gone)
+    policy.touch(7)
+    assert policy.evict(2, nobody) == [11, 30]
+
+
+def test_a_block_that_is_ranked_no_more_is_like_any_other(policy: KeyedPolicy[int]) -> None:
+    for key in range(3):
+        policy.insert(key, None, 1)
+    for rank in (Rank(LOW, ("a", "")), None):
+        policy.rank(2, rank)
+    assert policy.evict(2, nobody) == [0, 1]
+    policy.remove(2)
+    policy.insert(2, None, 1)
+    policy.check_integrity()
+
+
+def test_beyond_the_bound_the_tenant_that_holds_most_gives_up(policy: KeyedPolicy[int]) -> None:
+    policy.policy.ranked.max_high_bytes = 6
+    for key, owner in enumerate([("b", "")] * 3 + [("a", "x")] * 2 + [("a", "y")] * 4):
+        policy.insert(key, None, 1)
+        policy.rank(key, Rank(HIGH, owner))
+    policy.insert(9, None, 1)
+    assert policy.evict(3, nobody) == [5, 6, 7], "of a, which holds 6 of 9, the account with most"
+    assert policy.evict(1, nobody) == [9]
 
 
 def test_a_parent_that_comes_after_its_child_is_its_parent(policy: KeyedPolicy[int]) -> None:

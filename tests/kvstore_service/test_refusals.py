@@ -9,7 +9,7 @@ import pytest
 
 from kvstrata.kvstore_service.config import StoreConfig
 from kvstrata.kvstore_service.testing import LocalStore, sample_block
-from kvstrata.protos import admin_pb2, kvstore_pb2
+from kvstrata.protos import admin_pb2, kvstore_pb2, retention_pb2
 from kvstrata.protos.admin_pb2_grpc import AdminStub
 from kvstrata.protos.errors import LimitError, UnauthenticatedError, from_rpc_error
 from kvstrata.protos.identity import ScopeDigest
@@ -40,7 +40,8 @@ def call(channel: grpc.aio.Channel, rpc: str, headers: Any, request: Any = None)
     stub: Any = (KVStoreStub if service == "KVStore" else AdminStub)(channel)  # type: ignore[no-untyped-call]
     method = getattr(stub, name)
     kind = f"{name}Request"
-    empty = getattr(admin_pb2 if hasattr(admin_pb2, kind) else kvstore_pb2, kind)()
+    known = (admin_pb2, kvstore_pb2, retention_pb2)
+    empty = next(getattr(module, kind)() for module in known if hasattr(module, kind))
     streams_in = name in ("Put", "Write")
     return method(iter(()) if streams_in else request or empty, metadata=headers, timeout=30)
 

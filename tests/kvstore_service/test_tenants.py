@@ -16,10 +16,11 @@ import pytest
 from kvstrata.kvstore_service.client import StoreClient
 from kvstrata.kvstore_service.config import StoreConfig
 from kvstrata.kvstore_service.namespace import Namespace
+from kvstrata.kvstore_service.retention_table import RetentionTable
 from kvstrata.kvstore_service.server import start_store
 from kvstrata.kvstore_service.tenants import Tenants, read_tenants
 from kvstrata.kvstore_service.testing import LocalStore, RedisServer, sample_block
-from kvstrata.protos import admin_pb2, frame_pb2, kvstore_pb2
+from kvstrata.protos import admin_pb2, frame_pb2, kvstore_pb2, retention_pb2
 from kvstrata.protos.admin_pb2_grpc import AdminStub
 from kvstrata.protos.credentials import ClientCredentials
 from kvstrata.protos.errors import (
@@ -32,6 +33,7 @@ from kvstrata.protos.errors import (
 from kvstrata.protos.frame import Frame, draft_header, encode_frame, under_scope
 from kvstrata.protos.identity import BlockKey, ScopeDigest
 from kvstrata.protos.kvstore_pb2_grpc import KVStoreStub
+from kvstrata.protos.retention import HIGH, Retention
 from kvstrata.protos.service import call_metadata, open_channel
 from tests.kvstore_service.tenancy import credentials, tenants_file, token
 
@@ -189,6 +191,13 @@ async def delete(scene: Scene) -> bool:
     return reply.deleted > 0 or not await scene.alices_frame()
 
 
+async def release(scene: Scene) -> bool:
+    request = retention_pb2.ReleaseRequest(session="talk")
+    reply = await scene.call(scene.kvstore.Release, request)
+    standing = scene.store.running.store.retention.standing(scene.stored)
+    return reply.blocks > 0 or standing is None or standing.priority != HIGH
+
+
 def by_admin(request: Callable[[Scene], Any], name: str) -> Callable[[Scene], Awaitable[bool]]:
     async def attack(scene: Scene) -> bool:
         try:
@@ -220,6 +229,7 @@ ATTACKS: dict[str, Callable[[Scene], Awaitable[bool]]] = {
     "KVStore.Unpin": unpin,
     "KVStore.Delete": delete,
     "KVStore.Retrieve": retrieve,
+    "KVStore.Release": release,
     "Admin.Stats": by_admin(lambda _: admin_pb2.StatsRequest(), "Stats"),
     "Admin.ListBlocks": by_admin(lambda _: admin_pb2.ListBlocksRequest(), "ListBlocks"),
     "Admin.Inspect": by_admin(
@@ -253,7 +263,8 @@ ATTACKS: dict[str, Callable[[Scene], Awaitable[bool]]] = {
 
 async def prepare(scene: Scene) -> None:
     async with StoreClient(scene.store.address, credentials=credentials("alice")) as alice:
-        (outcome,) = await alice.put([(scene.key, scene.frames)])
+        hint = Retention(HIGH, session="talk")
+        (outcome,) = await alice.put([(scene.key, scene.frames)], retention=hint)
         assert (outcome.outcome, outcome.key) == ("committed", scene.key)
         assert await alice.pin([scene.key], 60) == []
     assert await scene.alices_frame() == scene.frames[BASE]
@@ -277,6 +288,9 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Namespace, "scope", lambda self, scope: scope)
     monkeypatch.setattr(Namespace, "keys", lambda self, keys: list(keys))
     monkeypatch.setattr(Tenants, "authorize", lambda self, method, metadata: "bob")
+    release = RetentionTable.release
+    anybodys = lambda table, tenant, *name: release(table, "alice", *name)  # noqa: E731
+    monkeypatch.setattr(RetentionTable, "release", anybodys)
 
 
 @pytest.mark.parametrize("rpc", EVERY_RPC)
@@ -315,7 +329,8 @@ async def test_no_call_is_answered_without_a_known_token(scene: Scene, rpc: str)
 
 def _empty(rpc: str) -> Any:
     name = f"{rpc.partition('.')[2]}Request"
-    return getattr(admin_pb2 if hasattr(admin_pb2, name) else kvstore_pb2, name)()
+    known = (admin_pb2, kvstore_pb2, retention_pb2)
+    return next(getattr(module, name)() for module in known if hasattr(module, name))
 
 
 async def test_the_operator_sees_stored_keys_and_may_act_on_them(scene: Scene) -> None:
