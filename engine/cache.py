@@ -8,6 +8,7 @@ import torch
 from kvstrata.engine.attention import AttendOver, AttentionState, LayerRows
 from kvstrata.engine.probes import Probes
 from kvstrata.engine.spec import KVSpec
+from kvstrata.kernels.rope import rotate
 from kvstrata.kernels.saliency import normalised_saliency
 
 
@@ -161,6 +162,7 @@ class SequenceCache:
         keys: torch.Tensor,
         values: torch.Tensor,
         layers: slice = slice(None),
+        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Write K and V of several layers at ``first``; ``length`` becomes at least their end.
 
@@ -168,9 +170,11 @@ class SequenceCache:
 
         Args:
             first: Position of the first row; at most ``length``, so that no gap arises.
-            keys: (layers, num_kv_heads, n, head_dim), post-RoPE, any float dtype and device.
+            keys: (layers, num_kv_heads, n, head_dim), any float dtype and device.
             values: As ``keys``.
             layers: The layers that ``keys`` and ``values`` hold.
+            rotation: cos and sin, float32 (n, head_dim), by which keys before RoPE are turned;
+                None for keys that are post-RoPE.
 
         Raises:
             ValueError: A gap, a shape that does not fit, or more than ``spec.max_positions``.
@@ -186,6 +190,8 @@ class SequenceCache:
             )
         last = first + keys.shape[2]
         self.grow(last)
+        if rotation is not None:
+            keys = rotate(keys, *(table.to(keys.device) for table in rotation))
         self.keys[layers, :, first:last] = keys.to(self.keys)
         self.values[layers, :, first:last] = values.to(self.values)
         self.length = max(self.length, last)

@@ -145,10 +145,11 @@ class KVArena:
                 self.compact()
             if missing > self._floor - self._least_floor():
                 raise ArenaFullError(f"no room for {count} pages")
-            for _ in range(missing):
-                self._floor -= 1
-                heapq.heappush(self._free_pages, -self._floor)
-        ids = np.array([-heapq.heappop(self._free_pages) for _ in range(count)], np.int32)
+        last = self._floor - max(missing, 0)
+        fresh = np.arange(self._floor - 1, last - 1, -1, dtype=np.int32)
+        self._floor = last
+        freed = [-heapq.heappop(self._free_pages) for _ in range(count - len(fresh))]
+        ids = np.concatenate([np.array(freed, np.int32), fresh])
         self._is_page_used[ids] = True
         self._num_pages_used += count
         return ids

@@ -1,5 +1,6 @@
 """Everything that the running sequences of a node hold of KV, within a fixed number of bytes."""
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -15,7 +16,7 @@ from kvstrata.kernels.token_rows import TokenTable
 from kvstrata.methods.calibrated import CalibratedCodec
 from kvstrata.methods.calibrated_pages import PageLayout, is_readable_in_place
 from kvstrata.methods.codec import BlockCodec
-from kvstrata.protos.identity import BLOCK_TOKENS
+from kvstrata.protos.identity import BLOCK_TOKENS, is_of_image
 
 MAX_SEQUENCES = 64
 
@@ -63,6 +64,15 @@ class KVPool:
     def first_layer(self) -> FirstLayer:
         """Layer 0 by token id; made for a model whose keys can be turned back."""
         return FirstLayer(self.model)
+
+    def first_layer_kv(
+        self, token_ids: Sequence[int], first_position: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return layer 0's K and V of tokens, of text from ``first_layer``; see ``Model``."""
+        if self.model.spec.rope != "pre" or any(map(is_of_image, token_ids)):
+            return self.model.first_layer_kv(token_ids, first_position)
+        self.first_layer.learn(token_ids)
+        return self.first_layer.read(torch.tensor(token_ids), first_position)
 
     @cached_property
     def turns(self) -> Turns:

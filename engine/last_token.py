@@ -9,8 +9,7 @@ import torch
 from kvstrata.engine.attention import AttentionState, LayerRows
 from kvstrata.engine.cache import SequenceCache
 from kvstrata.engine.paged_cache import PagedCache
-from kvstrata.engine.paged_states import attend_held_blocks
-from kvstrata.kernels.attend_blocks import merge_attention
+from kvstrata.engine.paged_states import HeldTokens
 from kvstrata.kernels.attend_dense import attend_dense
 
 
@@ -40,9 +39,7 @@ class _HeldState:
 
     def __init__(self, cache: SequenceCache | PagedCache) -> None:
         self._cache = cache
-        self._attend_blocks = None
-        if isinstance(cache, PagedCache) and cache.base:
-            self._attend_blocks = attend_held_blocks(cache)
+        self._held = HeldTokens(cache) if isinstance(cache, PagedCache) else None
 
     def rows(self, layer: int) -> torch.Tensor | None:
         """Return None: it runs every layer; see ``AttentionState.rows``."""
@@ -56,13 +53,9 @@ class _HeldState:
         scaling: float,
     ) -> torch.Tensor:
         """Attend; the new ``keys`` and ``values`` are those held, and left alone."""
-        cache, parts = self._cache, []
-        if self._attend_blocks is not None:
-            parts.append(self._attend_blocks(layer, queries, scaling))
-        if not isinstance(cache, PagedCache):
-            held = cache.keys[layer, :, : cache.length], cache.values[layer, :, : cache.length]
-            parts.append(attend_dense(queries, *held, scaling))
-        elif cache.num_rows:
-            parts.append(attend_dense(queries, *cache.rows_of(layer), scaling))
-        out = parts[0][0] if len(parts) == 1 else merge_attention(parts)[0]
-        return out.to(queries.dtype)
+        if self._held is not None:
+            return self._held.attend(layer, queries, scaling)
+        cache = self._cache
+        assert isinstance(cache, SequenceCache)
+        k, v = (part[layer, :, : cache.length] for part in (cache.keys, cache.values))
+        return attend_dense(queries, k, v, scaling)[0].to(queries.dtype)

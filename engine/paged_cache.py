@@ -21,6 +21,7 @@ from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.paged_states import ChunkState, StepState
 from kvstrata.engine.probes import Probes
 from kvstrata.engine.row_buffer import RowBuffer
+from kvstrata.kernels.rope import rotate
 from kvstrata.kernels.row_pages import PAGE_TOKENS, read_rows, write_rows
 from kvstrata.kernels.saliency import normalised_saliency
 from kvstrata.methods.codec import BlockCodec
@@ -199,6 +200,7 @@ class PagedCache:
         keys: torch.Tensor,
         values: torch.Tensor,
         layers: slice = slice(None),
+        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Write rows of some layers at position ``first``; see ``SequenceCache.write``.
 
@@ -207,13 +209,19 @@ class PagedCache:
         """
         assert self.base <= first <= self.length, "rows behind blocks only, without a gap"
         last = first + keys.shape[2]
-        if self._buffer is None and last <= self.length:
+        if self._buffer is None and (last <= self.length or self._is_of_blocks):
+            self._add_columns(last - self.base + 1)
             table = self._table[layers].flatten(0, 1)
-            rows = (part.flatten(0, 1) for part in (keys, values))
-            write_rows(self.pool.rows.memory, table, first - self.base, *rows)
+            k, v = (part.flatten(0, 1) for part in (keys, values))
+            write_rows(self.pool.rows.memory, table, first - self.base, k, v, rotation)
+            if last > self.length:
+                self.length = last
+                self.pool.rows.lengths[self.slot] = self.num_rows
             return
         self._to_buffer(max(0, last - self.length))
         own = slice(first - self.base, last - self.base)
+        if rotation is not None:
+            keys = rotate(keys, *rotation)
         self.buffer.keys[layers, :, own] = keys.to(self.buffer.keys.dtype)
         self.buffer.values[layers, :, own] = values.to(self.buffer.values.dtype)
         self.length = max(self.length, last)
@@ -232,6 +240,11 @@ class PagedCache:
         memory, table = self.pool.rows.memory, self._table
         keys, values = read_rows(memory, table.flatten(0, 1), own.start, own.stop)
         return keys.unflatten(0, table.shape[:2]), values.unflatten(0, table.shape[:2])
+
+    @property
+    def _is_of_blocks(self) -> bool:
+        """Whether full blocks are all that is known but for a token: then no chunk is computed."""
+        return len(self.token_ids) % BLOCK_TOKENS <= 1
 
     def rows_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return one layer's K and V of all uncompressed rows, (num_kv_heads, num_rows, D) each."""

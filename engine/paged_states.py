@@ -7,7 +7,7 @@ Legend: R sequences of a step, n tokens of a chunk, H KV heads, G query heads pe
 head_dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from kvstrata.engine.compressed_blocks import CompressedBlocks
 from kvstrata.kernels.attend_blocks import Attention, attend_batch, merge_attention
 from kvstrata.kernels.attend_dense import attend_dense
 from kvstrata.kernels.block_pages import PageTable
-from kvstrata.kernels.row_pages import RowStep, step_rows
+from kvstrata.kernels.row_pages import RowStep, attend_rows, step_rows
 from kvstrata.kernels.row_saliency import add_row_saliency
 from kvstrata.kernels.token_rows import TokenRows, attend_tokens
 
@@ -208,15 +208,19 @@ class StepState:
         )
 
 
-def attend_held_blocks(
-    cache: "PagedCache",
-) -> Callable[[int, torch.Tensor, float], Attention]:
-    """Return what attends over a sequence's blocks: layer, queries (H * G, 1, D), scaling."""
-    plan = _Plan([cache])
+class HeldTokens:
+    """Attends for one token over what a cache holds, the token itself included."""
 
-    def attend(layer: int, queries: torch.Tensor, scaling: float) -> Attention:
-        own = queries.transpose(0, 1).contiguous()
-        out, lse = plan.attend_group(plan.groups[0], layer, own, scaling)
-        return out.transpose(0, 1), lse.T
+    def __init__(self, cache: "PagedCache") -> None:
+        """Bring the cache's rows into pages."""
+        cache.settle_rows()
+        self._plan = _Plan([cache])
+        self._has_rows = cache.num_rows > 0
 
-    return attend
+    def attend(self, layer: int, queries: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Return outputs of queries, both (H * G, 1, D)."""
+        plan, own = self._plan, queries.transpose(0, 1).contiguous()
+        parts = [attend_rows(own, plan.step, layer, scaling)] if self._has_rows else []
+        parts += [plan.attend_group(group, layer, own, scaling) for group in plan.groups]
+        out = parts[0][0] if len(parts) == 1 else merge_attention(parts)[0]
+        return out.to(queries.dtype).transpose(0, 1)

@@ -5,8 +5,18 @@ from typing import Any
 import torch
 
 from kvstrata.kernels.rope import rotate
+from kvstrata.protos.frame_pb2 import RopeForm
+from kvstrata.protos.identity import BLOCK_TOKENS
 
 _FIRST_TABLE_ROWS = 1024
+
+
+def stored_turns(rope: RopeForm, first: int, last: int) -> torch.Tensor | None:
+    """Return by which positions stored keys of a range are turned, int64; None if by none."""
+    positions = torch.arange(first, last)
+    if rope is RopeForm.ROPE_FORM_FRAME:
+        return positions // BLOCK_TOKENS * BLOCK_TOKENS
+    return positions if rope is RopeForm.ROPE_FORM_PRE else None
 
 
 class Rotary:

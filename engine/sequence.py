@@ -22,6 +22,7 @@ from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.last_token import LastToken
 from kvstrata.engine.model import Model
 from kvstrata.engine.paged_cache import PagedCache
+from kvstrata.engine.rotary import stored_turns
 from kvstrata.methods.codec import BlockShape, KVBlocks
 from kvstrata.methods.framing import (
     BlockIdentity,
@@ -102,6 +103,7 @@ class RunningSequence:
         else:
             capacity = min(model.spec.max_positions, len(token_ids) + 4 * BLOCK_TOKENS)
             self.cache = SequenceCache(model.spec, capacity, probes, device=model.device)
+        self._first_layer_kv = (pool or model).first_layer_kv
         self.committable = method.reads_all
         self.num_unencodable = 0
         self.layer_bytes = [0] * model.spec.num_layers
@@ -274,7 +276,7 @@ class RunningSequence:
         keys, values = self.cache.read(begin, end)
         attached = self._attachments(keys, begin)
         keys, values = keys[codec.first_layer :], values[codec.first_layer :]
-        if (turns := self._turns(begin, end)) is not None:
+        if (turns := stored_turns(self._rope, begin, end)) is not None:
             keys = self.model.rotate(keys, turns, inverse=True)
         saliency = self.cache.saliency(begin, end, self.model.attention_scaling)
         blocks = KVBlocks(
@@ -342,14 +344,6 @@ class RunningSequence:
             return RopeForm.ROPE_FORM_NONE
         return self.method.codec.rope
 
-    def _turns(self, begin: int, end: int) -> int | torch.Tensor | None:
-        """Return by which positions stored keys of a range are turned; None if by none."""
-        if self._rope is RopeForm.ROPE_FORM_PRE:
-            return begin
-        if self._rope is RopeForm.ROPE_FORM_FRAME:
-            return torch.arange(begin, end) // BLOCK_TOKENS * BLOCK_TOKENS
-        return None
-
     @property
     def _num_stored_layers(self) -> int:
         return self.model.spec.num_layers - self.method.codec.first_layer
@@ -388,12 +382,16 @@ class RunningSequence:
         begin, end = first * BLOCK_TOKENS, (first + len(blocks)) * BLOCK_TOKENS
         shape = BlockShape(spec.num_kv_heads, spec.head_dim, spec.dtype)
         decoded = [codec.decode(list(group), shape) for _, group in groupby(blocks, key=sorted)]
-        keys = torch.cat([k for k, _ in decoded], 2).flatten(2, 3)
-        values = torch.cat([v for _, v in decoded], 2).flatten(2, 3)
-        if (turns := self._turns(begin, end)) is not None:
-            keys = self.model.rotate(keys, turns)
+        keys, values = (
+            (torch.cat(parts, 2) if parts[1:] else parts[0]).flatten(2, 3)
+            for parts in zip(*decoded, strict=True)
+        )
         if codec.first_layer:
-            k0, v0 = self.model.first_layer_kv(self.token_ids[begin:end], begin)
+            k0, v0 = self._first_layer_kv(self.token_ids[begin:end], begin)
             self.cache.write(begin, k0[None], v0[None], layers=slice(0, 1))
-        self.cache.write(begin, keys, values, layers=slice(codec.first_layer, None))
+        rotation, stored = None, slice(codec.first_layer, None)
+        if (turns := stored_turns(self._rope, begin, end)) is not None:
+            cos, sin = self.model.cos_sin(0, end)
+            rotation = cos[turns], sin[turns]
+        self.cache.write(begin, keys, values, stored, rotation)
         self._note(first, blocks)

@@ -5,7 +5,8 @@ vector holds a channel of all its tokens: scores of 16 tokens need no sum across
 token by token. A head's pages may be anywhere, and heads may hold different numbers of tokens;
 their order does not matter to attention, because keys are rotated already.
 
-Not covered: several new tokens of one sequence at once (``read_rows``, then any dense attention).
+``attend_rows`` attends for a token whose row is there already, ``step_rows`` for one whose row is
+new. Not covered: several tokens of one sequence at once (``read_rows``, then any dense attention).
 
 Legend: S sequences held, R sequences of a step, L layers, H KV heads, G query heads per KV head,
 D head_dim, P pages, W pages that a head can have.
@@ -20,6 +21,7 @@ import torch
 
 from kvstrata.kernels.attend_blocks import Attention, attend_window
 from kvstrata.kernels.backend import FLOATS, backend_of
+from kvstrata.kernels.rope import rotate
 
 PAGE_TOKENS = 16
 
@@ -150,16 +152,54 @@ def step_rows_reference(
     scaling: float,
 ) -> Attention:
     """Return ``step_rows``, one head after another."""
+    for i, slot in enumerate(step.slots.tolist()):
+        for head, table in enumerate(step.pages.tables[slot, layer]):
+            key, value = keys[i, head, None, None], values[i, head, None, None]
+            first = int(step.lengths[i, layer, head])
+            write_rows_reference(step.pages.memory, table[None], first, key, value)
+    return attend_rows_reference(queries, step, layer, scaling, num_new=1)
+
+
+def attend_rows(queries: torch.Tensor, step: RowStep, layer: int, scaling: float) -> Attention:
+    """Attend over the rows that each sequence's heads have in a layer; write nothing.
+
+    Args:
+        queries: (R, H * G, D), post-RoPE, of the dtype of the pages.
+        step: Which sequences; each has a row at least.
+        layer: Which layer of the tables.
+        scaling: Factor on the dot products before the softmax.
+
+    Returns:
+        As ``step_rows``.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices that do not belong together, or no row.
+    """
+    dim = step.pages.head_dim
+    no_rows = queries.new_empty((len(step.slots), step.pages.tables.shape[2], dim))
+    _check(queries, no_rows, no_rows, step, layer)
+    if not int(step.lengths[:, layer].min()):
+        raise ValueError("a head has no row to attend to")
+    if backend_of(queries, step.pages.memory) == "numba" and dim % PAGE_TOKENS == 0:
+        from kvstrata.kernels.row_pages_numba import attend_rows_numba
+
+        return attend_rows_numba(queries, step, layer, scaling)
+    return attend_rows_reference(queries, step, layer, scaling)
+
+
+def attend_rows_reference(
+    queries: torch.Tensor, step: RowStep, layer: int, scaling: float, num_new: int = 0
+) -> Attention:
+    """Return ``attend_rows``, one head after another; of ``num_new`` rows more than were held."""
     out = torch.empty(queries.shape, device=queries.device)
     lse = torch.empty(queries.shape[:2], device=queries.device)
-    memory, heads = step.pages.memory, keys.shape[1]
+    heads = step.pages.tables.shape[2]
     group = queries.shape[1] // heads
     for i, slot in enumerate(step.slots.tolist()):
         for head in range(heads):
+            count = int(step.lengths[i, layer, head]) + num_new
             table = step.pages.tables[slot, layer, head][None]
-            first = int(step.lengths[i, layer, head])
-            write_rows(memory, table, first, keys[i, head, None, None], values[i, head, None, None])
-            every = read_rows(memory, table, 0, first + 1)
+            every = read_rows(step.pages.memory, table, 0, count)
             own = slice(head * group, (head + 1) * group)
             out[i, own], lse[i, own] = attend_window(queries[i, own], *every, scaling)
     return out, lse
@@ -171,6 +211,7 @@ def write_rows(
     first: int,
     keys: torch.Tensor,
     values: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Write rows ``first`` and on of some heads into their pages.
 
@@ -180,7 +221,31 @@ def write_rows(
         first: Which row of each head the first of the new ones is.
         keys: (heads, n, D).
         values: As ``keys``.
+        rotation: cos and sin, float32 (n, D), both halves of a row equal: keys are turned by them
+            first, as by ``rope.rotate``.
     """
+    dim, dtypes = keys.shape[2], {keys.dtype, values.dtype, memory.dtype}
+    is_quick = len(dtypes) == 1 and dim % (PAGE_TOKENS * (2 if rotation else 1)) == 0
+    is_quick = is_quick and keys.stride(2) == values.stride(2) == tables.stride(1) == 1
+    if is_quick and backend_of(memory, keys, values) == "numba":
+        from kvstrata.kernels.row_pages_numba import write_rows_numba
+
+        write_rows_numba(memory, tables, first, keys, values, rotation)
+    else:
+        write_rows_reference(memory, tables, first, keys, values, rotation)
+
+
+def write_rows_reference(
+    memory: torch.Tensor,
+    tables: torch.Tensor,
+    first: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:
+    """Do what ``write_rows`` does; the definition."""
+    if rotation is not None:
+        keys = rotate(keys, *rotation)
     at, slot = _places(tables, first, first + keys.shape[1])
     at, slot = at.to(memory.device), slot.to(memory.device)
     dim = keys.shape[2]

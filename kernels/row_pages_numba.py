@@ -18,7 +18,7 @@ from numba import njit
 from kvstrata.kernels.attend_blocks import Attention
 from kvstrata.kernels.compiled import kernel
 from kvstrata.kernels.exponential_numba import exponential
-from kvstrata.kernels.floats_numba import as_numpy
+from kvstrata.kernels.floats_numba import as_numpy, from_float
 from kvstrata.kernels.row_pages import PAGE_TOKENS, RowStep
 from kvstrata.kernels.threads import for_ranges
 from kvstrata.kernels.vectors_numba import (
@@ -26,16 +26,21 @@ from kvstrata.kernels.vectors_numba import (
     larger,
     largest_lane,
     load,
+    multiply,
     multiply_add,
     splat,
     splat_at,
     store,
     subtract,
     sum_lanes,
+    transpose_tile,
 )
 
 SPLIT_ROWS = 1024
 _GRAIN_ROWS = 512  # rows that are worth a thread
+_GRAIN_PAGES = 32  # pages to write that are
+_NO_TURN = np.empty(0, np.float32)
+Array = np.ndarray[Any, Any]
 _NONE, _HALF, _ZERO = np.float32(-np.inf), np.float32(0.5), np.float32(0.0)
 
 
@@ -69,21 +74,74 @@ def step_rows_numba(
     scaling: float,
 ) -> Attention:
     """Return what ``step_rows_reference`` returns, up to rounding."""
+    new = as_numpy(keys.flatten()), as_numpy(values.flatten())
+    return _attend(queries, new, step, layer, scaling)
+
+
+def attend_rows_numba(
+    queries: torch.Tensor, step: RowStep, layer: int, scaling: float
+) -> Attention:
+    """Return what ``attend_rows`` returns, up to rounding."""
+    return _attend(queries, None, step, layer, scaling)
+
+
+def _attend(
+    queries: torch.Tensor,
+    new: tuple[Array, Array] | None,
+    step: RowStep,
+    layer: int,
+    scaling: float,
+) -> Attention:
+    """Attend over the rows held and, if there are ``new`` ones, over these as well."""
     plan: _Plan = step.once(queries.shape[1], lambda: _Plan(step, queries.shape[1]))
     scaled = (queries.float() * scaling).flatten().numpy()
-    new_keys, new_values = as_numpy(keys.flatten()), as_numpy(values.flatten())
     out, lse = torch.empty(queries.shape), torch.empty(queries.shape[:2])
     row_of, lengths = plan.layers[layer]
+    keys, values = new or (plan.memory, plan.memory)
+    num_new = 0 if new is None else 1
 
     def work(first: int, stop: int) -> None:
         _attend_items(
-            first, stop, scaled, new_keys, new_values, plan.memory, plan.tables, row_of, lengths,
+            first, stop, scaled, num_new, keys, values, plan.memory, plan.tables, row_of, lengths,
             plan.sizes, plan.parts, plan.state,
         )  # fmt: skip
 
     for_ranges(work, plan.items, plan.grain)
     merge_items(plan.parts, plan.state, plan.sizes, out.view(-1).numpy(), lse.view(-1).numpy())
     return out, lse
+
+
+def write_rows_numba(
+    memory: torch.Tensor,
+    tables: torch.Tensor,
+    first: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None,
+) -> None:
+    """Do what ``write_rows_reference`` does; rows are contiguous and of the dtype of the pages."""
+    heads, count, dim = keys.shape
+    if not keys.numel():
+        return
+    num_pages = (first + count - 1) // PAGE_TOKENS - first // PAGE_TOKENS + 1
+    sources = [_flat(rows) for rows in (keys, values)]
+    steps = (*keys.stride()[:2], *values.stride()[:2], tables.stride(0))
+    turns: list[Array] = [_NO_TURN, _NO_TURN]
+    if rotation is not None:
+        turns = [table.contiguous().view(-1).numpy() for table in rotation]
+    target, places = as_numpy(memory.view(-1)), _flat(tables)
+    sizes = first, count, dim, num_pages
+
+    def work(begin: int, stop: int) -> None:
+        _write_items(begin, stop, *sources, *turns, places, target, steps, sizes)
+
+    for_ranges(work, heads * num_pages, _GRAIN_PAGES)
+
+
+def _flat(rows: torch.Tensor) -> Array:
+    """Return all numbers from the first to the last of rows that may lie apart."""
+    span = 1 + sum((n - 1) * step for n, step in zip(rows.shape, rows.stride(), strict=True))
+    return as_numpy(rows.as_strided((span,), (1,)))
 
 
 _part: Any = njit(nogil=True, error_model="numpy", inline="never")
@@ -157,9 +215,12 @@ def _append(memory, page, slot, keys, values, at, dim):
 
 @kernel(error_model="numpy")
 def _attend_items(
-    first, stop, q, keys, values, memory, tables, row_of, lengths, sizes, parts, state
+    first, stop, q, num_new, keys, values, memory, tables, row_of, lengths, sizes, parts, state
 ):  # fmt: skip
-    """Attend to items ``first`` to ``stop``, item = (sequence * heads + head) * splits + split."""
+    """Attend to items ``first`` to ``stop``, item = (sequence * heads + head) * splits + split.
+
+    ``num_new`` is 1 where every head gets a row of ``keys`` and ``values`` first, or 0.
+    """
     heads, group, dim, width, splits = sizes
     step = SPLIT_ROWS
     scores = np.empty(4 * step + 16, np.float32)
@@ -168,9 +229,9 @@ def _attend_items(
         pair, split = item // splits, item % splits
         head = pair % heads
         table = row_of[pair // heads] + head * width
-        begin, total = split * step, np.int64(lengths[pair]) + 1
+        begin, total = split * step, np.int64(lengths[pair]) + num_new
         count = min(total - begin, step)
-        if split == (total - 1) // step:
+        if num_new > 0 and split == (total - 1) // step:
             last = total - 1
             page = np.int64(tables[table + last // PAGE_TOKENS])
             _append(memory, page, last % PAGE_TOKENS, keys, values, pair * dim, dim)
@@ -244,3 +305,51 @@ def merge_items(parts, state, sizes, out, lse):
             for i in range(dim):
                 out[target + i] /= total
             lse[pair * group + j] = top + np.float32(np.log(total))
+
+
+@kernel(error_model="numpy")
+def _write_items(begin, stop, keys, values, cos, sin, tables, memory, steps, sizes):
+    """Write pages ``begin`` to ``stop`` of all heads: item = head * pages + page.
+
+    A whole page's keys are turned in rows of float32, then transposed; bits stay as they are.
+    """
+    first, count, dim, num_pages = sizes
+    rows, tile = np.empty(PAGE_TOKENS * dim, np.float32), np.empty(PAGE_TOKENS * dim, np.float32)
+    for item in range(begin, stop):
+        head, at = item // num_pages, first // PAGE_TOKENS + item % num_pages
+        start = np.int64(tables[head * steps[4] + at]) * 2 * PAGE_TOKENS * dim
+        low, high = max(first, at * PAGE_TOKENS), min(first + count, (at + 1) * PAGE_TOKENS)
+        for token in range(low, high):
+            n, slot = token - first, token - at * PAGE_TOKENS
+            source = head * steps[0] + n * steps[1]
+            if cos.size > 0:
+                _turn(keys, source, cos, sin, n * dim, rows, slot * dim, dim)
+            else:
+                for c in range(0, dim, 16):
+                    store(rows, slot * dim + c, load(keys, source + c))
+            source, to = head * steps[2] + n * steps[3], start + (PAGE_TOKENS + slot) * dim
+            for c in range(0, dim, 16):
+                store(memory, to + c, load(values, source + c))
+        if high - low == PAGE_TOKENS:
+            for c in range(0, dim, 16):
+                transpose_tile(rows, c, dim, tile, c * PAGE_TOKENS, PAGE_TOKENS)
+            for c in range(0, dim * PAGE_TOKENS, 16):
+                store(memory, start + c, load(tile, c))
+        else:
+            for slot in range(low - at * PAGE_TOKENS, high - at * PAGE_TOKENS):
+                for c in range(dim):
+                    memory[start + PAGE_TOKENS * c + slot] = from_float(
+                        rows[slot * dim + c], memory[0]
+                    )
+
+
+@_part
+def _turn(keys, source, cos, sin, angle, rows, to, dim):
+    """Write a row of keys as float32, turned: low and high halves as in ``rope_numba``."""
+    half = dim // 2
+    for c in range(0, half, 16):
+        low, high = load(keys, source + c), load(keys, source + half + c)
+        turned = multiply(high, load(sin, angle + c))
+        store(rows, to + c, subtract(multiply(low, load(cos, angle + c)), turned))
+        turned = multiply(low, load(sin, angle + half + c))
+        store(rows, to + half + c, add(multiply(high, load(cos, angle + half + c)), turned))

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,7 +48,14 @@ from kvstrata.kernels.paper_quantizers import (
 )
 from kvstrata.kernels.planes import unpack_planar
 from kvstrata.kernels.rope import rotate
-from kvstrata.kernels.row_pages import PAGE_TOKENS, RowPages, RowStep, step_rows
+from kvstrata.kernels.row_pages import (
+    PAGE_TOKENS,
+    RowPages,
+    RowStep,
+    attend_rows,
+    step_rows,
+    write_rows,
+)
 from kvstrata.kernels.row_saliency import add_row_saliency
 from kvstrata.kernels.saliency import normalise_sums
 from kvstrata.kernels.token_masks import TOKENS, to_flags, to_mask, token_classes
@@ -229,6 +236,8 @@ def _rows(dim: int, dtype: torch.dtype) -> None:
     row = torch.ones(1, 2, dim, dtype=dtype)
     step = RowStep(pages, torch.zeros(1, dtype=torch.int64))
     _, lse = step_rows(row, row, row, step, 0, 1.0)
+    attend_rows(row, RowStep(replace(pages, lengths=pages.lengths + 1), step.slots), 0, 1.0)
+    write_rows(memory, tables[0, 0], 0, row.transpose(0, 1), row.transpose(0, 1))
     table = torch.ones(2, dim)
     _decoder(dim, dtype, table)
     tokens = TokenRows(torch.zeros(1, dtype=torch.int32), torch.tensor([0, 1]))

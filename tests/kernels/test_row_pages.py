@@ -10,10 +10,12 @@ from kvstrata.kernels.row_pages import (
     PAGE_TOKENS,
     RowPages,
     RowStep,
+    attend_rows,
     read_rows,
     step_rows,
     step_rows_reference,
     write_rows,
+    write_rows_reference,
 )
 from kvstrata.kernels.row_pages_numba import SPLIT_ROWS
 from kvstrata.kernels.row_pages_triton import SPLIT_ROWS as GPU_SPLIT_ROWS
@@ -239,3 +241,46 @@ def test_what_does_not_belong_together_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             RowPages(memory, tables, lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [16, 64, 8], ids=lambda dim: f"dim{dim}")
+def test_attending_without_a_new_row_gives_what_the_step_that_wrote_it_gave(
+    dtype: torch.dtype, dim: int
+) -> None:
+    case = Case([0, 15, 16, LONG], dim=dim, dtype=dtype)
+    wanted = step_rows(case.queries, *case.new, case.step, 1, case.scaling)
+    memory = case.pages.memory.clone()
+    case.pages.lengths.add_(1)
+    got = attend_rows(case.queries, RowStep(case.pages, case.step.slots), 1, case.scaling)
+    for one, other in zip(got, wanted, strict=True):
+        assert_near(one, other.double(), 1e-6)
+    assert torch.equal(memory.view(torch.uint8), case.pages.memory.view(torch.uint8))
+
+
+def test_a_head_without_rows_has_nothing_to_attend_to() -> None:
+    case = Case([0, 3])
+    with pytest.raises(ValueError, match="no row"):
+        attend_rows(case.queries, case.step, 0, case.scaling)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [32, 64, 16, 24], ids=lambda dim: f"dim{dim}")
+@pytest.mark.parametrize(("first", "count"), [(0, 48), (5, 40), (16, 1), (31, 2)], ids=str)
+@pytest.mark.parametrize("turned", [False, True], ids=["as it is", "turned"])
+def test_rows_are_written_as_by_the_reference(
+    dtype: torch.dtype, dim: int, first: int, count: int, turned: bool
+) -> None:
+    width, spread = 4, 3
+    tables = torch.randperm(2 * width).to(torch.int32).view(2, width)
+    # Rows that lie apart, as those of a buffer with room for more.
+    rows = torch.randn(2, 2, count + spread, dim).to(dtype)[:, :, :count]
+    angles = torch.rand(count, dim // 2).repeat(1, 2)
+    rotation = (angles.cos(), angles.sin()) if turned else None
+    memories = [torch.zeros(2 * width, 2, PAGE_TOKENS * dim, dtype=dtype) for _ in "ab"]
+    for memory, write in zip(memories, (write_rows, write_rows_reference), strict=True):
+        write(memory, tables, first, *rows, rotation)
+    assert torch.equal(*memories)
+    keys, values = read_rows(memories[0], tables, first, first + count)
+    assert torch.equal(values, rows[1])
+    assert turned or torch.equal(keys, rows[0])
