@@ -122,31 +122,35 @@ class SegmentLayout:
         Raises:
             ValueError: A segment's size is not the one that its masks tell.
         """
-        base = [
-            [spread_segment(s, self.words_per_head(layer)) for layer, s in enumerate(segments)]
-            for segments in base
-        ]
-        fixed = [self._read_fixed(base, layer) for layer in range(self.num_layers)]
-        masks = self.read_masks(base)
+        whole = _Joined.of(base)
+        masks = self._masks(whole)
+        if (masks[0] & masks[1]).any():
+            whole = _Joined.of(
+                [
+                    [spread_segment(s, self.words_per_head(i)) for i, s in enumerate(segments)]
+                    for segments in base
+                ]
+            )
         escape, marked = masks[0], masks[1]
         mid_masks = marked & ~escape
         counts = [self._escape_counts(escape[side] & ~marked[side]) for side in (0, 1)]
-        rows = self._read_escapes(base, counts)
-        refined = None if mid is None else self._read_mid(mid, mid_masks)
-        nibbles = torch.stack([part[4] for part in fixed], 1).view(len(base), -1, self.dim // 2)
-        scales = torch.stack([part[5] for part in fixed], 1).view(len(base), -1)
+        rows = self._read_escapes(whole, counts)  # which finds all that is too short
+        *words, nibbles, scales = self._read_fixed(whole)
+        nibbles = nibbles.reshape(len(base), -1, self.dim // 2)
+        bias = ValueBias(torch.from_numpy(nibbles), torch.from_numpy(scales))
+        refined = None if mid is None else self._read_mid(_Joined.of(mid), mid_masks)
         keys, values = (
             StoredSide(
                 escape=escape[side],
                 mid=marked[side],
-                words=torch.cat([_as_words(part[1 + side]) for part in fixed], 1),
+                words=torch.from_numpy(words[side].view(np.int64)),
                 escapes=EscapeRows(
                     escape[side] & ~marked[side],
                     *rows[side],
                     torch.from_numpy(np.cumsum([0, *counts[side].sum(1).tolist()])),
                 ),
                 mid_rows=None if refined is None else refined[side],
-                bias=ValueBias(nibbles, scales) if side else None,
+                bias=bias if side else None,
             )
             for side in (0, 1)
         )
@@ -158,16 +162,15 @@ class SegmentLayout:
         Raises:
             ValueError: A segment is too short.
         """
-        size = 4 * self.heads * WORD_BYTES
-        rows = np.empty((self.num_layers, len(base), size), np.uint8)
-        for n, segments in enumerate(base):
-            for layer, segment in enumerate(segments):
-                if len(segment) < size:
-                    raise ValueError(f"layer {layer}: {len(segment)} bytes of base")
-                rows[layer, n] = np.frombuffer(segment, np.uint8, size)
-        masks = torch.from_numpy(rows).view(torch.int64)
-        masks = masks.view(self.num_layers, len(base), 2, 2, self.heads)
-        return masks.permute(2, 3, 0, 4, 1).reshape(2, 2, -1, len(base)).contiguous()
+        return self._masks(_Joined.of(base))
+
+    def _masks(self, base: "_Joined") -> torch.Tensor:
+        """Return ``read_masks`` of joined segments."""
+        size, num_blocks = 4 * self.heads * WORD_BYTES, len(base.sizes)
+        base.check("base", np.maximum(base.sizes, size))
+        masks = torch.from_numpy(base.data[base.starts[..., None] + np.arange(size)])
+        masks = masks.view(torch.int64).view(num_blocks, self.num_layers, 2, 2, self.heads)
+        return masks.permute(2, 3, 1, 4, 0).reshape(2, 2, -1, num_blocks).contiguous()
 
     def tag_places(self, base: Sequence[Sequence[Buffer]]) -> list[list[int]]:
         """Return where the tags begin in each segment, [block][layer]."""
@@ -200,78 +203,83 @@ class SegmentLayout:
         sizes: np.ndarray = (counts * self._row_bytes[side]).sum(1).T
         return sizes
 
-    def _read_fixed(self, base: Sequence[Sequence[Buffer]], layer: int) -> list[torch.Tensor]:
-        """Return the fixed parts of one layer, each uint8 (N, bytes), contiguous."""
-        sizes = self.fixed_sizes(layer)
-        rows = np.empty((len(base), sum(sizes)), np.uint8)
-        for n, segments in enumerate(base):
-            segment = segments[layer]
-            if len(segment) < rows.shape[1]:
-                least = rows.shape[1]
-                raise ValueError(f"layer {layer}: {len(segment)} bytes of base, least is {least}")
-            rows[n] = np.frombuffer(segment, np.uint8, rows.shape[1])
-        ends = np.cumsum([0, *sizes]).tolist()
-        return [
-            torch.from_numpy(np.ascontiguousarray(rows[:, a:b]))
-            for a, b in itertools.pairwise(ends)
-        ]
+    def _read_fixed(self, base: "_Joined") -> list[np.ndarray]:
+        """Return words of K and of V, bias codes and bias scales: uint8 (N, of all layers)."""
+        sizes = np.array([self.fixed_sizes(layer) for layer in range(self.num_layers)])
+        firsts, ends = np.cumsum(sizes, 1) - sizes, np.cumsum(sizes, 0)
+        chosen = (1, 2, 4, 5)
+        parts = [np.empty((len(base.sizes), ends[-1, i]), np.uint8) for i in chosen]
+        for layer in range(self.num_layers):
+            moves = [
+                (part, int(firsts[layer, i]), int(sizes[layer, i]), int(ends[layer, i]))
+                for part, i in zip(parts, chosen, strict=True)
+            ]
+            for n, start in enumerate(base.starts[:, layer].tolist()):
+                for part, first, size, end in moves:
+                    at = start + first
+                    part[n, end - size : end] = base.data[at : at + size]
+        return parts
 
     def _read_escapes(
-        self, base: Sequence[Sequence[Buffer]], counts: Sequence[np.ndarray]
+        self, base: "_Joined", counts: Sequence[np.ndarray]
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return scales and codes of K's and of V's escapes; ``counts`` (N, L) of each."""
-        scales: list[list[np.ndarray]] = [[], []]
-        codes: list[list[np.ndarray]] = [[], []]
-        fixed = [sum(self.fixed_sizes(layer)) for layer in range(self.num_layers)]
-        for n, segments in enumerate(base):
-            for layer, segment in enumerate(segments):
-                both = [int(count[n, layer]) for count in counts]
-                at = fixed[layer]
-                wanted = at + sum(both) * (SCALE_BYTES + self.dim)
-                if len(segment) != wanted:
-                    raise ValueError(
-                        f"layer {layer}: {len(segment)} bytes of base, {wanted} expected"
-                    )
-                for side, count in enumerate(both):
-                    scales[side].append(np.frombuffer(segment, np.uint8, SCALE_BYTES * count, at))
-                    at += SCALE_BYTES * count
-                for side, count in enumerate(both):
-                    codes[side].append(np.frombuffer(segment, np.int8, self.dim * count, at))
-                    at += self.dim * count
-        return [
-            (
-                torch.from_numpy(np.concatenate(scales[side]).view(np.int16)).view(torch.bfloat16),
-                torch.from_numpy(np.concatenate(codes[side])).view(-1, self.dim),
-            )
-            for side in (0, 1)
-        ]
+        fixed = np.array([sum(self.fixed_sizes(layer)) for layer in range(self.num_layers)])
+        sizes = [size * count for size in (SCALE_BYTES, self.dim) for count in counts]
+        base.check("base", fixed + sum(sizes))
+        firsts = itertools.accumulate(sizes, initial=base.starts + fixed)
+        parts = [base.take(first, size) for first, size in zip(firsts, sizes, strict=False)]
+        scales = [torch.from_numpy(part.view(np.int16)).view(torch.bfloat16) for part in parts[:2]]
+        codes = [torch.from_numpy(part.view(np.int8)).view(-1, self.dim) for part in parts[2:]]
+        return list(zip(scales, codes, strict=True))
 
-    def _read_mid(self, mid: Sequence[Sequence[Buffer]], masks: torch.Tensor) -> list[MidRows]:
+    def _read_mid(self, mid: "_Joined", masks: torch.Tensor) -> list[MidRows]:
         """Return the mid rows of K and of V; ``masks`` (2, L * H, N)."""
         sizes = [self._mid_sizes(side, masks[side]) for side in (0, 1)]
-        parts: list[list[np.ndarray]] = [[], []]
-        for n, segments in enumerate(mid):
-            for layer, segment in enumerate(segments):
-                both = [int(size[n, layer]) for size in sizes]
-                if len(segment) != sum(both):
-                    raise ValueError(
-                        f"layer {layer}: {len(segment)} bytes of mid, {sum(both)} expected"
-                    )
-                parts[0].append(np.frombuffer(segment, np.uint8, both[0]))
-                parts[1].append(np.frombuffer(segment, np.uint8, both[1], both[0]))
+        mid.check("mid", sizes[0] + sizes[1])
+        rows = mid.take(mid.starts, sizes[0]), mid.take(mid.starts + sizes[0], sizes[1])
         return [
-            MidRows(
-                masks[side],
-                torch.from_numpy(np.concatenate(parts[side])),
-                torch.from_numpy(np.cumsum([0, *sizes[side].sum(1).tolist()])),
-            )
-            for side in (0, 1)
+            MidRows(masks[side], torch.from_numpy(rows[side]), torch.from_numpy(ends))
+            for side, ends in enumerate(_ends(size)[:: self.num_layers] for size in sizes)
         ]
 
 
-def _as_words(rows: torch.Tensor) -> torch.Tensor:
-    """Return uint8 (N, bytes) as int64 (N, words); a layer may have none."""
-    return rows.flatten().view(torch.int64).view(len(rows), rows.shape[1] // WORD_BYTES)
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """Segments one after the other, so that parts of all are taken without looking at each.
+
+    Attributes:
+        data: uint8, all bytes.
+        starts: int64 (N, L), where each segment begins.
+        sizes: int64 (N, L), how many bytes it has.
+    """
+
+    data: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
+
+    @classmethod
+    def of(cls, segments: Sequence[Sequence[Buffer]]) -> "_Joined":
+        """Join segments, [block][layer]."""
+        parts = [segment for layers in segments for segment in layers]
+        sizes = np.array([len(part) for part in parts], np.int64)
+        shape = len(segments), len(parts) // max(1, len(segments))
+        starts = (np.cumsum(sizes) - sizes).reshape(shape)
+        return cls(np.frombuffer(b"".join(parts), np.uint8), starts, sizes.reshape(shape))
+
+    def check(self, name: str, wanted: np.ndarray) -> None:
+        """Raise ValueError unless sizes are those wanted, (N, L)."""
+        if (self.sizes != wanted).any():
+            n, layer = np.argwhere(self.sizes != wanted)[0].tolist()
+            raise ValueError(
+                f"layer {layer}: {self.sizes[n, layer]} bytes of {name}, "
+                f"{wanted[n, layer]} expected"
+            )
+
+    def take(self, firsts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Return a range of each segment, one after the other; uint8, writable."""
+        ranges = zip(firsts.ravel().tolist(), sizes.ravel().tolist(), strict=True)
+        return np.concatenate([self.data[a : a + size] for a, size in ranges])
 
 
 def _rows(side: StoredSide) -> np.ndarray:
