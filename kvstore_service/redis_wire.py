@@ -138,13 +138,16 @@ class RedisWire:
         wire.asked.append(asked)
         wire.transport.write(request)
         began_s = loop.time()
-        while not asked.done.done():
-            heard_s = max(began_s, wire.heard_s) + self._timeout_s
-            left_s = min(heard_s, began_s + count * self._timeout_s) - loop.time()
-            if left_s <= 0:
-                wire.fail(RedisTimeoutError("no reply in time"))
-            else:
-                await asyncio.wait([asked.done], timeout=left_s)
+        try:
+            while not asked.done.done():
+                heard_s = max(began_s, wire.heard_s) + self._timeout_s
+                left_s = min(heard_s, began_s + count * self._timeout_s) - loop.time()
+                if left_s <= 0:
+                    wire.fail(RedisTimeoutError("no reply in time"))
+                else:
+                    await asyncio.wait([asked.done], timeout=left_s)
+        finally:
+            asked.done.cancel()  # of a caller that was cancelled: its replies are counted, not kept
         replies = asked.done.result()
         if any(isinstance(reply, ReadOnlyError) for reply in replies):
             wire.fail(RedisConnectionError("the server is no master any more"))

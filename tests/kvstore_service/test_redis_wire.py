@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -192,3 +193,24 @@ async def test_whoever_waits_is_told_when_it_is_closed() -> None:
         await wire.close()
         with pytest.raises(RedisError):
             await asyncio.wait_for(asking, 20)
+
+
+async def test_a_cancelled_request_leaves_nothing_behind_when_the_connection_ends(
+    wire: RedisWire,
+) -> None:
+    told: list[str] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: told.append(context["message"]))
+    await wire.exchange([("PING",)])
+    waiting = asyncio.create_task(wire.exchange([("BLPOP", "nobody-pushes", "0")]))
+    async with asyncio.timeout(30):
+        while not (wire._wire and wire._wire.asked):
+            await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    assert waiting.cancelled()
+    await wire.close()
+    del waiting
+    gc.collect()
+    await asyncio.sleep(0)
+    assert told == []
