@@ -124,16 +124,19 @@ class PackedDecoder:
         if images is not None:
             hidden[images.at.to(device)] = images.rows
         delta: torch.Tensor | None = None
+        shown = state if isinstance(state, ObservingState) else None  # asked once: it takes a while
         for index, layer in enumerate(self._layers):
             rows = state.rows(index)
             if rows is None:
-                delta, hidden = self._run(index, layer, delta, hidden, at, tables, state)
+                delta, hidden = self._run(index, layer, delta, hidden, at, tables, state, shown)
                 continue
             hidden = hidden if delta is None else hidden + delta
             delta = None
             if len(rows):
                 own, some = rows.to(device), at[rows]
-                change, base = self._run(index, layer, None, hidden[own], some, tables, state)
+                change, base = self._run(
+                    index, layer, None, hidden[own], some, tables, state, shown
+                )
                 hidden = hidden.index_copy(0, own, base + change)
         if isinstance(logits_to_keep, int):
             kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
@@ -154,6 +157,7 @@ class PackedDecoder:
         positions: torch.Tensor,
         tables: tuple[torch.Tensor, torch.Tensor],
         state: AttentionState,
+        shown: ObservingState | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the layer's MLP adds, and what it adds to.
 
@@ -161,8 +165,8 @@ class PackedDecoder:
         """
         num_heads, num_kv_heads, head_dim = self._sizes
         normed, hidden = layer.before_attention(hidden, delta)
-        if isinstance(state, ObservingState):
-            state.observe(index, normed)
+        if shown is not None:
+            shown.observe(index, normed)
         heads = layer.qkv(normed).unflatten(1, (-1, head_dim))
         turning = heads[:, : num_heads + num_kv_heads]
         if layer.query_norm is not None and layer.key_norm is not None:
