@@ -17,7 +17,7 @@ from kvstrata.kernels.attend_items_numba import attend_items, merge_parts
 from kvstrata.kernels.attend_memory_numba import Pages, Room, Side, Tables
 from kvstrata.kernels.attend_tables_numba import SIGNS
 from kvstrata.kernels.block_pages import BLOCK_TOKENS, BlockPages, PageTable, SideTables, Turns
-from kvstrata.kernels.block_planes_numba import FINE, plan_of
+from kvstrata.kernels.plane_plans_numba import FINE, plan_of
 from kvstrata.kernels.products_numba import pack
 from kvstrata.kernels.sign_codes import COEFFICIENTS
 from kvstrata.kernels.threads import for_ranges

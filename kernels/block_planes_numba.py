@@ -13,9 +13,6 @@ are bound by instructions: an estimate of 4 and 10 GB/s of bf16 on one 2.5 GHz c
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
-from functools import lru_cache
-from typing import Any, NamedTuple
-
 import numpy as np
 import torch
 
@@ -24,13 +21,8 @@ from kvstrata.kernels.compiled import VECTORS, inlined, kernel
 from kvstrata.kernels.floats_numba import as_numpy
 from kvstrata.kernels.huge_memory import empty_huge
 from kvstrata.kernels.lookups_numba import gather, pick, pick_of_32
-from kvstrata.kernels.sign_codes import (
-    COEFFICIENTS,
-    FINE_LEVELS,
-    GRID_SIZE,
-    MAX_WIDTH,
-    code_table,
-)
+from kvstrata.kernels.plane_plans_numba import FINE, STEPS, mid_tables, plan_of
+from kvstrata.kernels.sign_codes import GRID_SIZE, MAX_WIDTH, code_table
 from kvstrata.kernels.threads import for_ranges
 from kvstrata.kernels.token_masks import TOKENS
 from kvstrata.kernels.vectors_numba import (
@@ -64,7 +56,7 @@ from kvstrata.kernels.vectors_numba import (
     word_of,
 )
 
-_ENCODE_GRAIN, _DECODE_GRAIN, _ROW_GRAIN = 8, 16, 64
+_ENCODE_GRAIN, _DECODE_GRAIN = 8, 16
 _HALF_GRID = GRID_SIZE // 2
 _SIGN = np.int32(-(2**31))
 _ALL = np.uint64(2**64 - 1)
@@ -87,68 +79,8 @@ def _border_heaps():
     return heaps.ravel()
 
 
-def _coefficients():
-    table = np.zeros((MAX_WIDTH + 1, MAX_WIDTH), np.float32)
-    for width in range(1, MAX_WIDTH + 1):
-        table[width, :width] = COEFFICIENTS[width]
-    return table
-
-
 _CELLS = 1 << (MAX_WIDTH - 1)  # codes above zero of the widest component
-BORDERS, _STEPS = _border_heaps(), _coefficients()
-SIZES = _STEPS.ravel()
-FINE = np.array([level for levels in FINE_LEVELS for level in levels], np.float32)
-_FINE_STARTS = np.cumsum([0] + [len(levels) for levels in FINE_LEVELS])[:-1].astype(np.int32)
-
-
-class _Plan(NamedTuple):
-    """A layout as the kernels read it: flat arrays over (H, 6, D) or (H, D)."""
-
-    widths: "np.ndarray[Any, Any]"
-    sizes: "np.ndarray[Any, Any]"
-    offsets: "np.ndarray[Any, Any]"
-    counts: "np.ndarray[Any, Any]"
-    steps: "np.ndarray[Any, Any]"  # minus the coefficient, or 0
-    places: "np.ndarray[Any, Any]"  # a plane's bit's place in the fine code, or 0
-    grids: "np.ndarray[Any, Any]"  # where a component's grid of codes starts
-    starts: "np.ndarray[Any, Any]"  # where a component's fine levels start
-
-
-@lru_cache(maxsize=1024)
-def _plan(layout_id: "_Identity") -> _Plan:
-    layout = layout_id.layout
-    widths = layout.widths.numpy()
-    places = np.zeros((MAX_WIDTH + 1, MAX_WIDTH), np.int32)
-    for width in range(1, MAX_WIDTH + 1):
-        places[width, :width] = 4 << np.arange(width)[::-1]
-    return _Plan(
-        np.ascontiguousarray(widths).ravel(),
-        layout.plane_sizes.numpy().ravel(),
-        layout.word_offsets.numpy().ravel(),
-        layout.mid_counts.numpy().astype(np.int64),
-        np.ascontiguousarray((-_STEPS[widths]).transpose(0, 2, 1)).ravel(),
-        np.ascontiguousarray(places[widths].transpose(0, 2, 1)).ravel(),
-        (widths.astype(np.int32) * GRID_SIZE).ravel(),
-        _FINE_STARTS[widths].ravel(),
-    )
-
-
-class _Identity:
-    """A layout, equal to itself alone: tensors do not hash by value."""
-
-    def __init__(self, layout: PlaneLayout) -> None:
-        self.layout = layout
-
-    def __hash__(self) -> int:
-        return id(self.layout)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.layout is other.layout
-
-
-def plan_of(layout: PlaneLayout) -> _Plan:
-    """Return the arrays of a layout, made once."""
-    return _plan(_Identity(layout))
+BORDERS, SIZES = _border_heaps(), STEPS.ravel()
 
 
 def encode_block_planes_numba(
@@ -264,22 +196,6 @@ def encode_columns(
     store(error, loss + 16, e1)
     store(error, loss + 32, e2)
     store(error, loss + 48, e3)
-
-
-class MidTables(NamedTuple):
-    """Mid rows as the kernels read them; of size 0 if there are none."""
-
-    masks: "np.ndarray[Any, Any]"
-    rows: "np.ndarray[Any, Any]"
-    starts: "np.ndarray[Any, Any]"
-
-
-def mid_tables(mid: MidRows | None, layout: PlaneLayout) -> MidTables:
-    """Return the arrays of mid rows."""
-    if mid is None:
-        return MidTables(np.zeros((0, 0), np.int64), np.zeros(0, np.uint8), np.zeros(0, np.int64))
-    starts = layout.mid_starts(mid.masks).numpy()
-    return MidTables(mid.masks.contiguous().numpy(), mid.rows.contiguous().numpy(), starts)
 
 
 def decode_block_planes_numba(

@@ -21,18 +21,16 @@ import torch
 from kvstrata.kernels.block_planes import NOT_FINITE, MidRows
 from kvstrata.kernels.block_planes_numba import (
     BORDERS,
-    FINE,
     SIZES,
     decode_block,
     encode_columns,
-    mid_tables,
-    plan_of,
 )
 from kvstrata.kernels.compiled import VECTORS, inlined, kernel
 from kvstrata.kernels.component_basis import ComponentBasis, product_dtype
 from kvstrata.kernels.escape_rows import EscapeRows, row_starts, unpack_escape_rows
 from kvstrata.kernels.floats_numba import as_numpy
 from kvstrata.kernels.huge_memory import empty_huge
+from kvstrata.kernels.plane_plans_numba import FINE, mid_tables, plan_of
 from kvstrata.kernels.products_numba import (
     Multiplier,
     aligned,

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from kvstrata.kernels.block_planes import PlaneLayout
-from kvstrata.kernels.block_planes_numba import plan_of
 from kvstrata.kernels.compiled import VECTORS, inlined, kernel
 from kvstrata.kernels.floats_numba import as_numpy
 from kvstrata.kernels.lookups_numba import gather_bytes
+from kvstrata.kernels.plane_plans_numba import plan_of
 from kvstrata.kernels.sign_codes import GRID_PER_UNIT, GRID_SIZE, MAX_WIDTH, code_table
 from kvstrata.kernels.threads import for_ranges
 from kvstrata.kernels.token_masks import TOKENS

@@ -13,9 +13,9 @@ import torch
 from kvstrata.kernels.attend_tables_numba import SIGNS, add_values, fill_tables
 from kvstrata.kernels.attend_tokens_numba import stage_words
 from kvstrata.kernels.block_planes import PlaneLayout
-from kvstrata.kernels.block_planes_numba import plan_of
 from kvstrata.kernels.compiled import VECTORS, kernel
 from kvstrata.kernels.floats_numba import as_numpy
+from kvstrata.kernels.plane_plans_numba import plan_of
 from kvstrata.kernels.sign_codes import MAX_WIDTH
 from kvstrata.kernels.threads import for_ranges
 from kvstrata.kernels.token_masks import TOKENS
