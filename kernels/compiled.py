@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from numba import njit
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 # Without reference counts: around every inner call they would spill all vectors. So a function that
 # is compiled in gets its memory from the caller.
@@ -45,7 +45,21 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 class _KernelCache(FunctionCache):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
-        self._cache_file._source_stamp = digest_of(Path(function.__code__.co_filename))
+        self._cache_file = _KernelFiles(
+            self.cache_path,
+            self._impl.filename_base,
+            digest_of(Path(function.__code__.co_filename)),
+        )
+
+
+class _KernelFiles(IndexDataCacheFile):
+    def _load_index(self) -> dict[Any, Any]:
+        """Return what is on disk; nothing, if it names types that another release had."""
+        try:
+            found: dict[Any, Any] = super()._load_index()
+        except (AttributeError, ImportError):
+            return {}
+        return found
 
 
 @cache

@@ -3,7 +3,11 @@
 import importlib
 import os
 import pkgutil
+import sys
+from collections import namedtuple
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -83,3 +87,27 @@ def test_a_second_process_would_load_what_the_first_compiled(
     assert first(3) == second(3) == 6
     assert sum(first.stats.cache_misses.values()) == 1
     assert sum(second.stats.cache_hits.values()) == 1
+
+
+def test_code_for_types_that_are_gone_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index names the types of arguments, which another release may have had elsewhere."""
+    monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path))
+
+    def add(pair: Any) -> Any:
+        return pair.first + pair.second
+
+    def pairs_of(name: str) -> dict[str, Any]:
+        module = ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        module.__dict__["Pair"] = namedtuple("Pair", "first second", module=name)
+        return module.__dict__
+
+    before, after = pairs_of("pairs_before"), pairs_of("pairs_after")
+    assert kernel()(add)(before["Pair"](1, 2)) == 3
+    del before["Pair"]
+    compiled, loaded = kernel()(add), kernel()(add)
+    assert compiled(after["Pair"](1, 2)) == loaded(after["Pair"](1, 2)) == 3
+    assert sum(compiled.stats.cache_misses.values()) == 1
+    assert sum(loaded.stats.cache_hits.values()) == 1
