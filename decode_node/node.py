@@ -116,7 +116,7 @@ class Generation:
         """Bring a sequence to the end of what is known, and go on from there."""
         clock, steps, answer = self._clock, self._worker.steps, self._answer
         known = [*self._task.prompt_ids, *answer.token_ids]
-        plan = plan_of(self._worker, self._task, len(known), self._stored)
+        plan = plan_of(self._worker, self._task, known, self._stored)
         task = planned(self._task, plan)
         self._method = task.method
         async with self._worker.open(

@@ -127,6 +127,18 @@ class KVArena:
         del self._extents[index]
         self._extent_bytes -= extent.num_bytes
 
+    def shrink(self, extent: Extent, num_bytes: int) -> None:
+        """Take an extent's last bytes back, so that it holds at least ``num_bytes``.
+
+        Raises:
+            ValueError: It holds fewer, or would hold none.
+        """
+        size = -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        if not 0 < size <= extent.num_bytes:
+            raise ValueError(f"an extent of {extent.num_bytes} bytes cannot shrink to {num_bytes}")
+        self._extent_bytes -= extent.num_bytes - size
+        extent.num_bytes = size
+
     def view(self, extent: Extent) -> torch.Tensor:
         """Return an extent's bytes."""
         return self.memory[extent.offset : extent.stop]
@@ -153,6 +165,17 @@ class KVArena:
         self._is_page_used[ids] = True
         self._num_pages_used += count
         return ids
+
+    def can_replace(self, extent: Extent, count: int) -> bool:
+        """Tell whether ``count`` pages can take the place of an extent, part by part."""
+        missing = count - len(self._free_pages)
+        if self._num_still:
+            return missing <= self._floor - self._least_floor()
+        end = 0
+        for other in self._extents:
+            if other is not extent:
+                end = (other.offset if other.on_move is None else end) + other.num_bytes
+        return missing <= self._floor - -(-end // self.page_bytes)
 
     def release_pages(self, ids: PageIds) -> None:
         """Take pages back.

@@ -19,6 +19,7 @@ from kvstrata.methods.codec import BlockCodec
 from kvstrata.protos.identity import BLOCK_TOKENS, is_of_image
 
 MAX_SEQUENCES = 64
+_FIRST_COLUMNS = 8  # of the tables: pages for the rows of two blocks
 
 
 class KVPool:
@@ -27,7 +28,7 @@ class KVPool:
     Attributes:
         model: Whose KV this is.
         arena: The memory; its capacity is the bound.
-        rows: Uncompressed rows in pages, by slot of a sequence.
+        rows: Uncompressed rows in pages, by slot of a sequence. Of now: ``widen`` replaces it.
         saliency: float32 (slots, layers, kv_heads, 64): sums of the block that fills.
     """
 
@@ -50,10 +51,11 @@ class KVPool:
         self.model = model
         self.arena = KVArena(capacity_bytes, page_bytes)
         heads = (max_sequences, spec.num_layers, spec.num_kv_heads)
+        self._max_columns = -(-spec.max_positions // PAGE_TOKENS)
         with torch.inference_mode(False):
             self.rows = RowPages(
                 self.arena.memory.view(spec.dtype).view(-1, 2, PAGE_TOKENS * spec.head_dim),
-                torch.zeros((*heads, -(-spec.max_positions // PAGE_TOKENS)), dtype=torch.int32),
+                torch.zeros((*heads, min(_FIRST_COLUMNS, self._max_columns)), dtype=torch.int32),
                 torch.zeros(heads, dtype=torch.int32),
             )
             self.saliency = torch.zeros((*heads, BLOCK_TOKENS))
@@ -100,15 +102,24 @@ class KVPool:
         """Pages that a sequence needs for its next ``PAGE_TOKENS`` rows."""
         return self.model.spec.num_layers * self.model.spec.num_kv_heads
 
+    def widen(self, num_columns: int) -> RowPages:
+        """Return ``rows`` with room in the tables for so many pages of every head."""
+        tables = self.rows.tables
+        more = min(max(num_columns, 2 * tables.shape[3]), self._max_columns) - tables.shape[3]
+        if num_columns > tables.shape[3]:
+            with torch.inference_mode(False):
+                wider = torch.nn.functional.pad(tables, (0, more))
+                self.rows = RowPages(self.rows.memory, wider, self.rows.lengths)
+        return self.rows
+
     @property
     def num_bytes(self) -> int:
         """Bytes in use: KV, the tables that lead to it, and layer 0's shared rows."""
-        spec = self.model.spec
-        pages = self.pages_per_step * spec.max_positions // PAGE_TOKENS
+        slot = self.rows.tables[0].nbytes + self.rows.lengths[0].nbytes
         slots = len(self.saliency) - self.num_free_slots
         tables = sum(blocks.table_bytes for blocks in self._blocks.values())
         shared = self.first_layer.num_bytes if "first_layer" in self.__dict__ else 0
-        return self.arena.used_bytes + tables + shared + slots * 4 * pages
+        return self.arena.used_bytes + tables + shared + slots * slot
 
     def bytes_for(self, codec: BlockCodec | None, num_tokens: int, num_cached: int = 0) -> int:
         """Return about how many bytes of the arena a sequence needs, at its most.
@@ -120,10 +131,9 @@ class KVPool:
         """
         spec = self.model.spec
         row = RowBuffer.bytes_for(spec, 1)
-        pages = (num_tokens + BLOCK_TOKENS) * row
         blocks = None if codec is None else self.blocks_of(codec)
-        if blocks is None:  # rows in one piece, and in pages
-            return num_tokens * row + pages
+        if blocks is None:
+            return (num_tokens + BLOCK_TOKENS) * row
         compressed = num_tokens // BLOCK_TOKENS * blocks.bytes_per_block(row * BLOCK_TOKENS // 6)
         return compressed + (num_tokens - num_cached + BLOCK_TOKENS) * row
 

@@ -67,6 +67,7 @@ class PagedCache:
         self._first_layer = codec.first_layer
         self._block_end = 0
         self._first_seen = 0
+        self._last_expected = 0
         self._buffer: RowBuffer | None = None
         self._num_columns = 0
         self._rows: LayerRows = ()
@@ -98,7 +99,7 @@ class PagedCache:
         """Bytes of this sequence's KV in the arena; shared blocks count in full."""
         pages = self._num_columns * self.pool.pages_per_step * self.pool.arena.page_bytes
         blocks = self.blocks.bytes_of(self.block_rows) if self.blocks else 0
-        return pages + blocks + (self._buffer.num_bytes if self._buffer else 0)
+        return pages + blocks + (self._buffer.extent.num_bytes if self._buffer else 0)
 
     @property
     def first_counted_row(self) -> int:
@@ -122,24 +123,22 @@ class PagedCache:
     def settle_rows(self) -> None:
         """Bring rows into pages, the form for generating token by token.
 
+        Layer by layer, so that no more than the larger of the two forms is held.
+
         Raises:
-            ArenaFullError: There is no room for both forms at once; nothing has changed.
+            ArenaFullError: There is no room for the pages; nothing has changed.
         """
-        buffer = self._buffer
+        buffer, pool = self._buffer, self.pool
         if buffer is None:
             return
         count = self.num_rows
-        self._add_columns(count + 1)
-        write_rows(
-            self.pool.rows.memory,
-            self._table.flatten(0, 1),
-            0,
-            buffer.keys[:, :, :count].flatten(0, 1),
-            buffer.values[:, :, :count].flatten(0, 1),
-        )
-        self.pool.rows.lengths[self.slot] = count
-        buffer.release()
-        self._buffer = None
+        columns = -(-(count + 1) // PAGE_TOKENS)
+        if not pool.arena.can_replace(buffer.extent, columns * pool.pages_per_step):
+            raise ArenaFullError(f"no room for {count} rows in pages")
+        tables = pool.widen(columns).tables[self.slot, :, :, :columns]
+        buffer.move_to_pages(pool.rows.memory, tables, count)
+        pool.rows.lengths[self.slot] = count
+        self._num_columns, self._buffer = columns, None
 
     def begin(self, num_tokens: int, rows: LayerRows = ()) -> AttentionState:
         """Make room for the next tokens and return what attends for them; see ``KVCache``."""
@@ -275,11 +274,13 @@ class PagedCache:
 
     def expect_probes(self, first_position: int, last_position: int) -> None:
         """Keep the queries of a prompt's rows as they pass; see ``Probes.expect``."""
+        self._last_expected = last_position + BLOCK_TOKENS  # what is behind its blocks as well
         self.probes.expect(first_position, last_position)
 
     def expect_block(self, last_position: int) -> None:
         """Count the saliency of the block that ends at ``last_position``, as its rows pass."""
         self.probes.forget()
+        self._last_expected = last_position
         if self._block_end != last_position:
             self._block_end = last_position
             self._first_seen = self.length
@@ -330,6 +331,12 @@ class PagedCache:
         self.pool.free_slot(self.slot)
 
     @property
+    def _expected(self) -> int:
+        """The known tokens, as far as no block is held before they are computed."""
+        known = min(len(self.token_ids), self.pool.model.spec.max_positions)
+        return known if self.blocks is None else min(known, self._last_expected)
+
+    @property
     def _table(self) -> torch.Tensor:
         """The pages of every layer and head: int32 (L, H, columns)."""
         return self.pool.rows.tables[self.slot, :, :, : self._num_columns]
@@ -347,7 +354,7 @@ class PagedCache:
         more = -(-num_rows // PAGE_TOKENS) - self._num_columns
         if more > 0:
             pages = self.pool.arena.take_pages(more * self.pool.pages_per_step)
-            table = self.pool.rows.tables[self.slot]
+            table = self.pool.widen(self._num_columns + more).tables[self.slot]
             columns = slice(self._num_columns, self._num_columns + more)
             table[:, :, columns] = torch.from_numpy(pages).view(*table.shape[:2], more)
             self._num_columns += more
@@ -367,7 +374,8 @@ class PagedCache:
         buffer = self._buffer
         if buffer is None:
             spec, arena = self.pool.model.spec, self.pool.arena
-            buffer = RowBuffer(spec, arena, max(needed, min(BLOCK_TOKENS, spec.max_positions)))
+            pages = -(-(self._expected - self.base) // PAGE_TOKENS)
+            buffer = RowBuffer(spec, arena, max(needed, pages * PAGE_TOKENS))
             if count:
                 keys, values = self.read(self.base, self.length)
                 buffer.keys[:, :, :count], buffer.values[:, :, :count] = keys, values
@@ -375,10 +383,7 @@ class PagedCache:
             self.pool.rows.lengths[self.slot] = 0
             self._buffer = buffer
         elif buffer.capacity < needed:
-            try:
-                buffer.grow(min(2 * needed, self.pool.model.spec.max_positions), count)
-            except ArenaFullError:
-                buffer.grow(needed, count)
+            buffer.grow(needed, count)
 
     def _drop_rows(self, num_rows: int) -> None:
         """Free the first rows: all of them, or those of whole blocks; the later ones move up."""

@@ -90,6 +90,23 @@ class StepLoop:
         self._num_asked += 1
         return self._num_asked
 
+    @property
+    def capacity(self) -> int:
+        """Bytes of KV that sequences can hold, all together."""
+        return self.pool.arena.capacity_bytes
+
+    def bytes_for(
+        self, method: Method, token_ids: Sequence[int], num_prompt: int, num_cached: int
+    ) -> int:
+        """Return about how many bytes a sequence needs; see ``open``."""
+        is_pooled = not method.pipeline.stages and self.model.device.type == "cpu"
+        # What was generated fills block after block; one of them is rows at a time.
+        generated = len(token_ids) - num_prompt
+        rows = max(num_prompt - num_cached, 0)
+        rows += generated if method.skip else min(generated, BLOCK_TOKENS)
+        codec = method.codec if is_pooled and not any(map(is_of_image, token_ids)) else None
+        return self.pool.bytes_for(codec, len(token_ids), len(token_ids) - rows)
+
     async def open(
         self,
         method: Method,
@@ -119,24 +136,18 @@ class StepLoop:
             DeadlineError: There was no room in time.
             DrainingError: The loop has ended.
         """
-        is_pooled = not method.pipeline.stages and self.model.device.type == "cpu"
         prompt = len(token_ids) if num_prompt is None else num_prompt
-        # What was generated fills block after block; one of them is rows at a time.
-        generated = len(token_ids) - prompt
-        rows = max(prompt - num_cached, 0)
-        rows += generated if method.skip else min(generated, BLOCK_TOKENS)
-        codec = method.codec if is_pooled and not any(map(is_of_image, token_ids)) else None
-        needed = self.pool.bytes_for(codec, len(token_ids), len(token_ids) - rows)
-        if needed > self.pool.arena.capacity_bytes:
+        needed, capacity = self.bytes_for(method, token_ids, prompt, num_cached), self.capacity
+        if needed > capacity and prompt == len(token_ids):  # else it was running: it is tried
             raise CapacityError(
                 f"{len(token_ids)} tokens need about {needed} bytes of KV memory, the node has "
-                f"{self.pool.arena.capacity_bytes}",
+                f"{capacity}",
                 "shorten the prompt, or give the node a larger pool",
             )
         seat = Seat(
             method,
             token_ids,
-            needed,
+            min(needed, capacity),
             tenant,
             deadline_unix_s,
             salt,

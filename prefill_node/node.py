@@ -75,7 +75,7 @@ class PrefillNode:
         worker = self._worker
         num_blocks = num_prompt_blocks(len(task.prompt_ids), task.method)
         expected = min(task.expected_blocks, num_blocks)
-        plan = plan_of(worker, task, len(task.prompt_ids), task.stored, must_publish=True)
+        plan = plan_of(worker, task, task.prompt_ids, task.stored, must_publish=True)
         cached = plan.num_fetched if plan.num_recomputed else expected
 
         def choose_first(logits: torch.Tensor) -> None:

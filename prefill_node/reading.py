@@ -24,7 +24,7 @@ from kvstrata.protos.identity import BLOCK_TOKENS
 def plan_of(
     worker: Worker,
     task: Task,
-    num_tokens: int,
+    token_ids: Sequence[int],
     stored: Sequence[StoredBlock],
     *,
     must_publish: bool = False,
@@ -37,11 +37,12 @@ def plan_of(
     Args:
         worker: Has measured the rates.
         task: Says what may be given up, and how much time there is.
-        num_tokens: What is known of the sequence: the prompt, and what was generated.
+        token_ids: What is known of the sequence: the prompt, and what was generated.
         stored: What is known of its blocks in the store, from the first on.
         must_publish: Whether what is computed goes to the store: then all is read as finely as
             stored, because nothing else may be stored.
     """
+    num_tokens = len(token_ids)
     num_blocks = num_prompt_blocks(num_tokens, task.method)
     if not task.ask_store:
         return fetch_all(0)
@@ -67,12 +68,13 @@ def plan_of(
         elif not number:
             return default
     lossless = method.codec.lossless
+    cuts = _cuts(task, len(stored), is_free=lossless or len(allowed) > 1)
     return plan_read(
         Reading(
             blocks=tuple(stored),
             num_blocks=num_blocks,
             precisions=tuple(precisions),
-            cuts=_cuts(task, len(stored), is_free=lossless or len(allowed) > 1),
+            cuts=_held(worker, task, token_ids, cuts),
             tiers=tiers,
             block_s=BLOCK_TOKENS * token_s,
             seal_s=rates.seal_s(settings_of(method.codec)),
@@ -109,6 +111,21 @@ def _cuts(task: Task, num_stored: int, *, is_free: bool) -> tuple[int, ...]:
         return tuple(range(num_stored + 1))
     prompt = num_prompt_blocks(len(task.prompt_ids), task.method)
     return tuple(sorted({0, num_stored, *range(prompt, num_stored)}))
+
+
+def _held(
+    worker: Worker, task: Task, token_ids: Sequence[int], cuts: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Return those of ascending cuts for which the node has memory; computing takes more of it."""
+
+    def is_held(cut: int) -> bool:
+        num_prompt, num_cached = len(task.prompt_ids), cut * BLOCK_TOKENS
+        needed = worker.steps.bytes_for(task.method, token_ids, num_prompt, num_cached)
+        return needed <= worker.steps.capacity
+
+    if is_held(cuts[0]):
+        return cuts
+    return (*filter(is_held, cuts[:-1]), cuts[-1])
 
 
 def _limit_s(worker: Worker, task: Task) -> float:

@@ -3,8 +3,6 @@
 import asyncio
 import dataclasses
 from collections.abc import Callable
-from functools import partial
-from itertools import count
 
 import pytest
 
@@ -14,12 +12,12 @@ from kvstrata.kvstore_service.testing import LocalStore
 from kvstrata.methods.presets import Method
 from kvstrata.methods.skipdecode import SkipDecode
 from kvstrata.prefill_node import Task, Worker, WorkerConfig
-from kvstrata.prefill_node.read_rates import MIN_SEEN, Arrivals, settings_of
 from tests.prefill_node.nodes import (
     BALANCED,
     EXACT,
     Answer,
     decoded,
+    learn,
     prefilled,
     prompt_of,
     reasons_of,
@@ -101,18 +99,6 @@ async def test_a_parked_request_is_computed_anew_where_that_is_faster(
     assert sum(answer.cache.bytes_fetched for answer in answers) == 0
     told = [r for a in answers for r in a.cache.recomputes if r.reason == "planned_again"]
     assert [r.tokens for r in told] == [64 * plan.stored_blocks for plan in reads]
-
-
-def learn(worker: Worker, method: Method, byte_s: float, token_s: float) -> None:
-    """Let a node have seen fetches and prompts that took so long."""
-    codec, rates = method.codec, worker.rates
-    for _ in range(MIN_SEEN):
-        arrivals = Arrivals(partial(next, count(0.0, 1000 * byte_s)))
-        for stratum in codec.strata * 2:
-            arrivals.add("dram", stratum, 1000)
-        rates.fetched(arrivals, settings_of(codec), codec.strata)
-        rates.unpacked(settings_of(codec), codec.strata, 1, 0.0)
-        rates.computed(100, 100 * token_s)
 
 
 async def test_a_prefill_node_that_parks_publishes_all(config: WorkerConfig, model: Model) -> None:

@@ -83,6 +83,17 @@ def test_free_pages_at_the_lower_end_go_back() -> None:
     assert arena.free_bytes == 0
 
 
+def test_an_extent_shrinks_and_never_grows() -> None:
+    arena = KVArena(16 * PAGE, PAGE)
+    extent = arena.allocate(4 * PAGE)
+    for size in (0, 4 * PAGE + 1):
+        with pytest.raises(ValueError, match="cannot shrink"):
+            arena.shrink(extent, size)
+    arena.shrink(extent, PAGE + 1)
+    assert arena.used_bytes == extent.num_bytes == PAGE + 64
+    arena.check_integrity()
+
+
 def test_nobody_releases_what_he_does_not_hold() -> None:
     arena = KVArena(16 * PAGE, PAGE)
     extent, pages = arena.allocate(5), arena.take_pages(2)
@@ -113,7 +124,7 @@ def test_thousands_of_random_operations_keep_every_byte(seed: int) -> None:
     pages: dict[int, int] = {}
     for step in range(1500):
         mark = step % 251
-        kind = rng.randrange(4)
+        kind = rng.randrange(5)
         try:
             if kind == 0:
                 on_move = (lambda _: None) if rng.random() < 0.8 else None
@@ -135,6 +146,20 @@ def test_thousands_of_random_operations_keep_every_byte(seed: int) -> None:
             for page in chosen:
                 assert bool((arena.memory.view(-1, PAGE)[page] == pages.pop(page)).all())
             arena.release_pages(np.array(chosen, np.int32))
+        elif kind == 4 and extents:
+            extent = rng.choice(list(extents))
+            count = rng.randrange(1, 25)
+            if arena.can_replace(extent, count):  # then it never fails half way
+                size, mark = extent.num_bytes, extents.pop(extent)
+                for left in reversed(range(count)):
+                    assert bool((arena.view(extent) == mark).all())
+                    if left:
+                        arena.shrink(extent, max(1, size * left // count))
+                    else:
+                        arena.release(extent)
+                    page = int(arena.take_pages(1)[0])
+                    arena.memory.view(-1, PAGE)[page] = mark
+                    pages[page] = mark
         arena.check_integrity()
         held = sum(e.num_bytes for e in extents) + PAGE * len(pages)
         assert arena.used_bytes == held

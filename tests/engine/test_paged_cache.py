@@ -12,6 +12,7 @@ from kvstrata.engine.batch import Span
 from kvstrata.engine.kv_arena import ArenaFullError
 from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.paged_cache import PagedCache
+from kvstrata.engine.row_buffer import RowBuffer
 from kvstrata.engine.sequence import Loaded, RunningSequence
 from kvstrata.methods.framing import SealedBlock
 from kvstrata.methods.presets import Method
@@ -282,6 +283,54 @@ def test_a_pool_without_room_says_so_and_keeps_what_it_had(model: Model, method:
     paged(sequence).close()
     pool.check_integrity()
     assert (pool.arena.used_bytes, pool.num_free_slots) == (0, 2)
+
+
+def rows_of(model: Model, num_rows: int) -> int:
+    """Return the bytes of uncompressed tokens."""
+    return RowBuffer.bytes_for(model.spec, num_rows)
+
+
+def test_rows_go_into_pages_where_there_is_room_for_one_form_only(
+    model: Model, methods: dict[tuple[str, str], Method], name: str
+) -> None:
+    """Also with others' extents behind them, which move down as they shrink."""
+    method, prompt = methods[name, "exact"], prompt_of(239)
+    own, others = rows_of(model, 240), rows_of(model, 16)
+    pool = KVPool(model, own + others, max_sequences=2)
+    sequence, _ = start(model, method, prompt, pool)
+    other = PagedCache(pool, method.codec, prompt[:16])
+    other.reserve(16)
+    cache = paged(sequence)
+    assert pool.arena.free_bytes == 0
+    logits = tail(sequence)
+    plain, _ = start(model, method, prompt, None)
+    tokens, after, _ = greedy(plain, tail(plain), 1)
+    got, got_after, _ = greedy(sequence, logits, 1)
+    assert got == tokens
+    assert_near(got_after, after)
+    assert (cache.num_bytes, pool.arena.free_bytes) == (own, 0)
+    with pytest.raises(ArenaFullError):
+        cache.reserve(1)
+    other.close()
+    cache.close()
+    pool.check_integrity()
+    assert pool.arena.used_bytes == 0
+
+
+def test_rows_stay_in_one_piece_while_memory_is_held_still(
+    model: Model, methods: dict[tuple[str, str], Method], name: str
+) -> None:
+    method = methods[name, "exact"]
+    pool = KVPool(model, rows_of(model, 128), max_sequences=1)
+    sequence, _ = start(model, method, prompt_of(119), pool)
+    logits, cache = tail(sequence), paged(sequence)
+    pool.arena.hold_still()
+    with pytest.raises(ArenaFullError, match="rows in pages"):
+        cache.settle_rows()
+    pool.arena.let_move()
+    plain, _ = start(model, method, prompt_of(119), None)
+    assert greedy(sequence, logits, 3)[0] == greedy(plain, tail(plain), 3)[0]
+    cache.close()
 
 
 def test_a_failed_pass_leaves_the_sequences_as_they_were(

@@ -183,6 +183,33 @@ async def test_memory_that_ends_in_mid_run_parks_who_came_last(
     assert steps.counts.get("parked") == sum(client.parked for client in clients)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+async def test_what_takes_nearly_all_of_the_memory_fits_again_when_parked(
+    model: Model, methods: dict[tuple[str, str], Method], kind: str
+) -> None:
+    """Far more than half of the pool, in both forms that rows have."""
+    steps = StepLoop(model, small(model, 140 if kind == "frame" else 192))
+    client = Client(steps, methods["wide", kind], prompt_of(60), count=130)
+    wanted = alone(model, client.method, client.prompt, client.count)
+    choose = client.choose
+
+    def choose_and_park(logits: torch.Tensor) -> int | None:
+        """Lose the memory before the next pass."""
+        if len(client.tokens) == client.count - 5:
+            (seat,) = steps._stepper._seats.values()
+            steps._post(lambda: steps._stepper._park(seat))
+        return choose(logits)
+
+    client.choose = choose_and_park  # type: ignore[method-assign]
+    try:
+        assert await gathered(client) == [wanted]
+    finally:
+        await asyncio.to_thread(steps.stop)
+    assert client.parked == 1
+    steps.pool.check_integrity()
+    assert steps.pool.arena.used_bytes == 0
+
+
 @pytest.mark.parametrize("until", [64, 128, 192])
 def test_a_prompt_is_never_computed_by_single_tokens(
     model: Model, methods: dict[tuple[str, str], Method], until: int
@@ -397,7 +424,7 @@ async def test_memory_of_one_who_left_while_it_was_sealed_is_waited_for(
 ) -> None:
     """Nobody has a place any more, but the memory is not free yet: that is no small pool."""
     method = methods["wide", "exact"]
-    steps = StepLoop(model, small(model, 420))
+    steps = StepLoop(model, small(model, 300))
     try:
         first = await steps.open(method, prompt_of(150))
         async for _ in steps.compute(first, 128):

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from kvstrata.engine.sequence import RunningSequence
 from kvstrata.kvstore_service.client import StoreClient
 from kvstrata.methods.presets import Method, from_preset
 from kvstrata.prefill_node import PrefillNode, Task, WorkerConfig
+from kvstrata.prefill_node.read_rates import MIN_SEEN, Arrivals, settings_of
 from kvstrata.protos.identity import BLOCK_TOKENS, BlockHash, ScopeDigest, block_hashes
 from kvstrata.protos.inference_pb2 import CacheReport, FinishReason, GenerateReply
 from tests.engine.conftest import build_tokenizer
@@ -190,3 +192,15 @@ async def stored_blocks(
     """Return how many blocks of ``tokens`` the store holds, counted from the first."""
     async with StoreClient(address) as client:
         return len((await client.lookup(*names_of(model, tokens, method))).blocks)
+
+
+def learn(worker: Any, method: Method, byte_s: float, token_s: float) -> None:
+    """Let a node have seen fetches and prompts that took so long."""
+    codec, rates = method.codec, worker.rates
+    for _ in range(MIN_SEEN):
+        arrivals = Arrivals(functools.partial(next, itertools.count(0.0, 1000 * byte_s)))
+        for stratum in codec.strata * 2:
+            arrivals.add("dram", stratum, 1000)
+        rates.fetched(arrivals, settings_of(codec), codec.strata)
+        rates.unpacked(settings_of(codec), codec.strata, 1, 0.0)
+        rates.computed(100, 100 * token_s)

@@ -5,16 +5,22 @@ import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc
 import pytest
 import torch
 import transformers
 
+from kvstrata.engine import Model
+from kvstrata.engine.kv_pool import KVPool
+from kvstrata.engine.row_buffer import RowBuffer
+from kvstrata.engine.step_loop import StepLoop
 from kvstrata.kvstore_service.client import StoreClient
 from kvstrata.kvstore_service.config import StoreConfig
 from kvstrata.kvstore_service.testing import LocalStore, ManualClock, RedisServer
+from kvstrata.methods.presets import Method
 from kvstrata.prefill_node import Task, Worker, WorkerConfig
 from kvstrata.prefill_node.flight import Flight
 from kvstrata.prefill_node.prefill import (
@@ -34,12 +40,22 @@ from kvstrata.protos.identity import BLOCK_TOKENS
 from kvstrata.protos.report import ReportClock
 from tests.engine.conftest import build_tokenizer
 from tests.engine.families import build_reference
-from tests.prefill_node.nodes import BALANCED, EXACT, VOCAB_SIZE, names_of, prompt_of, task_of
+from tests.engine.test_paged_cache import methods, wide
+from tests.prefill_node.nodes import (
+    BALANCED,
+    EXACT,
+    VOCAB_SIZE,
+    learn,
+    names_of,
+    prompt_of,
+    task_of,
+)
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from soak_proxy import Proxy
 
+__all__ = ["methods", "wide"]
 BASE = Stratum.STRATUM_BASE
 NUM_BLOCKS = 4
 
@@ -83,7 +99,7 @@ class Node:
         return replace(task, stored=stored, expected_blocks=len(stored))
 
     def plan(self, task: Task) -> ReadPlan:
-        return plan_of(self.worker, task, len(task.prompt_ids), task.stored)
+        return plan_of(self.worker, task, task.prompt_ids, task.stored)
 
     async def read(self, task: Task, plan: ReadPlan) -> float:
         """Do what a plan says; return the seconds that it took."""
@@ -175,6 +191,28 @@ def choices(num_blocks: int, strata: tuple[Stratum, ...] = ()) -> dict[str, Read
 
 def assert_fastest(choice: str, times: dict[str, float]) -> None:
     assert choice == min(times, key=lambda name: times[name]), times
+
+
+@pytest.mark.parametrize(("num_rows", "choice"), [(200, "full"), (400, "recompute")])
+async def test_computing_is_no_plan_where_only_the_blocks_fit(
+    wide: dict[str, Model], methods: dict[tuple[str, str], Method], num_rows: int, choice: str
+) -> None:
+    """Compressed blocks take less memory than the rows that they are computed from."""
+    model, method = wide["wide"], methods["wide", "frame"]
+    pool = KVPool(model, RowBuffer.bytes_for(model.spec, num_rows))
+    worker = SimpleNamespace(rates=ReadRates(), steps=StepLoop(model, pool))
+    learn(worker, method, byte_s=1.0, token_s=1e-4)
+    stored = tuple(StoredBlock(1000, "dram") for _ in range(3))
+    task = replace(task_of(prompt_of(250), method), stored=stored, expected_blocks=3)
+    try:
+        plan = plan_of(cast(Worker, worker), task, task.prompt_ids, stored)
+        sequence = await worker.steps.open(
+            method, task.prompt_ids, num_cached=plan.num_fetched * BLOCK_TOKENS
+        )
+        await worker.steps.close(sequence)
+    finally:
+        worker.steps.stop()
+    assert plan.choice == choice
 
 
 async def test_over_a_slow_link_each_choice_is_the_fastest_where_it_is_made(large: Path) -> None:
