@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from kvstrata.engine.compatibility import build_spec, check_config, check_model
 from kvstrata.engine.fingerprint import FINGERPRINT_BYTES, compute_fingerprint
-from kvstrata.engine.rotary import Rotary
+from kvstrata.engine.rotary import Rotary, stored_turns
 from kvstrata.methods.codec import BlockShape, KVBlocks
 from kvstrata.methods.framing import (
     BlockIdentity,
@@ -161,12 +161,9 @@ class ModelBlocks:
 
     def _turned(self, keys: torch.Tensor, begin: int, *, inverse: bool) -> torch.Tensor:
         """Return keys (L, H, n, D) from ``begin`` on as the cache has them, or as stored."""
-        if self._rotary is None or self._rope is RopeForm.ROPE_FORM_POST:
+        positions = stored_turns(self._rope, begin, begin + keys.shape[2])
+        if self._rotary is None or positions is None:
             return keys
-        positions: int | torch.Tensor = begin
-        if self._rope is RopeForm.ROPE_FORM_FRAME:
-            places = torch.arange(begin, begin + keys.shape[2])
-            positions = places // BLOCK_TOKENS * BLOCK_TOKENS
         return self._rotary.rotate(keys, positions, inverse=inverse)
 
     @property
