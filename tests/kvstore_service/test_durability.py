@@ -82,8 +82,9 @@ async def test_a_put_at_a_tier_that_is_down_is_kept_with_the_reason_and_arrives_
 
 async def test_a_put_at_a_tier_without_room_is_kept_with_the_reason(scope: ScopeDigest) -> None:
     with RedisServer(options=["--maxmemory", "6mb", "--maxmemory-policy", "noeviction"]) as full:
+        config = StoreConfig(redis_url=full.url, redis_timeout_s=20)
         async with (
-            LocalStore(redis_url=full.url) as store,
+            LocalStore(config) as store,
             StoreClient(store.address, timeout_s=60) as client,
         ):
             big = [sample_block(scope, n, strata={BASE: 400_000}) for n in range(24)]
