@@ -2,6 +2,7 @@
 
 A block marked ``python`` is executed; the blocks of one README share their names, top to bottom.
 A block marked ``text`` right below one is its output, in which ``...`` stands for anything.
+A block marked ``py`` needs what only its room's own tests have, which run it.
 A README that speaks of an address is run against the stack: ``127.0.0.1:50051`` becomes the
 stack's address, which is also in ``KVSTRATA_ADDRESS``.
 """

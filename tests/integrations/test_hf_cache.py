@@ -206,7 +206,7 @@ async def test_the_example_of_the_readme_runs(
     model: Model, model_folder: Path, store: LocalStore
 ) -> None:
     page = (Path(__file__).parents[2] / "integrations" / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (example,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
     example = example.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(model_folder))
     example = example.replace("127.0.0.1:7070", store.address)
     counts: list[int] = []

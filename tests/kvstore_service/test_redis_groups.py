@@ -1,6 +1,7 @@
 """Redis as operators run it: clusters, Sentinel groups, TLS and passwords."""
 
 import asyncio
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,13 @@ async def heal(tier: RedisTier, timeout_s: float = 30) -> None:
     async with asyncio.timeout(timeout_s):
         while not (await tier.usage()).healthy:
             await asyncio.sleep(0.05)
+
+
+@pytest.fixture(autouse=True)
+def _forgotten_here() -> Iterator[None]:
+    """Let what a test leaves open be found while its own filter holds, not in a later test."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
