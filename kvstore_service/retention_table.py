@@ -26,6 +26,9 @@ Name = tuple[str, str, str]
 """Tenant, account, session."""
 
 _ANYBODY: Name = ("", "", "")
+MAX_SESSION_BLOCKS = 1 << 14
+"""Of one session, a million tokens: a change of its priority takes time for each, below 1 us."""
+
 _SLACK = 64  # ends that there may always be in vain
 
 
@@ -52,7 +55,8 @@ class RetentionTable:
         counters: Where what is taken and refused is counted.
         clock: Monotonic seconds.
         max_uses: Bound on pairs of session and block, about 300 bytes each; further ones are
-            refused until others are forgotten.
+            refused until others are forgotten, as are those of a session with
+            ``MAX_SESSION_BLOCKS``.
 
     Attributes:
         on_changed: Called with blocks whose rank may be another one now.
@@ -76,9 +80,9 @@ class RetentionTable:
         self.expire()
         name = (tenant, retention.account, retention.session or self._unnamed())
         session = self._sessions.get(name)
-        if session is None and self._num_uses >= self._max_uses:
+        if session is None and (not keys or self._num_uses >= self._max_uses):
             self._counters.add(names.RETENTIONS, len(keys), outcome="refused")
-            return
+            return  # without a block it would not count as a use, so their number had no bound
         changed: list[BlockKey] = []
         if session is None:
             session = self._sessions[name] = _Session(retention.priority, 0.0)
@@ -91,7 +95,7 @@ class RetentionTable:
         for key in keys:
             if key in session.keys:
                 continue
-            if self._num_uses >= self._max_uses:
+            if self._num_uses >= self._max_uses or len(session.keys) >= MAX_SESSION_BLOCKS:
                 num_refused += 1
                 continue
             session.keys.add(key)

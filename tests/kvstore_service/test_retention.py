@@ -201,6 +201,33 @@ def test_the_table_is_bounded_and_forgets_everything(scope: ScopeDigest) -> None
     assert table._num_uses == 0
 
 
+def test_sessions_without_a_block_are_not_kept(scope: ScopeDigest) -> None:
+    table = RetentionTable(Counters(), ManualClock(), max_uses=100)
+    for number in range(1000):
+        table.note("t", Retention(HIGH, 10.0, f"s{number}"), [])
+    assert (table.num_sessions, len(table._ends)) == (0, 0)
+    key, _ = block(scope, 0)
+    table.note("t", Retention(HIGH, 10.0, "s"), [key])
+    table.note("t", Retention(LOW, 10.0, "s"), [])  # a short prompt of the same session
+    assert table.rank(key) == Rank(LOW, ("t", ""))
+
+
+def test_a_session_has_no_more_blocks_than_can_be_ranked_anew_in_a_moment(
+    scope: ScopeDigest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstrata.kvstore_service.retention_table.MAX_SESSION_BLOCKS", 3)
+    counters = Counters()
+    table = RetentionTable(counters, ManualClock())
+    keys = [block(scope, number)[0] for number in range(5)]
+    table.note("t", Retention(HIGH, 10.0, "s"), keys)
+    table.note("t", Retention(HIGH, 10.0, "other"), keys[3:])
+    assert table.release("t", "", "s") == 3
+    assert counters.get(names.RETENTIONS, outcome="refused") == 2
+    assert [table.rank(key) for key in keys[2:]] == [Rank(LOW, ("t", ""))] + [
+        Rank(HIGH, ("t", ""))
+    ] * 2
+
+
 def test_a_use_without_a_hint_is_never_below_normal(scope: ScopeDigest) -> None:
     table = RetentionTable(Counters(), ManualClock())
     key = block(scope, 0)[0]
