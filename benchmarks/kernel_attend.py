@@ -29,6 +29,7 @@ from kvstrata.kernels.block_pages import (
     SIDE_FIELDS,
     WORDS,
     BlockPages,
+    BlockRows,
     SideTables,
     Turns,
 )
@@ -95,8 +96,7 @@ class Layer:
         """Return the pages at ``count`` places in memory."""
         p = self.pages
         return [
-            BlockPages(p.arena.clone(), p.offsets, p.num_tokens, p.keys, p.values)
-            for _ in range(count)
+            BlockPages(p.arena.clone(), p.blocks, p.offsets, p.keys, p.values) for _ in range(count)
         ]
 
 
@@ -164,7 +164,7 @@ def _pages(sides: Sequence[Side], stored: Sequence[Stored], times: int) -> Block
     """Return pages of the blocks, one after the other, ``times`` times over."""
     parts: list[torch.Tensor] = []
     blocks = stored[0].words.shape[0]
-    offsets = torch.full((blocks, NUM_FIELDS), -1, dtype=torch.int64)
+    offsets = torch.full((blocks, NUM_FIELDS), -1, dtype=torch.int32)
     end = 0
 
     def put(part: torch.Tensor, alignment: int = 8) -> int:
@@ -194,8 +194,8 @@ def _pages(sides: Sequence[Side], stored: Sequence[Stored], times: int) -> Block
     )
     return BlockPages(
         arena.repeat(times),
-        offsets.repeat(times, 1) + starts[:, None],
-        torch.full((times * blocks,), BLOCK_TOKENS),
+        BlockRows(starts, torch.full((times * blocks,), BLOCK_TOKENS)),
+        offsets.repeat(times, 1),
         keys,
         values,
     )

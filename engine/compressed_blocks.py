@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kvstrata.engine.kv_arena import Extent, KVArena
-from kvstrata.kernels.block_pages import ABSENT, NUM_FIELDS, BlockPages, Turns
+from kvstrata.kernels.block_pages import NUM_FIELDS, BlockPages, BlockRows, Turns
 from kvstrata.kernels.expand_pages import expand_pages
 from kvstrata.methods.calibrated_pages import PageLayout
 from kvstrata.protos.errors import CorruptFrameError
@@ -18,7 +18,7 @@ from kvstrata.protos.frame import Frame
 from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.identity import BLOCK_TOKENS
 
-_FIRST_ROWS = 64
+_FIRST_ROWS = 32
 
 
 @dataclass
@@ -41,8 +41,10 @@ class CompressedBlocks:
         self._arena = arena
         self._held: dict[int, _Held] = {}
         self._free: list[int] = []
+        self._blocks = BlockRows.empty(0)
+        offsets = torch.zeros(0, NUM_FIELDS, dtype=torch.int32)
         self.layers: list[BlockPages] = [
-            BlockPages.empty(arena.memory, 0, *tables) for tables in layout.tables
+            BlockPages(arena.memory, self._blocks, offsets, *tables) for tables in layout.tables
         ]
 
     @property
@@ -62,10 +64,7 @@ class CompressedBlocks:
     @property
     def table_bytes(self) -> int:
         """Bytes of the tables that say where the blocks' parts lie."""
-        return sum(
-            pages.offsets.nbytes + pages.starts.nbytes + pages.num_tokens.nbytes
-            for pages in self.layers
-        )
+        return self._blocks.num_bytes + sum(pages.num_bytes for pages in self.layers)
 
     def put(self, blocks: Sequence[Mapping[Stratum, Frame]]) -> list[int]:
         """Take blocks in and return their rows, each held once; all of them, or none.
@@ -81,11 +80,9 @@ class CompressedBlocks:
             for row, block in zip(rows, placed, strict=True):
                 extents.append(self._arena.allocate(block.num_bytes, self._mover(row)))
                 block.copy_to(self._arena.view(extents[-1]).numpy())
-            offsets = torch.stack([block.offsets for block in placed])
-            # Making room for one block may have moved another.
+            # Only now: making room for one block may have moved another.
             starts = torch.tensor([extent.offset for extent in extents])
-            offsets = torch.where(offsets == ABSENT, ABSENT, offsets + starts[:, None, None])
-            self._write(torch.tensor(rows), offsets)
+            self._write(torch.tensor(rows), starts, torch.stack([b.offsets for b in placed]))
         except BaseException:
             for extent in extents:
                 self._arena.release(extent)
@@ -135,38 +132,30 @@ class CompressedBlocks:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every row is held once or free."""
-        count = len(self.layers[0].num_tokens)
+        count = len(self._blocks.starts)
         assert sorted([*self._held, *self._free]) == list(range(count)), "a row is lost or doubled"
         assert all(held.num_holders > 0 for held in self._held.values()), "a block without holder"
 
     def _next_row(self) -> int:
         if not self._free:
-            count = len(self.layers[0].num_tokens)
-            more = max(_FIRST_ROWS, count)
-            self.layers = [_grown(pages, more) for pages in self.layers]
+            count = len(self._blocks.starts)
+            more = max(_FIRST_ROWS, count // 8)
+            self._blocks = self._blocks.widen(more)
+            self.layers = [pages.widen(self._blocks) for pages in self.layers]
             self._free = list(range(count + more - 1, count - 1, -1))
         return self._free.pop()
 
     def _mover(self, row: int) -> Callable[[int], None]:
         def move(distance: int) -> None:
             if row in self._held:  # else its row is not written yet
-                for pages in self.layers:
-                    offsets = pages.offsets[row]
-                    offsets += torch.where(offsets == ABSENT, 0, distance)
+                self._blocks.starts[row] += distance
 
         return move
 
-    def _write(self, rows: torch.Tensor, offsets: torch.Tensor) -> None:
-        num_tokens = torch.full((len(rows),), BLOCK_TOKENS)
+    def _write(self, rows: torch.Tensor, starts: torch.Tensor, offsets: torch.Tensor) -> None:
+        blocks = BlockRows(starts, torch.full((len(rows),), BLOCK_TOKENS))
         try:
             for layer, pages in enumerate(self.layers):
-                pages.put(rows, offsets[:, layer].contiguous(), num_tokens)
+                pages.put(rows, blocks, offsets[:, layer].contiguous())
         except ValueError as error:
             raise CorruptFrameError(str(error)) from error
-
-
-def _grown(pages: BlockPages, more: int) -> BlockPages:
-    """Return pages with more rows, which are empty."""
-    offsets = torch.cat([pages.offsets, torch.full((more, NUM_FIELDS), ABSENT)])
-    num_tokens = torch.cat([pages.num_tokens, torch.zeros(more, dtype=torch.int64)])
-    return BlockPages(pages.arena, offsets, num_tokens, pages.keys, pages.values)

@@ -73,7 +73,7 @@ def attend_blocks(
         from kvstrata.kernels.attend_blocks_triton import attend_blocks_triton
 
         return attend_blocks_triton(queries, pages, turns, scaling)
-    filled = pages.num_tokens > 0
+    filled = pages.blocks.num_tokens > 0
     if not filled.all():
         rows = filled.nonzero().flatten()
         pages, turns = pages.select(rows), _rows_of(turns, rows)
@@ -138,7 +138,7 @@ def attend_blocks_reference(
     keys, values = expand_blocks(pages)
     grouped = queries.float().reshape(heads, 1, -1, head_dim)
     scores = scaling * (turn_back(grouped, turns) @ keys.mT).transpose(1, 2).flatten(2)
-    is_valid = torch.arange(BLOCK_TOKENS) < pages.num_tokens[:, None]
+    is_valid = torch.arange(BLOCK_TOKENS) < pages.blocks.num_tokens[:, None]
     is_read = is_valid[:, None] & ~pages.masks.all(2).any(1)
     hidden = ~is_read.transpose(0, 1).flatten(1)[:, None].to(scores.device)
     scores = scores.masked_fill(hidden, float("-inf"))
@@ -179,7 +179,7 @@ def _decode_components(
 ) -> torch.Tensor:
     """Return one head's codes as unit Gaussian components, float32 (T, D)."""
     tables = (pages.keys, pages.values)[side]
-    at = pages.offsets[block, side * SIDE_FIELDS :]
+    at = pages.places(_one(block))[0, side * SIDE_FIELDS :]
     first, stop = tables.word_starts[head : head + 2].tolist()
     words = pages.take(int(at[WORDS]) + 8 * first, 8 * (stop - first)).view(torch.int64)
     widths, sizes = tables.layout.widths[head].long(), tables.layout.plane_sizes[head].tolist()
@@ -192,7 +192,7 @@ def _decode_components(
     ]
     count, num_rows = int(tables.layout.mid_counts[head]), int(mid.sum())
     if int(at[MID]) != ABSENT and count and num_rows:
-        start = int(at[MID]) + int(pages.starts[block, side, 1, head])
+        start = int(at[MID]) + int(pages.row_starts(_one(block))[0, side, 1, head])
         rows = pages.take(start, num_rows * count // 4).view(num_rows, 2, -1)
         bits = rows[..., None] >> torch.arange(8, device=rows.device) & 1
         high, low = bits.flatten(-2).long().unbind(1)
@@ -204,8 +204,8 @@ def _decode_components(
 
 def _decode_escapes(pages: BlockPages, side: int, block: int, head: int) -> torch.Tensor:
     head_dim = pages.keys.mean.shape[1]
-    at = pages.offsets[block, side * SIDE_FIELDS :].tolist()
-    first, stop = pages.starts[block, side, 0, head : head + 2].tolist()
+    at = pages.places(_one(block))[0, side * SIDE_FIELDS :].tolist()
+    first, stop = pages.row_starts(_one(block))[0, side, 0, head : head + 2].tolist()
     scale = pages.take(at[SCALES] + 2 * first, 2 * (stop - first)).view(torch.bfloat16)
     codes = pages.take(at[CODES] + head_dim * first, head_dim * (stop - first)).view(torch.int8)
     rows = codes.view(-1, head_dim).float() * scale.float()[:, None]
@@ -215,9 +215,14 @@ def _decode_escapes(pages: BlockPages, side: int, block: int, head: int) -> torc
 def _bias(pages: BlockPages, block: int, head: int) -> torch.Tensor:
     """Return the bias of one head's base tokens, in components times their scale."""
     half = pages.keys.mean.shape[1] // 2
-    step = pages.take(int(pages.offsets[block, BIAS_STEPS]) + head, 1)
-    codes = pages.take(int(pages.offsets[block, BIAS_CODES]) + head * half, half)
+    at = pages.places(_one(block))[0].tolist()
+    step = pages.take(at[BIAS_STEPS] + head, 1)
+    codes = pages.take(at[BIAS_CODES] + head * half, half)
     return decode_value_bias(ValueBias(codes[None, None], step[None]))[0, 0]
+
+
+def _one(block: int) -> torch.Tensor:
+    return torch.tensor([block])
 
 
 @cache
@@ -321,10 +326,10 @@ def _check_batch(queries: torch.Tensor, pages: BlockPages, table: PageTable, tur
             f"not {tuple(queries.shape)}"
         )
     num_pages, num_places = table.least_rows
-    if num_pages > len(pages.num_tokens) or num_places > turns.cos.shape[0]:
+    if num_pages > len(pages.offsets) or num_places > turns.cos.shape[0]:
         raise ValueError(
             f"the table names page {num_pages - 1} and place {num_places - 1}, of "
-            f"{len(pages.num_tokens)} pages and {turns.cos.shape[0]} places"
+            f"{len(pages.offsets)} pages and {turns.cos.shape[0]} places"
         )
     _check_numbers(queries, head_dim, turns)
 

@@ -5,7 +5,7 @@ tables alone is made once: a call is some 20 microseconds of Python.
 """
 
 import threading
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -96,10 +96,17 @@ class _Held:
             arena.view(np.int8),
             arena[: arena.size // 2 * 2].view(np.uint16),
             arena[: arena.size // 8 * 8].view(np.int64),
-            *(t.numpy().reshape(-1) for t in (pages.offsets, pages.num_tokens, pages.starts)),
+            pages.blocks.starts.numpy(),
+            pages.blocks.num_tokens.numpy(),
+            *(t.numpy().reshape(-1) for t in (pages.offsets, pages.counts)),
         )
         self.sides = _sides_of(pages.keys, pages.values)
-        self.whole = PageTable.of([range(len(pages.num_tokens))])
+        self._num_rows = len(pages.offsets)
+
+    @cached_property
+    def whole(self) -> PageTable:
+        """A table of one sequence that reads every row."""
+        return PageTable.of([range(self._num_rows)])
 
 
 class _Step:

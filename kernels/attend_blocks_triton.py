@@ -283,7 +283,7 @@ def attend_blocks_triton(
     queries: torch.Tensor, pages: BlockPages, turns: Turns, scaling: float
 ) -> Attention:
     """Return what ``attend_blocks_reference`` returns, up to the rounding of TF32 products."""
-    table = PageTable.of([range(len(pages.num_tokens))])
+    table = PageTable.of([range(len(pages.offsets))])
     out, lse = attend_batch_triton(queries[None], pages, table, turns, scaling)
     return out[0], lse[0]
 

@@ -95,10 +95,30 @@ def _list_tokens(mask, tokens):
 
 
 @inlined
-def _score(pages, side, tables, room, fields, starts, h, heads, group, dim, escapes, mids, one):
+def _escapes_before(pages, counts, h):
+    """Return how many escapes of a side lie before a head's."""
+    total = 0
+    for g in range(h):
+        total += pages.counts[counts + g]
+    return total
+
+
+@inlined
+def _mid_bytes_before(pages, plan, counts, h):
+    """Return how many bytes of a side's mid tokens lie before a head's."""
+    total = 0
+    for g in range(h):
+        total += pages.counts[counts + g] * (plan.counts[g] // 4)
+    return total
+
+
+@inlined
+def _score(
+    pages, side, tables, room, start, fields, counts, h, heads, group, dim, escapes, mids, one
+):
     """Write the scores (G, 64) of one KV head of a block; ``room.rows`` are its queries."""
     plan, words = side.plan, _num_words(side.plan, h)
-    first = pages.offsets[fields + WORDS] // 8 + plan.offsets[h * MAX_WIDTH]
+    first = (start + pages.offsets[fields + WORDS]) // 8 + plan.offsets[h * MAX_WIDTH]
     stage_words(pages.words, first, words, room.words, room.halves)
     columns, row = room.queries.size // group, room.factors.size // group
     kept = max(plan.sizes[h * MAX_WIDTH], plan.counts[h])
@@ -118,9 +138,9 @@ def _score(pages, side, tables, room, fields, starts, h, heads, group, dim, esca
     for i in range(num_bytes):
         turn_eight(room.words, 8 * i, room.bits, i * TOKENS)
     add_keys(group, room.bits, num_bytes, room.tables, one, room.scores)
-    count, at = plan.counts[h], pages.offsets[fields + MID]
-    if mids != 0 and count > 0 and at != ABSENT:
-        at += pages.starts[starts + heads + 1 + h]
+    count, offset = plan.counts[h], pages.offsets[fields + MID]
+    if mids != 0 and count > 0 and offset != ABSENT:
+        at = start + offset + _mid_bytes_before(pages, plan, counts + heads, h)
         num = _list_tokens(mids, room.tokens)
         refine(
             room.halves, plan, tables.deltas, pages.bytes, at, count, h, room.tokens, num, dim,
@@ -132,9 +152,9 @@ def _score(pages, side, tables, room, fields, starts, h, heads, group, dim, esca
                 extra = dot(room.queries, j * columns, room.refined, k * dim, count)
                 room.scores[j * TOKENS + t] += extra
     if escapes != 0:
-        place = pages.starts[starts + h]
-        scale = pages.offsets[fields + SCALES] // 2 + place
-        at = pages.offsets[fields + CODES] + place * dim
+        place = _escapes_before(pages, counts, h)
+        scale = (start + pages.offsets[fields + SCALES]) // 2 + place
+        at = start + pages.offsets[fields + CODES] + place * dim
         while escapes != 0:
             t = lowest_bit(escapes)
             escapes &= escapes - np.uint64(1)
@@ -199,21 +219,21 @@ def _mass(weights, at, mask):
 
 @inlined
 def _sum_values(
-    pages, side, tables, room, fields, starts, h, heads, group, dim, escapes, mids, one
+    pages, side, tables, room, start, fields, counts, h, heads, group, dim, escapes, mids, one
 ):
     """Add the weighted values of one KV head of a block to a run's sums."""
     plan, fields = side.plan, fields + SIDE_FIELDS
-    step = tables.steps[pages.bytes[pages.offsets[fields - SIDE_FIELDS + BIAS_STEPS] + h]]
+    step = tables.steps[pages.bytes[start + pages.offsets[fields - SIDE_FIELDS + BIAS_STEPS] + h]]
     if step > 0:
-        at = pages.offsets[fields - SIDE_FIELDS + BIAS_CODES] + h * (dim // 2)
+        at = start + pages.offsets[fields - SIDE_FIELDS + BIAS_CODES] + h * (dim // 2)
         bias_row(pages.bytes, at, step, dim, room.row)
         for j in range(group):
             mass = _mass(room.scores, j * TOKENS, ~(escapes | mids))
             add_row(room.biases, j * dim, room.row, 0, dim, mass)
     if escapes != 0:
-        place, left = pages.starts[starts + h], escapes
-        scale = pages.offsets[fields + SCALES] // 2 + place
-        at = pages.offsets[fields + CODES] + place * dim
+        place, left = _escapes_before(pages, counts, h), escapes
+        scale = (start + pages.offsets[fields + SCALES]) // 2 + place
+        at = start + pages.offsets[fields + CODES] + place * dim
         while left != 0:
             t = lowest_bit(left)
             left &= left - np.uint64(1)
@@ -225,13 +245,13 @@ def _sum_values(
     for j in range(group):
         room.state[2 * group + j] += _mass(room.scores, j * TOKENS, _ALL)
     words = _num_words(plan, h)
-    first = pages.offsets[fields + WORDS] // 8 + plan.offsets[h * MAX_WIDTH]
+    first = (start + pages.offsets[fields + WORDS]) // 8 + plan.offsets[h * MAX_WIDTH]
     stage_words(pages.words, first, words, room.words, room.halves)
     fill_tables(room.scores, TOKENS, group, tables.signs, room.tables)
     add_values(group, room.halves, words, room.tables, one, room.sums)
-    count, at = plan.counts[h], pages.offsets[fields + MID]
-    if mids != 0 and count > 0 and at != ABSENT:
-        at += pages.starts[starts + heads + 1 + h]
+    count, offset = plan.counts[h], pages.offsets[fields + MID]
+    if mids != 0 and count > 0 and offset != ABSENT:
+        at = start + offset + _mid_bytes_before(pages, plan, counts + heads, h)
         num = _list_tokens(mids, room.tokens)
         refine(
             room.halves, plan, tables.deltas, pages.bytes, at, count, h, room.tokens, num, dim,
@@ -330,12 +350,13 @@ def attend_items(
             entry = ends[sequence] + b
             b += 1
             page = rows[entry]
-            fields, masks = page * NUM_FIELDS, pages.offsets[page * NUM_FIELDS + MASKS] // 8 + h
+            start, fields = pages.starts[page], page * NUM_FIELDS
+            masks = (start + pages.offsets[fields + MASKS]) // 8 + h
             tokens = pages.num_tokens[page]
             if tokens == 0:
                 continue
             k_escape, k_mid = np.uint64(pages.words[masks]), np.uint64(pages.words[masks + heads])
-            masks = pages.offsets[fields + SIDE_FIELDS + MASKS] // 8 + h
+            masks = (start + pages.offsets[fields + SIDE_FIELDS + MASKS]) // 8 + h
             v_escape, v_mid = np.uint64(pages.words[masks]), np.uint64(pages.words[masks + heads])
             valid = ~((k_escape & k_mid) | (v_escape & v_mid))
             valid &= _ALL >> np.uint64(TOKENS - tokens)
@@ -345,14 +366,14 @@ def attend_items(
                 queries, run * size, scaling, cos, sin, places[entry] * 2 * half_turn, half_turn,
                 group, dim, room.rows,
             )  # fmt: skip
-            starts = page * 4 * (heads + 1)
+            counts = page * 4 * heads
             _score(
-                pages, keys, tables, room, fields, starts, h, heads, group, dim,
+                pages, keys, tables, room, start, fields, counts, h, heads, group, dim,
                 k_escape & ~k_mid, k_mid & ~k_escape, tables.signs[0],
             )  # fmt: skip
             if _weigh(room, group, dim, valid):
                 _sum_values(
-                    pages, values, tables, room, fields, starts + 2 * (heads + 1), h, heads, group,
+                    pages, values, tables, room, start, fields, counts + 2 * heads, h, heads, group,
                     dim, v_escape & ~v_mid, v_mid & ~v_escape, tables.signs[0],
                 )  # fmt: skip
         part = run if starts_late else part

@@ -15,9 +15,10 @@ class Pages(NamedTuple):
     codes: "np.ndarray[Any, Any]"
     halves: "np.ndarray[Any, Any]"
     words: "np.ndarray[Any, Any]"
-    offsets: "np.ndarray[Any, Any]"
-    num_tokens: "np.ndarray[Any, Any]"
     starts: "np.ndarray[Any, Any]"
+    num_tokens: "np.ndarray[Any, Any]"
+    offsets: "np.ndarray[Any, Any]"
+    counts: "np.ndarray[Any, Any]"
 
 
 class Side(NamedTuple):

@@ -21,8 +21,8 @@ class BlockRanges:
         num_ranges: P.
         sequences: int64 (M,), whose block it is.
         places: int64 (M,), its row of ``Turns``.
-        offsets: int64 (M, NUM_FIELDS); this and the next two as ``BlockPages`` has them.
-        row_starts: int64 (M, 2, 2, H + 1).
+        offsets: int64 (M, NUM_FIELDS), ``BlockPages.places``.
+        row_starts: int64 (M, 2, 2, H + 1), as ``BlockPages`` returns them.
         num_tokens: int64 (M,).
         ranges: int32 (P, 2), the first block of each range and the one behind its last.
         starts: int64 (B + 1,), the first range of each sequence.
@@ -31,7 +31,7 @@ class BlockRanges:
     def __init__(self, pages: BlockPages, table: PageTable) -> None:
         """Cut by a sequence's own length alone, so that its sums do not depend on the others."""
         device, heads = pages.arena.device, pages.keys.mean.shape[0]
-        filled = pages.num_tokens[table.pages] > 0
+        filled = pages.blocks.num_tokens[table.pages] > 0
         rows = table.pages[filled]
         every = torch.arange(table.num_sequences)
         sequences = every.repeat_interleave(table.ends.diff())[filled]
@@ -45,10 +45,10 @@ class BlockRanges:
         self.num_blocks, self.num_ranges = len(rows), len(owners)
         self.sequences, self.places = sequences.to(device), table.places[filled].to(device)
         self.offsets, self.row_starts = (
-            pages.offsets[rows].to(device),
-            pages.starts[rows].to(device),
+            pages.places(rows).to(device),
+            pages.row_starts(rows).to(device),
         )
-        self.num_tokens = pages.num_tokens[rows].to(device)
+        self.num_tokens = pages.blocks.num_tokens[rows].to(device)
         self.ranges = torch.stack([firsts, stops], 1).int().to(device)
         self.starts = starts.to(device)
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 
 from kvstrata.kernels.block_planes import PlaneLayout
 from kvstrata.kernels.token_masks import to_flags
@@ -58,7 +59,7 @@ class SideTables:
     @cached_property
     def word_starts(self) -> torch.Tensor:
         """First word of each head, and the number of words in all: int64 (H + 1,)."""
-        return torch.nn.functional.pad(self.layout.words_per_head.cumsum(0), (1, 0))
+        return F.pad(self.layout.words_per_head.cumsum(0), (1, 0))
 
     @cached_property
     def projection(self) -> torch.Tensor:
@@ -68,12 +69,62 @@ class SideTables:
 
 
 @dataclass(frozen=True, eq=False)
+class BlockRows:
+    """Which blocks rows stand for: what is the same in all layers.
+
+    Attributes:
+        starts: int64 (N,), what the offsets of each block count from, a byte of the arena.
+        num_tokens: int64 (N,), tokens in each block, 0 to 64. Nothing of a block without tokens is
+            looked at: such rows wait for ``put``.
+    """
+
+    starts: torch.Tensor
+    num_tokens: torch.Tensor
+
+    @classmethod
+    def empty(cls, count: int) -> "BlockRows":
+        """Return rows without tokens."""
+        return cls(torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64))
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless both are as they should be."""
+        for name in ("starts", "num_tokens"):
+            table: torch.Tensor = getattr(self, name)
+            if table.dtype != torch.int64 or table.ndim != 1:
+                raise ValueError(f"{name} must be int64 (blocks,)")
+            if table.device.type != "cpu":
+                raise ValueError(f"{name} must be on the CPU")
+            object.__setattr__(self, name, table.contiguous())
+        if self.starts.shape != self.num_tokens.shape:
+            raise ValueError(f"{len(self.starts)} starts, but {len(self.num_tokens)} num_tokens")
+        if ((self.num_tokens < 0) | (self.num_tokens > BLOCK_TOKENS)).any():
+            raise ValueError(f"a block holds 0 to {BLOCK_TOKENS} tokens")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of both."""
+        return self.starts.nbytes + self.num_tokens.nbytes
+
+    def put(self, rows: torch.Tensor, blocks: "BlockRows") -> None:
+        """Let rows, int64 (n,), stand for other blocks."""
+        self.starts[rows], self.num_tokens[rows] = blocks.starts, blocks.num_tokens
+
+    def select(self, rows: torch.Tensor) -> "BlockRows":
+        """Return some rows."""
+        return BlockRows(self.starts[rows], self.num_tokens[rows])
+
+    def widen(self, more: int) -> "BlockRows":
+        """Return these rows and ``more`` empty ones behind them."""
+        return BlockRows(*(F.pad(table, (0, more)) for table in (self.starts, self.num_tokens)))
+
+
+@dataclass(frozen=True, eq=False)
 class BlockPages:
     """Compressed blocks of one layer, in the bytes that came from the store.
 
-    ``offsets`` names where in the arena each part of each block starts, so parts may lie anywhere:
-    a worker keeps the segments that it received and appends rows. The columns, for keys at 0 and
-    for values at ``SIDE_FIELDS``:
+    ``offsets`` names where each part of each block starts, so parts may lie anywhere near their
+    block: a worker keeps the segments that it received and appends rows. The columns, for keys at 0
+    and for values at ``SIDE_FIELDS``:
 
     - WORDS: uint64 bit planes, head after head, plane after plane; bit t is token t
     - MASKS: uint64 escape masks of all heads, then mid masks; both bits set mean dropped
@@ -85,55 +136,83 @@ class BlockPages:
 
     Attributes:
         arena: uint8, one dimension, contiguous.
-        offsets: int64 (N, NUM_FIELDS), on the CPU.
-        num_tokens: int64 (N,), tokens in each block, 0 to 64, on the CPU. Nothing of a block
-            without tokens is looked at: such rows wait for ``put``.
+        blocks: Which blocks there are; pages of other layers may share it.
+        offsets: int32 (N, NUM_FIELDS), from each block's first byte on, on the CPU.
         keys: The tables that the keys were coded with.
         values: The same of the values.
-        starts: Rows in CODES and bytes in MID before each head: int64 (N, 2 sides, 2, H + 1), CPU.
+        counts: uint8 (N, 2 sides, 2, H): escapes and mid tokens of each head, on the CPU.
         num_puts: How often ``put`` has changed rows, for whoever keeps copies.
     """
 
     arena: torch.Tensor
+    blocks: BlockRows
     offsets: torch.Tensor
-    num_tokens: torch.Tensor
     keys: SideTables
     values: SideTables
-    starts: torch.Tensor = field(init=False)
+    counts: torch.Tensor = field(init=False)
     num_puts: int = field(init=False, default=0)
 
-    @classmethod
-    def empty(
-        cls, arena: torch.Tensor, num_rows: int, keys: SideTables, values: SideTables
-    ) -> "BlockPages":
-        """Return ``num_rows`` rows without tokens, for ``put``."""
-        offsets = torch.full((num_rows, NUM_FIELDS), ABSENT)
-        return cls(arena, offsets, torch.zeros(num_rows, dtype=torch.int64), keys, values)
-
-    def put(self, rows: torch.Tensor, offsets: torch.Tensor, num_tokens: torch.Tensor) -> None:
+    def put(self, rows: torch.Tensor, blocks: BlockRows, offsets: torch.Tensor) -> None:
         """Point rows at other blocks in the arena, whose bytes are there already.
 
         While it runs, nobody may attend to these rows; to others, anybody may.
 
         Args:
             rows: int64 (n,), which ones.
-            offsets: int64 (n, NUM_FIELDS).
-            num_tokens: int64 (n,); 0 empties a row.
+            blocks: The n blocks; without tokens they empty a row.
+            offsets: int32 (n, NUM_FIELDS).
 
         Raises:
             ValueError: As when pages are made, or a row does not exist; nothing has changed then.
         """
-        new = BlockPages(self.arena, offsets, num_tokens, self.keys, self.values)
-        _check_rows("rows", rows, len(self.num_tokens))
-        self.offsets[rows], self.num_tokens[rows] = offsets, num_tokens
-        self.starts[rows] = new.starts
+        new = BlockPages(self.arena, blocks, offsets, self.keys, self.values)
+        _check_rows("rows", rows, len(self.blocks.starts))
+        self.blocks.put(rows, blocks)
+        self.offsets[rows], self.counts[rows] = offsets, new.counts
         object.__setattr__(self, "num_puts", self.num_puts + 1)
 
     def select(self, rows: torch.Tensor) -> "BlockPages":
         """Return some rows, int64 (n,), as pages of their own; they do not follow ``put``."""
-        return BlockPages(
-            self.arena, self.offsets[rows], self.num_tokens[rows], self.keys, self.values
-        )
+        blocks = self.blocks.select(rows)
+        return BlockPages(self.arena, blocks, self.offsets[rows], self.keys, self.values)
+
+    def widen(self, blocks: BlockRows) -> "BlockPages":
+        """Return pages of more rows: those of now, which stay as they are, then empty ones.
+
+        Args:
+            blocks: ``BlockRows.widen`` of those of now.
+        """
+        more = len(blocks.starts) - len(self.offsets)
+        wider = object.__new__(BlockPages)  # what is held was checked when it came
+        for name, value in (
+            ("arena", self.arena),
+            ("blocks", blocks),
+            ("offsets", F.pad(self.offsets, (0, 0, 0, more), value=ABSENT)),
+            ("keys", self.keys),
+            ("values", self.values),
+            ("counts", F.pad(self.counts, (0, 0, 0, 0, 0, 0, 0, more))),
+            ("num_puts", self.num_puts),
+        ):
+            object.__setattr__(wider, name, value)
+        return wider
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what this holds of the blocks, without ``blocks``."""
+        return self.offsets.nbytes + self.counts.nbytes
+
+    def places(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return where in the arena the parts of some blocks start, or ABSENT: int64."""
+        offsets = self.offsets[rows].long()
+        return torch.where(offsets == ABSENT, ABSENT, offsets + self.blocks.starts[rows, None])
+
+    def row_starts(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows in CODES and bytes in MID before each head: int64 (n, 2 sides, 2, H + 1)."""
+        sides = (self.keys, self.values)
+        mid_bytes = torch.stack([tables.layout.mid_row_bytes.cpu() for tables in sides])
+        sizes = self.counts[rows].long()
+        sizes[:, :, MID_ROWS] *= mid_bytes
+        return F.pad(sizes.cumsum(-1), (1, 0))
 
     def __post_init__(self) -> None:
         """Raise ValueError unless every part lies within the arena, by the masks' own counts.
@@ -144,27 +223,24 @@ class BlockPages:
             raise ValueError("the arena must be uint8 with one dimension")
         if not self.arena.is_contiguous() or self.arena.data_ptr() % 8:
             raise ValueError("the arena must be contiguous and start at a multiple of 8 bytes")
-        if self.offsets.dtype != torch.int64 or self.offsets.shape[1:] != (NUM_FIELDS,):
-            raise ValueError(f"offsets must be int64 (blocks, {NUM_FIELDS})")
-        if self.num_tokens.dtype != torch.int64 or self.num_tokens.shape != self.offsets.shape[:1]:
-            raise ValueError("num_tokens must be int64 (blocks,)")
-        if {self.offsets.device.type, self.num_tokens.device.type} != {"cpu"}:
-            raise ValueError("offsets and num_tokens must be on the CPU")
+        wanted = (len(self.blocks.starts), NUM_FIELDS)
+        if self.offsets.dtype != torch.int32 or self.offsets.shape != wanted:
+            raise ValueError(f"offsets must be int32 {wanted}")
+        if self.offsets.device.type != "cpu":
+            raise ValueError("offsets must be on the CPU")
         object.__setattr__(self, "offsets", self.offsets.contiguous())
-        object.__setattr__(self, "num_tokens", self.num_tokens.contiguous())
-        if ((self.num_tokens < 0) | (self.num_tokens > BLOCK_TOKENS)).any():
-            raise ValueError(f"a block holds 0 to {BLOCK_TOKENS} tokens")
         if self.keys.mean.shape != self.values.mean.shape:
             raise ValueError("the tables of keys and values have different shapes")
         heads, head_dim = self.keys.mean.shape
-        filled = self.num_tokens > 0
-        offsets = self.offsets[filled]
+        filled = (self.blocks.num_tokens > 0).nonzero().flatten()
+        offsets = self.places(filled)
         for at in (offsets[:, MASKS], offsets[:, SIDE_FIELDS + MASKS]):
             self._check_part("masks", at, 16 * heads, 8)
-        object.__setattr__(self, "starts", self._count_rows())
+        object.__setattr__(self, "counts", self._count_rows())
+        row_starts = self.row_starts(filled)
         for side, tables in enumerate((self.keys, self.values)):
             at = offsets[:, side * SIDE_FIELDS :]
-            escapes, mid_bytes = self.starts[filled, side, :, -1].unbind(1)
+            escapes, mid_bytes = row_starts[:, side, :, -1].unbind(1)
             present = at[:, MID] != ABSENT
             self._check_part("words", at[:, WORDS], 8 * int(tables.word_starts[-1]), 8)
             self._check_part("mid", at[present, MID], mid_bytes[present], 1)
@@ -197,20 +273,20 @@ class BlockPages:
 
         All are set, as for dropped tokens, in a block without tokens.
         """
-        heads, filled = self.keys.mean.shape[0], self.num_tokens > 0
-        at = self.offsets[filled][:, [MASKS, SIDE_FIELDS + MASKS], None] + torch.arange(16 * heads)
+        heads = self.keys.mean.shape[0]
+        filled = (self.blocks.num_tokens > 0).nonzero().flatten()
+        places = self.places(filled)[:, [MASKS, SIDE_FIELDS + MASKS], None]
+        at = places + torch.arange(16 * heads)
         packed = self.arena[at.to(self.arena.device)].cpu()
         shape = (2, 2, heads, BLOCK_TOKENS)
-        flags = torch.ones(len(filled), *shape, dtype=torch.bool)
+        flags = torch.ones(len(self.offsets), *shape, dtype=torch.bool)
         flags[filled] = to_flags(packed.view(torch.int64)).view(-1, *shape)
         return flags
 
     def _count_rows(self) -> torch.Tensor:
         escape, mid = self.masks.unbind(2)
-        counts = torch.stack([t.layout.mid_row_bytes.cpu() for t in (self.keys, self.values)])
-        mid_bytes = (mid & ~escape).sum(-1) * counts
-        sizes = torch.stack([(escape & ~mid).sum(-1), mid_bytes], 2)
-        return torch.nn.functional.pad(sizes.cumsum(-1), (1, 0))
+        counts = torch.stack([(escape & ~mid).sum(-1), (mid & ~escape).sum(-1)], 2)
+        return counts.to(torch.uint8)
 
     def take(self, at: int, num_bytes: int) -> torch.Tensor:
         """Return ``num_bytes`` of the arena from byte ``at`` on."""
@@ -254,7 +330,7 @@ class PageTable:
         return cls(
             torch.tensor([page for pages in sequences for page in pages], dtype=torch.int64),
             torch.cat([torch.arange(n) for n in [0, *lengths.tolist()]]),
-            torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+            F.pad(lengths.cumsum(0), (1, 0)),
         )
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ def expand_pages(
     Raises:
         ValueError: A block is not whole, or only some have MID.
     """
-    if not (pages.num_tokens[rows] == BLOCK_TOKENS).all():
+    if not (pages.blocks.num_tokens[rows] == BLOCK_TOKENS).all():
         raise ValueError("only whole blocks can be expanded")
     rotation = (
         turns.cos.repeat_interleave(BLOCK_TOKENS, 0),
@@ -70,13 +70,13 @@ def _expand_side(
 ) -> torch.Tensor:
     arena, layout = pages.arena, basis.layout
     heads, dim = layout.num_heads, layout.dim
-    offsets = pages.offsets[rows]
+    offsets = pages.places(rows)
     at = offsets[:, side * SIDE_FIELDS :]
     masks = _take(arena, at[:, MASKS], 16 * heads).view(torch.int64).view(-1, 2, heads)
     escape, mid = (part.T.contiguous() for part in masks.unbind(1))
     classes = token_classes(mid, escape)
     words = _take(arena, at[:, WORDS], 8 * layout.num_words).view(torch.int64)
-    escapes, mids = pages.starts[rows, side, :, -1].unbind(1)
+    escapes, mids = pages.row_starts(rows)[:, side, :, -1].unbind(1)
     fine = None
     if (at[:, MID] != ABSENT).all():
         fine = MidRows(classes.mid, _take_runs(arena, at[:, MID], mids), _ends(mids))

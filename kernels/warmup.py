@@ -26,6 +26,7 @@ from kvstrata.kernels.backend import FLOATS, backend_of
 from kvstrata.kernels.block_pages import (
     NUM_FIELDS,
     BlockPages,
+    BlockRows,
     SideTables,
     Turns,
 )
@@ -215,8 +216,9 @@ def _attend(dim: int, dtype: torch.dtype) -> None:
     table, eye = torch.ones(_HEADS, dim), torch.eye(dim).repeat(_HEADS, 1, 1)
     side = SideTables(table, table, eye, _layout(dim))
     arena = torch.zeros(16 * _HEADS * dim, dtype=torch.uint8)
-    offsets = torch.zeros(_BLOCKS, NUM_FIELDS, dtype=torch.int64)
-    pages = BlockPages(arena, offsets, torch.full((_BLOCKS,), TOKENS), side, side)
+    offsets = torch.zeros(_BLOCKS, NUM_FIELDS, dtype=torch.int32)
+    blocks = BlockRows(torch.zeros(_BLOCKS, dtype=torch.int64), torch.full((_BLOCKS,), TOKENS))
+    pages = BlockPages(arena, blocks, offsets, side, side)
     turns = Turns(torch.ones(_BLOCKS, dim), torch.zeros(_BLOCKS, dim))
     attend_blocks(torch.ones(_HEADS, dim, dtype=dtype), pages, turns, 1.0)
 

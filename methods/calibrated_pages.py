@@ -49,7 +49,7 @@ class PlacedBlock:
 
     Attributes:
         num_bytes: Of all layers.
-        offsets: int64 (L, NUM_FIELDS), from the block's first byte.
+        offsets: int32 (L, NUM_FIELDS), from the block's first byte.
         parts: What to copy to which byte, ascending.
         is_whole: Whether no head leaves out a token.
     """
@@ -150,7 +150,7 @@ class PageLayout:
         escapes: npt.NDArray[np.int64],
         mids: npt.NDArray[np.int64],
     ) -> PlacedBlock:
-        offsets = np.full((len(base), NUM_FIELDS), ABSENT, np.int64)
+        offsets = np.full((len(base), NUM_FIELDS), ABSENT, np.int32)
         keys, values = offsets[:, :SIDE_FIELDS], offsets[:, SIDE_FIELDS : 2 * SIDE_FIELDS]
         parts: list[tuple[int, Bytes]] = []
         at = 0

@@ -130,9 +130,9 @@ def test_blocks_that_move_are_read_as_before(codec: CalibratedCodec, profile: Pr
     turns = turns_of(len(rows))
     before = blocks.expand(1, rows[1::2], Turns(*(t[1::2] for t in turns)), torch.float32)
     blocks.release(rows[::2])
-    at = [int(blocks.layers[0].offsets[row, 0]) for row in rows[1::2]]
+    at = [int(blocks.layers[0].blocks.starts[row]) for row in rows[1::2]]
     arena.allocate(arena.free_bytes - 64)
-    moved = [int(blocks.layers[0].offsets[row, 0]) for row in rows[1::2]]
+    moved = [int(blocks.layers[0].blocks.starts[row]) for row in rows[1::2]]
     assert moved != at
     after = blocks.expand(1, rows[1::2], Turns(*(t[1::2] for t in turns)), torch.float32)
     assert torch.equal(before[0], after[0])

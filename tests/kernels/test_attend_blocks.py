@@ -29,6 +29,7 @@ from kvstrata.kernels.block_pages import (
     SIDE_FIELDS,
     WORDS,
     BlockPages,
+    BlockRows,
     PageTable,
     SideTables,
     Turns,
@@ -108,7 +109,11 @@ def make_pages(case: tuple, seed: int = 0, order: bool = False) -> BlockPages:  
     num_tokens = torch.full((blocks,), 64)
     num_tokens[-1] = last
     held = torch.frombuffer(arena, dtype=torch.uint8).clone()
-    return BlockPages(held, torch.from_numpy(offsets), num_tokens, *tables)
+    # Their starts differ, as those of blocks in a pool do; the reader adds them again.
+    starts = torch.from_numpy(gen.integers(0, 9, blocks) * 8)
+    wanted = torch.from_numpy(offsets)
+    offsets = torch.where(wanted == ABSENT, ABSENT, wanted - starts[:, None]).int()
+    return BlockPages(held, BlockRows(starts, num_tokens), offsets, *tables)
 
 
 def hadamard64(dim: int) -> np.ndarray:
@@ -120,7 +125,8 @@ def hadamard64(dim: int) -> np.ndarray:
 def decode_head(pages: BlockPages, block: int, side: int, head: int) -> tuple[np.ndarray, ...]:
     """Read one head token by token, in float64, from the layout's definition alone."""
     table = (pages.keys, pages.values)[side]
-    arena, at = pages.arena.numpy(), pages.offsets[block].numpy()[side * SIDE_FIELDS :]
+    places = pages.places(torch.tensor([block]))[0].numpy()
+    arena, at = pages.arena.numpy(), places[side * SIDE_FIELDS :]
     layout = table.layout
     heads, dim = layout.num_heads, layout.dim
     widths = layout.widths.tolist()
@@ -150,7 +156,7 @@ def decode_head(pages: BlockPages, block: int, side: int, head: int) -> tuple[np
             if widths[head][c] > plane:
                 places[c, plane] = int(at[WORDS]) + 8 * word
                 word += 1
-    bias_at = pages.offsets[block].numpy()
+    bias_at = pages.places(torch.tensor([block]))[0].numpy()
     step = int(arena[bias_at[BIAS_STEPS] + head])
     packed = arena[bias_at[BIAS_CODES] + head * dim // 2 :][: dim // 2].astype(int)
     bias = (np.concatenate([packed & 15, packed >> 4]) - 8.0) * (
@@ -201,7 +207,8 @@ def expected(
         keys, values = [], []
         for block, start in enumerate(starts):
             (k, k_kind), (v, v_kind) = (decode_head(pages, block, side, head) for side in (0, 1))
-            read = (k_kind != 3) & (v_kind != 3) & (np.arange(64) < int(pages.num_tokens[block]))
+            num_tokens = int(pages.blocks.num_tokens[block])
+            read = (k_kind != 3) & (v_kind != 3) & (np.arange(64) < num_tokens)
             keys.append(rotate64(k, start, rotary_dim)[read])
             values.append(v[read])
         k, v = np.concatenate(keys), np.concatenate(values)
@@ -273,9 +280,7 @@ def test_without_a_token_output_is_zero_and_lse_minus_infinity(backend: str) -> 
 
 def test_no_blocks_give_zero() -> None:
     pages = make_pages(SMALL)
-    none = BlockPages(
-        pages.arena, pages.offsets[:0], pages.num_tokens[:0], pages.keys, pages.values
-    )
+    none = pages.select(torch.zeros(0, dtype=torch.int64))
     out, lse = attend_blocks(torch.randn(6, 32), none, make_turns([], 32), 1.0)
     assert (out == 0).all()
     assert (lse == float("-inf")).all()
@@ -293,9 +298,7 @@ def test_parts_merge_to_the_whole_on_any_number_of_threads() -> None:
         torch.set_num_threads(threads)
     parts = [(torch.zeros(9, 64), torch.full((9,), float("-inf")))]
     for a, b in itertools.pairwise((0, 1, 17, 40)):
-        some = BlockPages(
-            pages.arena, pages.offsets[a:b], pages.num_tokens[a:b], pages.keys, pages.values
-        )
+        some = pages.select(torch.arange(a, b))
         parts.append(attend_blocks(queries, some, Turns(turns.cos[a:b], turns.sin[a:b]), 0.3))
     check(merge_attention(parts), tuple(x.numpy() for x in whole), 512)  # type: ignore[arg-type]
 
@@ -336,10 +339,10 @@ def test_no_queries_have_no_attention(backend: str) -> None:
 @pytest.mark.parametrize("side", [0, SIDE_FIELDS])
 def test_a_scale_that_is_not_finite_is_refused(side: int, bits: int) -> None:
     pages = make_pages(CASES["group3_dim64"])
-    arena, at = pages.arena.clone(), int(pages.offsets[4, side + SCALES])
+    arena, at = pages.arena.clone(), int(pages.places(torch.tensor([4]))[0, side + SCALES])
     arena[at : at + 2] = torch.tensor([bits & 0xFF, bits >> 8], dtype=torch.uint8)
     with pytest.raises(ValueError, match="not finite"):
-        BlockPages(arena, pages.offsets, pages.num_tokens, pages.keys, pages.values)
+        BlockPages(arena, pages.blocks, pages.offsets, pages.keys, pages.values)
 
 
 def test_merging_nothing_is_refused() -> None:
@@ -352,11 +355,11 @@ def test_merging_nothing_is_refused() -> None:
 )
 def test_a_part_outside_the_arena_is_refused(column: int) -> None:
     pages = make_pages(CASES["group4_dim128_tail"])
-    for at in (-8, pages.arena.numel() // 8 * 8, 2**62):
+    for at in (-80, pages.arena.numel() // 8 * 8, 2**31 - 8):
         offsets = pages.offsets.clone()
         offsets[1, column] = at
         with pytest.raises(ValueError, match="do not fit the arena"):
-            BlockPages(pages.arena, offsets, pages.num_tokens, pages.keys, pages.values)
+            BlockPages(pages.arena, pages.blocks, offsets, pages.keys, pages.values)
 
 
 BATCHES = {
@@ -427,7 +430,8 @@ def test_a_sequence_does_not_see_what_else_is_in_the_batch() -> None:
 def test_rows_are_filled_moved_and_emptied(version: str) -> None:
     case = (2, 1, 32, 4, 9, (0.05, 0.2, 0.1), True)
     pages, turns = make_pages(case), make_turns([0, 64, 128], 32)
-    pool = BlockPages.empty(pages.arena, 9, pages.keys, pages.values)
+    none = pages.select(torch.zeros(0, dtype=torch.int64))
+    pool = none.widen(none.blocks.widen(9))
     queries, table = torch.randn(1, 2, 32), PageTable.of([[8, 3, 5]])
 
     def attended() -> Attention:
@@ -437,13 +441,14 @@ def test_rows_are_filled_moved_and_emptied(version: str) -> None:
     assert (out == 0).all()
     assert lse.isneginf().all()
     for rows, blocks in (([8, 3], [0, 3]), ([5], [1]), ([3], [2])):
-        pool.put(torch.tensor(rows), pages.offsets[blocks], pages.num_tokens[blocks])
+        chosen = pages.select(torch.tensor(blocks))
+        pool.put(torch.tensor(rows), chosen.blocks, chosen.offsets)
     want = attend_blocks_reference(
         queries[0], pages.select(torch.tensor([0, 2, 1])), rows_of(turns, [0, 1, 2]), 0.2
     )
     out, lse = attended()
     check((out[0], lse[0]), tuple(x.numpy() for x in want), 512)  # type: ignore[arg-type]
-    pool.put(torch.tensor([8]), pages.offsets[:1], torch.tensor([0]))
+    pool.put(torch.tensor([8]), BlockRows.empty(1), pages.offsets[:1])
     want = attend_blocks_reference(
         queries[0], pages.select(torch.tensor([2, 1])), rows_of(turns, [1, 2]), 0.2
     )
@@ -453,15 +458,16 @@ def test_rows_are_filled_moved_and_emptied(version: str) -> None:
 
 def test_refused_rows_leave_pages_as_they_were() -> None:
     pages = make_pages(SMALL)
-    held = [table.clone() for table in (pages.offsets, pages.num_tokens, pages.starts)]
+    tables = (pages.offsets, pages.blocks.starts, pages.blocks.num_tokens, pages.counts)
+    held, one = [table.clone() for table in tables], pages.blocks.select(torch.tensor([0]))
     bad = pages.offsets[:1].clone()
     bad[0, SIDE_FIELDS + WORDS] = pages.arena.numel()
     with pytest.raises(ValueError, match="do not fit the arena"):
-        pages.put(torch.tensor([1]), bad, torch.tensor([64]))
+        pages.put(torch.tensor([1]), one, bad)
     for row in (-1, 2):
         with pytest.raises(ValueError, match="below 2"):
-            pages.put(torch.tensor([row]), pages.offsets[:1], torch.tensor([64]))
-    for table, before in zip((pages.offsets, pages.num_tokens, pages.starts), held, strict=True):
+            pages.put(torch.tensor([row]), one, pages.offsets[:1])
+    for table, before in zip(tables, held, strict=True):
         assert torch.equal(table, before)
 
 
@@ -489,16 +495,23 @@ def test_bad_tables_are_refused() -> None:
 
 def test_bad_input_is_refused() -> None:
     pages, turns = make_pages(SMALL), make_turns([0, 64], 32)
-    arena, offsets, counts, keys, values = (
-        getattr(pages, name) for name in ("arena", "offsets", "num_tokens", "keys", "values")
+    arena, blocks, offsets, keys, values = (
+        getattr(pages, name) for name in ("arena", "blocks", "offsets", "keys", "values")
     )
     with pytest.raises(ValueError, match="multiple of 8"):
-        BlockPages(arena, offsets + 1, counts, keys, values)
+        BlockPages(arena, blocks, offsets + 1, keys, values)
+    with pytest.raises(ValueError, match="multiple of 8"):
+        BlockPages(arena, BlockRows(blocks.starts + 1, blocks.num_tokens), offsets, keys, values)
     for wrong in (65, -1):
         with pytest.raises(ValueError, match="0 to 64"):
-            BlockPages(arena, offsets, torch.full_like(counts, wrong), keys, values)
+            BlockRows(blocks.starts, torch.full_like(blocks.starts, wrong))
+    with pytest.raises(ValueError, match="2 starts, but 1 num_tokens"):
+        BlockRows(blocks.starts, blocks.num_tokens[:1])
     with pytest.raises(ValueError, match="uint8"):
-        BlockPages(arena.float(), offsets, counts, keys, values)
+        BlockPages(arena.float(), blocks, offsets, keys, values)
+    for wrong_offsets in (offsets.long(), offsets[:1]):
+        with pytest.raises(ValueError, match="offsets must be int32"):
+            BlockPages(arena, blocks, wrong_offsets, keys, values)
     with pytest.raises(ValueError, match="queries must be"):
         attend_blocks(torch.randn(5, 32), pages, turns, 1.0)
     with pytest.raises(ValueError, match="bf16"):
@@ -510,7 +523,9 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="inverse and the layout must be on one device"):
         SideTables(keys.mean, keys.scale, keys.inverse.to("meta"), keys.layout)
     with pytest.raises(ValueError, match="on the CPU"):
-        BlockPages(arena, offsets.to("meta"), counts, keys, values)
+        BlockPages(arena, blocks, offsets.to("meta"), keys, values)
+    with pytest.raises(ValueError, match="on the CPU"):
+        BlockRows(blocks.starts.to("meta"), blocks.num_tokens)
 
 
 def test_numba_is_what_runs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
