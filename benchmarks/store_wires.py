@@ -18,7 +18,7 @@ import grpc
 import numpy as np
 import redis.asyncio
 
-from kvstrata.kvstore_service.heap import keep_freed_memory
+from kvstrata.protos.heap import keep_freed_memory
 from kvstrata.protos.service import CHANNEL_OPTIONS, CHUNK_BYTES, SERVER_OPTIONS
 
 SERVICE = "bench.Bytes"

@@ -11,10 +11,10 @@ from typing import Annotated
 import typer
 
 from kvstrata.kvstore_service.config import StoreConfig
-from kvstrata.kvstore_service.heap import keep_freed_memory
 from kvstrata.kvstore_service.server import start_store
 from kvstrata.protos.credentials import server_tls
 from kvstrata.protos.errors import KVStrataError
+from kvstrata.protos.heap import keep_freed_memory
 from kvstrata.protos.logs import configure_logging
 from kvstrata.protos.sizes import parse_size
 from kvstrata.protos.tracing import configure_tracing, flush_tracing

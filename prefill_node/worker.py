@@ -12,6 +12,7 @@ import torch
 
 from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.model import Model
+from kvstrata.engine.row_buffer import RowBuffer
 from kvstrata.engine.sequence import RunningSequence
 from kvstrata.engine.step_loop import StepLoop
 from kvstrata.kernels.warmup import WORKER_OPS, warm_up
@@ -24,6 +25,7 @@ from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
 from kvstrata.protos.errors import DeadlineError, KVStrataError
 from kvstrata.protos.frame import Frame
 from kvstrata.protos.frame_pb2 import Stratum
+from kvstrata.protos.heap import keep_freed_memory
 from kvstrata.protos.identity import BlockHash, ScopeDigest
 from kvstrata.protos.logs import FORMAT_VARIABLE, configure_logging
 from kvstrata.protos.report import ReportClock, farthest_tier
@@ -50,7 +52,8 @@ class WorkerConfig:
         store_timeout_s: Longest silence of the store before computing instead.
         pool_bytes: KV memory of running sequences; 0 is an eighth of the machine's, or half of what
             is free on a GPU.
-        warm_up: Compile the CPU kernels, or load them from disk, before the first request.
+        warm_up: Before the first request, compile the CPU kernels or load them from disk, and map
+            memory for the longest sequence.
         credentials: Shown to the store; the files must be there on the node.
     """
 
@@ -94,6 +97,7 @@ class Worker:
     """
 
     def __init__(self, config: WorkerConfig) -> None:
+        keep_freed_memory()
         if os.environ.get(FORMAT_VARIABLE):
             configure_logging()
         configure_tracing("kvstrata-node")
@@ -107,7 +111,10 @@ class Worker:
         if config.warm_up and self.model.device.type == "cpu" and spec.head_dim % 16 == 0:
             warm_up((spec.head_dim,), (spec.dtype,), WORKER_OPS)
         pool_bytes = config.pool_bytes or _default_pool_bytes(self.model.device)
-        self.steps = StepLoop(self.model, KVPool(self.model, pool_bytes))
+        pool = KVPool(self.model, pool_bytes)
+        if config.warm_up:
+            pool.arena.touch(RowBuffer.bytes_for(spec, spec.max_positions))
+        self.steps = StepLoop(self.model, pool)
         self.rates = ReadRates()
         self._store: StoreClient | None = None
 

@@ -1,6 +1,7 @@
 """The arena hands every byte to one holder, keeps what they wrote, and never grows."""
 
 import random
+import resource
 
 import numpy as np
 import pytest
@@ -36,6 +37,19 @@ def test_extents_and_pages_share_the_memory_up_to_its_last_byte() -> None:
     arena.release_pages(pages)
     arena.check_integrity()
     assert arena.allocate(16 * PAGE).offset == 0
+
+
+def test_what_was_touched_costs_no_page_faults() -> None:
+    arena = KVArena(64 << 20, PAGE)
+    arena.touch(16 << 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    arena.view(arena.allocate(16 << 20)).fill_(1)
+    arena.memory[-16 << 20 :].fill_(1)
+    pages = (32 << 20) // resource.getpagesize()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < pages / 50
+    small = KVArena(2 * PAGE, PAGE)
+    small.touch(1 << 30)
+    assert small.take_pages(2).tolist() == [1, 0]
 
 
 def test_an_extent_takes_the_smallest_gap() -> None:

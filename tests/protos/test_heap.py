@@ -4,11 +4,11 @@ import resource
 import subprocess
 import sys
 
-from kvstrata.kvstore_service.heap import keep_freed_memory
+from kvstrata.protos.heap import keep_freed_memory
 
 MESSAGES = """
 import resource
-from kvstrata.kvstore_service.heap import keep_freed_memory
+from kvstrata.protos.heap import keep_freed_memory
 
 def page_faults_of(count):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
