@@ -62,7 +62,8 @@ class GenerateOptions(TypedDict, total=False):
         images: One for each placeholder in the prompt: a PNG or JPEG file as bytes or Path, or
             8-bit RGB pixels, (height, width, 3), such as a NumPy array; a list is a video.
         coarsest: The coarsest stratum that stored blocks may be read at, should the first token be
-            late otherwise; by default they are read as finely as the preset or the settings say.
+            late otherwise, and be refined later; by default they are read as finely as the preset
+            or the settings say.
         first_token_s: When the first token is wanted; by default in time for ``timeout_s``.
         priority: Of this session's blocks in the store: "low" goes before all others, "high" after,
             as far as the store has room for such blocks. What a later request says holds for all.

@@ -50,12 +50,15 @@ class ReadPlan:
 
     Attributes:
         node: "prefill" or "decode".
-        choice: "full", "fewer_strata", "part" (the first blocks fetched, the others computed) or
-            "recompute".
+        choice: "full", "refine" (coarse first, the rest while tokens come), "fewer_strata", "part"
+            (the first blocks fetched, the others computed) or "recompute".
         stored_blocks: Blocks that the store had.
         fetched_blocks: Of these, planned to be fetched.
         predicted_s: What the node expected until all blocks are there; 0: it could not tell yet.
         seconds: What it took.
+        refined_blocks: Under "refine", those that were refined before the answer ended.
+        predicted_refined_s: When the node expected all of them to be, from the start.
+        refined_s: When they were; 0 if some were not.
     """
 
     node: str
@@ -64,6 +67,9 @@ class ReadPlan:
     fetched_blocks: int
     predicted_s: float
     seconds: float
+    refined_blocks: int = 0
+    predicted_refined_s: float = 0.0
+    refined_s: float = 0.0
 
     @classmethod
     def from_proto(cls, message: pb.ReadPlan) -> "ReadPlan":
@@ -75,6 +81,9 @@ class ReadPlan:
             message.fetched_blocks,
             message.predicted_s,
             message.seconds,
+            message.refined_blocks,
+            message.predicted_refined_s,
+            message.refined_s,
         )
 
 

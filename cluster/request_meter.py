@@ -66,6 +66,7 @@ def count_report(counters: Counters, report: CacheReport) -> None:
     counters.add(names.LAYER_EXECUTIONS, report.layer_executions)
     for plan in report.read_plans:
         counters.add(names.READ_PLANS, node=plan.node, choice=plan.choice)
+        counters.add(names.REFINED_BLOCKS, plan.refined_blocks)
         if plan.predicted_s and plan.seconds:
             ratio = plan.predicted_s / plan.seconds
             counters.observe(names.READ_PLAN_RATIO, ratio, node=plan.node, choice=plan.choice)

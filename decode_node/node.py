@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from kvstrata.decode_node.refinement import refining
 from kvstrata.engine.seat import ParkedError
-from kvstrata.engine.sequence import RunningSequence
+from kvstrata.engine.sequence import FrameSet, RunningSequence
 from kvstrata.methods.framing import SealedBlock, precision_name
 from kvstrata.prefill_node.answer import Answer
 from kvstrata.prefill_node.flight import Flight
@@ -123,7 +124,7 @@ class Generation:
             task, known, plan.num_fetched * BLOCK_TOKENS, self._order
         ) as sequence:
             with carrying_out(plan, clock, PLANNED_AGAIN if self._was_parked else PLANNED):
-                await self._prepare(sequence, plan)
+                blocks = await self._prepare(sequence, plan)
             start, begin = time.time(), time.perf_counter()
             first = [0.0]
 
@@ -138,7 +139,13 @@ class Generation:
 
             try:
                 if answer.finish is None:
-                    await steps.generate(sequence, choose, sealed)
+                    method = self._task.method
+                    async with refining(
+                        self._worker, sequence, method, plan, blocks, clock
+                    ) as refinement:
+                        await steps.generate(sequence, choose, sealed)
+                    if refinement is not None and refinement.is_complete:
+                        self._method = method
             finally:
                 tail_s = (first[0] or time.perf_counter()) - begin
                 clock.add("tail", start, tail_s)
@@ -148,12 +155,15 @@ class Generation:
                 clock.report.kept_fraction = sequence.kept_fraction
                 clock.report.layer_bits[:] = sequence.layer_bits
 
-    async def _prepare(self, sequence: RunningSequence, plan: ReadPlan) -> None:
-        """Load what the store has of the known tokens, and provide the rest of the prompt."""
+    async def _prepare(self, sequence: RunningSequence, plan: ReadPlan) -> Sequence[FrameSet]:
+        """Load what the store has of the known tokens, and provide the rest of the prompt.
+
+        Returns the blocks that were loaded.
+        """
         worker, task, clock = self._worker, self._task, self._clock
         prompt_blocks = num_prompt_blocks(len(task.prompt_ids), task.method)
         num_blocks = num_prompt_blocks(len(sequence.token_ids), task.method)
-        await load_cached(worker, sequence, num_blocks, task, clock, plan)
+        loaded = await load_cached(worker, sequence, num_blocks, task, clock, plan)
         if unknown := max(0, plan.num_fetched - len(self._stored)):  # the prefill node made them
             mean = clock.report.bytes_fetched // max(1, plan.num_fetched)
             self._stored += [StoredBlock(mean, clock.report.tier)] * unknown
@@ -178,6 +188,7 @@ class Generation:
         if sealed and self._answer.finish is None:
             with clock.stage("decompress"):
                 await worker.steps.settle(sequence, sealed)
+        return loaded
 
     def _publish(self, sealed: Sequence[SealedBlock]) -> None:
         self._note_stored(sealed)

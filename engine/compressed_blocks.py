@@ -6,11 +6,20 @@ and may be moved. Several sequences may hold one block, counted by ``share`` and
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
 from kvstrata.engine.kv_arena import Extent, KVArena
-from kvstrata.kernels.block_pages import NUM_FIELDS, BlockPages, BlockRows, Turns
+from kvstrata.kernels.block_pages import (
+    ABSENT,
+    MID,
+    NUM_FIELDS,
+    SIDE_FIELDS,
+    BlockPages,
+    BlockRows,
+    Turns,
+)
 from kvstrata.kernels.expand_pages import expand_pages
 from kvstrata.methods.calibrated_pages import PageLayout
 from kvstrata.protos.errors import CorruptFrameError
@@ -92,6 +101,12 @@ class CompressedBlocks:
             self._held[row] = _Held(extent, block.is_whole)
         return rows
 
+    def exchange(self, rows: Sequence[int], blocks: Sequence[Mapping[Stratum, Frame]]) -> list[int]:
+        """Take blocks in and give up ``rows``, which stay held where ``put`` raises."""
+        taken = self.put(blocks)
+        self.release(rows)
+        return taken
+
     def bytes_of(self, rows: Sequence[int]) -> int:
         """Return the bytes of some blocks."""
         return sum(self._held[row].extent.num_bytes for row in rows)
@@ -126,8 +141,16 @@ class CompressedBlocks:
             turns: Rotation to the first token of each.
             dtype: Of the result.
         """
-        return expand_pages(
-            self.layers[layer], torch.tensor(rows), self.layout.bases[layer], turns, dtype
+        pages, basis, at = self.layers[layer], self.layout.bases[layer], torch.tensor(rows)
+        parts, start = [], 0
+        for _, run in groupby((pages.offsets[at][:, [MID, SIDE_FIELDS + MID]] == ABSENT).tolist()):
+            own = slice(start, start + len(list(run)))  # alike: blocks may be refined one by one
+            turned = Turns(turns.cos[own], turns.sin[own])
+            parts.append(expand_pages(pages, at[own], basis, turned, dtype))
+            start = own.stop
+        keys, values = zip(*parts, strict=True)
+        return (
+            (keys[0], values[0]) if len(parts) == 1 else (torch.cat(keys, 1), torch.cat(values, 1))
         )
 
     def check_integrity(self) -> None:

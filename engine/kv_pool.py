@@ -51,7 +51,7 @@ class KVPool:
         self.model = model
         self.arena = KVArena(capacity_bytes, page_bytes)
         heads = (max_sequences, spec.num_layers, spec.num_kv_heads)
-        self._max_columns = -(-spec.max_positions // PAGE_TOKENS)
+        self._max_columns = spec.max_positions // PAGE_TOKENS + 1  # a step looks one row ahead
         with torch.inference_mode(False):
             self.rows = RowPages(
                 self.arena.memory.view(spec.dtype).view(-1, 2, PAGE_TOKENS * spec.head_dim),

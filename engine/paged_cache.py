@@ -44,6 +44,7 @@ class PagedCache:
         slot: This sequence's place in the pool's tables.
         probes: Queries that saliency is computed from, while a prompt is computed.
         counts_saliency: Whether a block fills, whose saliency is counted as its rows pass.
+        first_stored_layer: Layers before it are in no block; their K and V come from the tokens.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class PagedCache:
         self.probes = Probes(pool.model.spec, probe_tokens, pool.model.device)
         self.slot = pool.take_slot()
         self.counts_saliency = True
-        self._first_layer = codec.first_layer
+        self.first_stored_layer = codec.first_layer
         self._block_end = 0
         self._first_seen = 0
         self._last_expected = 0
@@ -82,11 +83,6 @@ class PagedCache:
     def num_rows(self) -> int:
         """Tokens in uncompressed rows."""
         return self.length - self.base
-
-    @property
-    def first_stored_layer(self) -> int:
-        """Layers before it are in no block; their K and V come from the tokens."""
-        return self._first_layer
 
     @property
     def buffer(self) -> RowBuffer:
@@ -169,17 +165,21 @@ class PagedCache:
         self.length += num_tokens
 
     def takes_block(self, index: int) -> bool:
-        """Tell whether block ``index`` is the next one that ``hold`` takes."""
-        return self.blocks is not None and index == len(self.block_rows)
+        """Tell whether ``hold`` takes block ``index``."""
+        return self.blocks is not None and index <= len(self.block_rows)
 
-    def hold(self, blocks: Sequence[Mapping[Stratum, Frame]]) -> None:
-        """Take in the next blocks as they are stored; rows of the same tokens are freed.
+    def hold(self, blocks: Sequence[Mapping[Stratum, Frame]], first: int) -> None:
+        """Take in blocks as they are stored, from ``first`` on, in the place of rows or blocks.
 
         Raises:
             ArenaFullError: There is no room; nothing has changed.
             CorruptFrameError: A block is damaged; nothing has changed.
         """
         assert self.blocks is not None
+        if first < len(self.block_rows):
+            held = slice(first, first + len(blocks))
+            self.block_rows[held] = self.blocks.exchange(self.block_rows[held], blocks)
+            return
         num_tokens = len(blocks) * BLOCK_TOKENS
         assert self.num_rows >= num_tokens or not self.num_rows, "blocks overlap rows in part"
         tokens = self.token_ids[self.base : self.base + num_tokens]
@@ -190,8 +190,7 @@ class PagedCache:
         else:
             self.length += num_tokens
         self.block_rows += rows
-        held = torch.tensor(tokens, dtype=torch.int32)
-        self.block_tokens = torch.cat([self.block_tokens, held])
+        self.block_tokens = torch.cat([self.block_tokens, torch.tensor(tokens, dtype=torch.int32)])
 
     def write(
         self,
@@ -312,11 +311,11 @@ class PagedCache:
     def expanded(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V of all held blocks, in one layer, (num_kv_heads, base, D) each."""
         assert self.blocks is not None
-        if layer < self._first_layer:
+        if layer < self.first_stored_layer:
             return self.pool.first_layer.read(self.block_tokens.long(), 0)
         turns = self.pool.turns_of(len(self.block_rows))
         dtype = self.pool.model.spec.dtype
-        return self.blocks.expand(layer - self._first_layer, self.block_rows, turns, dtype)
+        return self.blocks.expand(layer - self.first_stored_layer, self.block_rows, turns, dtype)
 
     def close(self) -> None:
         """Give everything back. Idempotent; the cache must not be used afterwards."""

@@ -16,6 +16,7 @@ from itertools import groupby
 
 import torch
 
+from kvstrata.engine.attachments import attachments_of
 from kvstrata.engine.batch import Span
 from kvstrata.engine.cache import SequenceCache
 from kvstrata.engine.kv_pool import KVPool
@@ -33,8 +34,6 @@ from kvstrata.methods.framing import (
     usable,
 )
 from kvstrata.methods.presets import Method
-from kvstrata.methods.representatives import attachments as representative_attachments
-from kvstrata.methods.representatives import chosen_layers
 from kvstrata.protos.errors import CorruptFrameError
 from kvstrata.protos.frame import Frame
 from kvstrata.protos.frame_pb2 import FrameHeader, RopeForm, Stratum
@@ -45,7 +44,6 @@ from kvstrata.protos.identity import (
     block_hash,
     block_hashes,
 )
-from kvstrata.protos.representatives import ATTACHMENT
 
 PREFILL_CHUNK = 1024
 MAX_PROBE_ROWS = 256  # bounds the scores held at once
@@ -164,11 +162,29 @@ class RunningSequence:
     def load(self, blocks: Sequence[FrameSet]) -> Loaded:
         """Decode stored blocks into the cache, from the first block not held on.
 
-        Stops before the first block that must not or cannot be used; what precedes it is kept. A
-        block lacking a stratum that the method reads counts as unusable: precision is never lowered
-        silently.
+        Stops before the first block that must not or cannot be used. A block lacking a stratum that
+        the method reads counts as unusable: precision is never lowered silently.
         """
-        first = self.num_blocks_held
+        loaded = self._take(self.num_blocks_held, blocks, self.method.wanted)
+        self.num_stored_tokens += loaded.num_blocks * BLOCK_TOKENS
+        return loaded
+
+    def refine(
+        self, method: Method, first: int, blocks: Sequence[FrameSet], added: Sequence[Stratum]
+    ) -> Loaded:
+        """Replace held blocks from ``first`` on by what ``method`` reads, ``added`` among it.
+
+        Like ``load``: what precedes a block that cannot be used is refined. Only tokens to come
+        attend to it, so nothing of this sequence may be stored any more.
+
+        Raises:
+            ArenaFullError: There is no room to hold them twice for a moment; nothing has changed.
+        """
+        self.committable, self.method = False, method
+        return self._take(first, blocks, added)
+
+    def _take(self, first: int, blocks: Sequence[FrameSet], counted: Sequence[Stratum]) -> Loaded:
+        """Bring blocks into the cache from ``first`` on; ``counted`` are the new strata."""
         chosen: list[dict[Stratum, Frame]] = []
         reason = None
         for index, frames in enumerate(blocks, start=first):
@@ -181,13 +197,11 @@ class RunningSequence:
         if chosen:
             try:
                 self._write(first, chosen)
-            except CorruptFrameError:
-                # One bad segment in a batch: go block by block up to it.
+            except CorruptFrameError:  # one bad segment: go block by block up to it
                 loaded = self._load_singly(first, chosen)
         for frames in chosen[: loaded.num_blocks]:
-            for frame in frames.values():
-                self._count({entry.layer: entry.length for entry in frame.header.segments})
-        self.num_stored_tokens += loaded.num_blocks * BLOCK_TOKENS
+            for stratum in counted:
+                self._count({e.layer: e.length for e in frames[stratum].header.segments})
         return loaded
 
     def _count(self, sizes: Mapping[int, int]) -> None:
@@ -274,7 +288,7 @@ class RunningSequence:
         codec, spec = self.method.codec, self.model.spec
         begin, end = first * BLOCK_TOKENS, last * BLOCK_TOKENS
         keys, values = self.cache.read(begin, end)
-        attached = self._attachments(keys, begin)
+        attached = attachments_of(self.model, self.method, keys, begin)
         keys, values = keys[codec.first_layer :], values[codec.first_layer :]
         if (turns := stored_turns(self._rope, begin, end)) is not None:
             keys = self.model.rotate(keys, turns, inverse=True)
@@ -315,17 +329,6 @@ class RunningSequence:
 
     def _note(self, first: int, blocks: Sequence[FrameSet]) -> None:
         """Take note of what blocks, now in the cache from ``first`` on, tell of their tokens."""
-
-    def _attachments(self, keys: torch.Tensor, begin: int) -> list[dict[str, bytes]]:
-        """Return what is stored beside each block of cached ``keys`` (L, H, n, D); [] for none."""
-        layers = chosen_layers(self.method.represented, self.model.spec.num_layers)
-        if not layers:
-            return []
-        chosen = keys[layers]
-        if self.model.spec.rope != "none":
-            chosen = self.model.rotate(chosen, begin, inverse=True)
-        blocks = chosen.unflatten(2, (-1, BLOCK_TOKENS))
-        return [{ATTACHMENT: data} for data in representative_attachments(blocks, layers)]
 
     def settle(self, blocks: Sequence[SealedBlock]) -> None:
         """Replace consecutive held blocks by what a reader of their sealed form gets."""
@@ -376,7 +379,7 @@ class RunningSequence:
 
     def _write(self, first: int, blocks: Sequence[FrameSet]) -> None:
         if isinstance(self.cache, PagedCache) and self.cache.takes_block(first):
-            self.cache.hold(blocks)
+            self.cache.hold(blocks, first)
             return
         codec, spec = self.method.codec, self.model.spec
         begin, end = first * BLOCK_TOKENS, (first + len(blocks)) * BLOCK_TOKENS

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from kvstrata.engine.kv_arena import ArenaFullError
 from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.model import Model
 from kvstrata.engine.seat import Choose, Compute, Generate, Sealed, Seat
@@ -23,6 +24,7 @@ from kvstrata.engine.stepper import Stepper
 from kvstrata.methods.framing import SealedBlock
 from kvstrata.methods.presets import Method
 from kvstrata.protos.errors import CapacityError, DrainingError
+from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.identity import BLOCK_TOKENS, is_of_image
 
 P = ParamSpec("P")
@@ -187,6 +189,30 @@ class StepLoop:
             ParkedError: There is no room for them, not even by parking others.
         """
         await self.call(self._stepper.with_room, sequence, lambda: sequence.settle(blocks))
+
+    async def refine(
+        self,
+        sequence: RunningSequence,
+        method: Method,
+        first: int,
+        blocks: Sequence[FrameSet],
+        added: Sequence[Stratum],
+    ) -> Loaded:
+        """Replace held blocks by finer readings, between two passes; see ``RunningSequence``.
+
+        Nobody is parked for it: where there is no room, nothing is refined, for "no_room".
+
+        Raises:
+            ParkedError: It lost its memory.
+        """
+
+        def refine() -> Loaded:
+            try:
+                return sequence.refine(method, first, blocks, added)
+            except ArenaFullError:
+                return Loaded(0, "no_room")
+
+        return await self.call(self._stepper.with_room, sequence, refine)
 
     async def truncate(self, sequence: RunningSequence, length: int) -> None:
         """Forget all tokens from position ``length`` on.

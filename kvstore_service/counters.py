@@ -57,6 +57,7 @@ COMMITTED_BLOCKS = "committed_blocks_total"
 REPLAYS = "replays_total"
 LAYER_EXECUTIONS = "layer_executions_total"  # of requests under SkipDecode
 READ_PLANS = "read_plans_total"  # node, choice
+REFINED_BLOCKS = "refined_blocks_total"
 
 CALL_SECONDS = "call_seconds"  # method
 TIER_SECONDS = "tier_operation_seconds"  # tier, operation

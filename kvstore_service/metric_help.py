@@ -71,6 +71,7 @@ HELP = {
     "committed_blocks_total": "Blocks that nodes published for requests.",
     "replays_total": "Times that a request moved to another worker.",
     "layer_executions_total": "Layers run for generated tokens, of requests under SkipDecode.",
+    "refined_blocks_total": "Blocks that began coarse and were refined while answers were decoded.",
     "read_plans_total": "Times that a node planned how to read stored blocks, by choice.",
     "read_plan_ratio": "Predicted over real time of such plans.",
     "ttft_seconds": "From a request's arrival to its first token, by how much was cached.",

@@ -13,6 +13,8 @@ from kvstrata.prefill_node.read_plan import ReadPlan
 from kvstrata.prefill_node.read_rates import settings_of
 from kvstrata.prefill_node.task import Task
 from kvstrata.prefill_node.worker import Worker
+from kvstrata.protos.frame import Frame
+from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.identity import BLOCK_TOKENS
 from kvstrata.protos.report import ReportClock
 
@@ -40,7 +42,8 @@ def carrying_out(plan: ReadPlan, clock: ReportClock, reason: str = PLANNED) -> I
         clock.recompute(reason, plan.num_recomputed * BLOCK_TOKENS)
     if plan.num_stored:
         seconds = time.perf_counter() - begin
-        clock.read(plan.choice, plan.num_stored, plan.num_fetched, plan.predicted_s, seconds)
+        read = clock.read(plan.choice, plan.num_stored, plan.num_fetched, plan.predicted_s, seconds)
+        read.predicted_refined_s = plan.refined_s
 
 
 async def load_cached(
@@ -50,17 +53,19 @@ async def load_cached(
     task: Task,
     clock: ReportClock,
     plan: ReadPlan,
-) -> None:
+) -> list[dict[Stratum, Frame]]:
     """Fetch and decode as many of the first ``num_blocks`` blocks as the plan says and there are.
 
     A block that was expected there and is missing, late or bad is counted with its reason. Under a
     lossy method the whole prefix is then computed anew: blocks computed on top of decoded ones
     would differ a little from those that were lost, and a fault must not change the answer.
+
+    Returns the blocks that the cache holds now, as they came.
     """
     if plan.num_recomputed:
         num_blocks = min(num_blocks, plan.num_fetched)
     if not num_blocks or not task.ask_store:
-        return
+        return []
     method = sequence.method
     fetched, reason = await worker.fetch(
         sequence.scope, sequence.hashes[:num_blocks], method, clock
@@ -78,6 +83,7 @@ async def load_cached(
             await worker.steps.truncate(sequence, 0)
         lost = min(task.expected_blocks, num_blocks) - sequence.num_blocks_held
         clock.recompute(reason or "absent", lost * BLOCK_TOKENS)
+    return fetched[: sequence.num_blocks_held]
 
 
 async def provide_blocks(

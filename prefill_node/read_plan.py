@@ -5,17 +5,18 @@ the blocks before it. So a plan is a number of blocks to fetch, from the first o
 strata of them; its time is a sum. Every plan is tried: there are as many as blocks, times strata.
 
 Precision is never given up for time unless the request allows it, and then no more than its limit
-asks for.
+asks for. What was given up for the first token is fetched behind it where it comes early enough to
+serve the tokens after that: the blocks begin coarse and are refined while the answer is decoded.
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from kvstrata.protos.frame_pb2 import Stratum
 
-Choice = Literal["full", "fewer_strata", "part", "recompute"]
+Choice = Literal["full", "refine", "fewer_strata", "part", "recompute"]
 WORTH_S = 0.1  # what a plan must save to be worth reading less of the store than there is
 
 
@@ -67,6 +68,7 @@ class Reading:
         queue_s: Seconds that computing waits for what was there before.
         limit_s: When the blocks must be there; infinity for no limit.
         worth_s: Seconds that a plan must save against fetching all.
+        answer_s: Seconds from the first token to the last; what comes after that refines nothing.
     """
 
     blocks: tuple[StoredBlock, ...]
@@ -80,6 +82,7 @@ class Reading:
     queue_s: float = 0.0
     limit_s: float = math.inf
     worth_s: float = WORTH_S
+    answer_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +90,15 @@ class ReadPlan:
     """What to do.
 
     Attributes:
-        choice: In a word: "full" fetches all at full precision, "fewer_strata" fetches less of
-            them, "part" the first ones and computes the others, "recompute" fetches none.
+        choice: In a word: "full" fetches all at full precision, "refine" begins with less of them
+            and fetches the rest while tokens come, "fewer_strata" stays with less of them, "part"
+            fetches the first ones and computes the others, "recompute" fetches none.
         num_fetched: Blocks to fetch.
         num_stored: Blocks that are stored; those not fetched are computed, and not stored again.
         strata: What to fetch of each; empty for all that the method reads.
         predicted_s: How long that takes; 0 where too little was measured to tell.
+        refining: What to fetch of each behind the first token.
+        refined_s: How long it takes until that is there as well, from the start.
     """
 
     choice: Choice
@@ -100,6 +106,8 @@ class ReadPlan:
     num_stored: int
     strata: tuple[Stratum, ...] = ()
     predicted_s: float = 0.0
+    refining: tuple[Stratum, ...] = ()
+    refined_s: float = 0.0
 
     @property
     def num_recomputed(self) -> int:
@@ -130,8 +138,26 @@ def plan_read(reading: Reading) -> ReadPlan:
     for precision in reading.precisions[1:]:
         coarser = min((p for p in plans if p.strata == precision.strata), key=_by_time)
         if coarser.predicted_s <= reading.limit_s:
-            return coarser
-    return min(plans, key=_by_time)
+            return _refined(reading, coarser)
+    return _refined(reading, min(plans, key=_by_time))
+
+
+def _refined(reading: Reading, plan: ReadPlan) -> ReadPlan:
+    """Return a plan that reads less of all blocks with the rest behind it, if that helps."""
+    if plan.choice != "fewer_strata":
+        return plan
+    full = reading.precisions[0]
+    coarse = next(p for p in reading.precisions if p.strata == plan.strata)
+    rest = Precision(
+        tuple(s for s in full.strata if s not in coarse.strata),
+        max(0.0, full.share - coarse.share),
+        full.unpack_s,
+    )
+    rest_s = _fetching_s(reading, rest)[plan.num_fetched]
+    if rest_s > reading.answer_s:
+        return plan
+    refined_s = plan.predicted_s + rest_s
+    return replace(plan, choice="refine", refining=rest.strata, refined_s=refined_s)
 
 
 def predicted_s(reading: Reading, precision: Precision, num_fetched: int) -> float:

@@ -69,6 +69,7 @@ def plan_of(
             return default
     lossless = method.codec.lossless
     cuts = _cuts(task, len(stored), is_free=lossless or len(allowed) > 1)
+    answer_s = _answer_s(worker, task, num_tokens - len(task.prompt_ids))
     return plan_read(
         Reading(
             blocks=tuple(stored),
@@ -80,7 +81,8 @@ def plan_of(
             seal_s=rates.seal_s(settings_of(method.codec)),
             seals_all=not lossless,
             queue_s=worker.steps.num_queued * token_s,
-            limit_s=_limit_s(worker, task) - (num_tokens - num_blocks * BLOCK_TOKENS) * token_s,
+            limit_s=_limit_s(task, answer_s) - (num_tokens - num_blocks * BLOCK_TOKENS) * token_s,
+            answer_s=answer_s,
         )
     )
 
@@ -128,9 +130,14 @@ def _held(
     return (*filter(is_held, cuts[:-1]), cuts[-1])
 
 
-def _limit_s(worker: Worker, task: Task) -> float:
+def _answer_s(worker: Worker, task: Task, num_generated: int) -> float:
+    """Return the seconds that the rest of the answer takes at most; 0 while that is not known."""
+    steps = worker.steps
+    if not steps.counts.get("generated_tokens"):
+        return 0.0
+    return max(0, task.sampling.max_tokens - num_generated) * steps.times.pass_s(1)
+
+
+def _limit_s(task: Task, answer_s: float) -> float:
     """Return the seconds until the first token must be there, if all others are to be in time."""
-    steps, decode_s = worker.steps, 0.0
-    if steps.counts.get("generated_tokens"):
-        decode_s = task.sampling.max_tokens * steps.times.pass_s(1)
-    return min(task.first_token_unix_s, task.deadline_unix_s - decode_s) - time.time()
+    return min(task.first_token_unix_s, task.deadline_unix_s - answer_s) - time.time()

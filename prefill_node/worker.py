@@ -33,6 +33,10 @@ from kvstrata.protos.retention import Retention
 from kvstrata.protos.tracing import configure_tracing
 
 _POOL_SHARE = 8
+STORE_FAILURES = (
+    "store_timeout",
+    "store_unavailable",
+)  # reasons for which blocks are not asked again
 SLOWEST_LINK_BYTES_PER_S = 10e6  # a put gets that much longer than an idle exchange
 
 logger = logging.getLogger(__name__)
@@ -185,17 +189,20 @@ class Worker:
         hashes: Sequence[BlockHash],
         method: Method,
         clock: ReportClock,
+        *,
+        strata: Sequence[Stratum] = (),
+        stage: str = "fetch",
     ) -> tuple[list[dict[Stratum, Frame]], str | None]:
         """Return the strata of the longest run of blocks that the store serves.
 
-        Never raises for a store that is gone, slow or wrong: the run is then shorter, and the
-        second value says why.
+        Without ``strata`` those that ``method`` reads. Never raises for a store that is gone, slow
+        or wrong: the run is then shorter, and the second value says why.
         """
-        strata = method.wanted
+        strata = strata or method.wanted
         blocks: list[dict[Stratum, Frame]] = [{} for _ in hashes]
         reasons: dict[int, str] = {}
         failure = None
-        with clock.stage("fetch"):
+        with clock.stage(stage):
             arrivals = Arrivals()
             try:
                 async for piece in self._pieces(scope, hashes, strata):
@@ -212,7 +219,7 @@ class Worker:
         while run < len(blocks) and len(blocks[run]) == len(strata):
             run += 1
         clock.report.bytes_fetched += arrivals.num_bytes
-        clock.report.tier = farthest_tier(arrivals.tiers)
+        clock.report.tier = farthest_tier({clock.report.tier, *arrivals.tiers})
         return blocks[:run], (reasons.get(run) or failure) if run < len(hashes) else None
 
     async def _pieces(
@@ -287,4 +294,4 @@ def _default_pool_bytes(device: torch.device) -> int:
 
 def store_failure(error: KVStrataError) -> str:
     """Return the counter label of a failed exchange with the store."""
-    return "store_timeout" if isinstance(error, DeadlineError) else "store_unavailable"
+    return STORE_FAILURES[not isinstance(error, DeadlineError)]

@@ -261,20 +261,26 @@ class Recompute(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class ReadPlan(_message.Message):
-    __slots__ = ("node", "choice", "stored_blocks", "fetched_blocks", "predicted_s", "seconds")
+    __slots__ = ("node", "choice", "stored_blocks", "fetched_blocks", "predicted_s", "seconds", "refined_blocks", "predicted_refined_s", "refined_s")
     NODE_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     STORED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FETCHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_S_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REFINED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_REFINED_S_FIELD_NUMBER: _ClassVar[int]
+    REFINED_S_FIELD_NUMBER: _ClassVar[int]
     node: str
     choice: str
     stored_blocks: int
     fetched_blocks: int
     predicted_s: float
     seconds: float
-    def __init__(self, node: _Optional[str] = ..., choice: _Optional[str] = ..., stored_blocks: _Optional[int] = ..., fetched_blocks: _Optional[int] = ..., predicted_s: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
+    refined_blocks: int
+    predicted_refined_s: float
+    refined_s: float
+    def __init__(self, node: _Optional[str] = ..., choice: _Optional[str] = ..., stored_blocks: _Optional[int] = ..., fetched_blocks: _Optional[int] = ..., predicted_s: _Optional[float] = ..., seconds: _Optional[float] = ..., refined_blocks: _Optional[int] = ..., predicted_refined_s: _Optional[float] = ..., refined_s: _Optional[float] = ...) -> None: ...
 
 class CacheReport(_message.Message):
     __slots__ = ("prompt_tokens", "shareable_tokens", "cached_tokens", "bytes_fetched", "bytes_published", "tier", "precision", "codec", "stages", "recomputes", "committed_blocks", "replays", "coalesced_tokens", "kept_fraction", "layer_bits", "read_plans", "layer_executions")

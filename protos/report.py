@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from kvstrata.protos import tracing
 from kvstrata.protos.identity import BLOCK_TOKENS
-from kvstrata.protos.inference_pb2 import CacheReport, StageTime
+from kvstrata.protos.inference_pb2 import CacheReport, ReadPlan, StageTime
 
 _TIERS = ("", "dram", "redis", "ssd", "object")
 
@@ -53,9 +53,9 @@ class ReportClock:
 
     def read(
         self, choice: str, num_stored: int, num_fetched: int, predicted_s: float, seconds: float
-    ) -> None:
-        """Record how stored blocks were read: see ``ReadPlan`` in ``inference.proto``."""
-        self.report.read_plans.add(
+    ) -> ReadPlan:
+        """Record how stored blocks were read; return the record, for what comes later."""
+        return self.report.read_plans.add(
             node=self.node,
             choice=choice,
             stored_blocks=num_stored,

@@ -387,7 +387,7 @@ def test_a_damaged_block_is_not_taken_in(
     assert sequence.load(frames) == Loaded(1, "corrupt")
     assert paged(sequence).base == 64
     with pytest.raises(CorruptFrameError):
-        paged(sequence).hold(frames[1:])
+        paged(sequence).hold(frames[1:], 1)
     assert paged(sequence).length == 64
     pool.check_integrity()
 

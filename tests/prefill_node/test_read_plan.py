@@ -44,6 +44,7 @@ def readings(draw: st.DrawFn) -> Reading:
         queue_s=draw(seconds),
         limit_s=draw(st.sampled_from([math.inf, 0.0, 0.5, 2.0])),
         worth_s=draw(st.sampled_from([0.0, 0.1])),
+        answer_s=draw(st.sampled_from([0.0, 0.5, 2.0, math.inf])),
     )
 
 
@@ -68,8 +69,31 @@ def test_a_plan_is_one_of_those_allowed_and_its_time_is_the_sum(reading: Reading
     assert plan.predicted_s == predicted_s(reading, precision_of(reading, plan), plan.num_fetched)
     if plan.num_fetched < plan.num_stored:
         assert plan.choice == ("part" if plan.num_fetched else "recompute")
+    elif plan.strata == FULL.strata:
+        assert plan.choice == "full"
     else:
-        assert plan.choice == ("full" if plan.strata == FULL.strata else "fewer_strata")
+        assert plan.choice in ("refine", "fewer_strata")
+
+
+@given(readings())
+def test_what_was_given_up_is_fetched_behind_if_it_comes_before_the_answer_ends(
+    reading: Reading,
+) -> None:
+    plan = plan_read(reading)
+    assert bool(plan.refining) == (plan.choice == "refine")
+    if plan.strata == FULL.strata or plan.num_fetched < plan.num_stored:
+        assert plan.choice != "refine"
+        return
+    rest = Precision((MID,), FULL.share - COARSE.share, FULL.unpack_s)
+    rest_s = predicted_s(replace(reading, num_blocks=plan.num_stored), rest, plan.num_stored)
+    assert (plan.choice == "refine") == (rest_s <= reading.answer_s)
+    if plan.choice == "refine":
+        assert plan.refining == (MID,)
+        assert plan.refined_s == pytest.approx(plan.predicted_s + rest_s)
+    patient = plan_read(replace(reading, answer_s=math.inf))
+    assert replace(patient, choice="", refining=(), refined_s=0.0) == replace(
+        plan, choice="", refining=(), refined_s=0.0
+    )
 
 
 @given(readings())
@@ -130,19 +154,27 @@ MIXED = (*[StoredBlock(HUNDRED_KB, "dram")] * 4, *[StoredBlock(HUNDRED_KB, "redi
 
 
 @pytest.mark.parametrize(
-    ("redis_byte_s", "limit_s", "choice", "num_fetched"),
+    ("redis_byte_s", "limit_s", "answer_s", "choice", "num_fetched"),
     [
-        pytest.param(1e-8, math.inf, "full", 8, id="fast"),
-        pytest.param(1e-5, math.inf, "part", 4, id="what-is-far-is-computed"),
-        pytest.param(1e-6, 0.3, "fewer_strata", 8, id="a-limit-that-less-keeps"),
+        pytest.param(1e-8, math.inf, 9.0, "full", 8, id="fast"),
+        pytest.param(1e-5, math.inf, 9.0, "part", 4, id="what-is-far-is-computed"),
+        pytest.param(1e-6, 0.3, 0.2, "fewer_strata", 8, id="a-limit-that-less-keeps"),
+        pytest.param(1e-6, 0.3, 9.0, "refine", 8, id="and-time-for-the-rest"),
     ],
 )
 def test_each_choice_where_it_belongs(
-    redis_byte_s: float, limit_s: float, choice: str, num_fetched: int
+    redis_byte_s: float, limit_s: float, answer_s: float, choice: str, num_fetched: int
 ) -> None:
     tiers = {"dram": TierRate(0.001, 1e-9), "redis": TierRate(0.001, redis_byte_s)}
     reading = Reading(
-        MIXED, 8, (FULL, COARSE), tuple(range(9)), tiers, block_s=0.2, limit_s=limit_s
+        MIXED,
+        8,
+        (FULL, COARSE),
+        tuple(range(9)),
+        tiers,
+        block_s=0.2,
+        limit_s=limit_s,
+        answer_s=answer_s,
     )
     plan = plan_read(reading)
     assert (plan.choice, plan.num_fetched) == (choice, num_fetched)
