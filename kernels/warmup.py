@@ -32,6 +32,7 @@ from kvstrata.kernels.block_pages import (
 )
 from kvstrata.kernels.block_planes import PlaneLayout, decode_block_planes, encode_block_planes
 from kvstrata.kernels.byte_planes import merge_bytes, split_bytes
+from kvstrata.kernels.byte_ranges import join_ranges
 from kvstrata.kernels.colsum import column_sums
 from kvstrata.kernels.component_basis import ComponentBasis, encode_tokens, expand, product_dtype
 from kvstrata.kernels.decoder_ops import add_rms_norm, rotate_heads, silu_gate
@@ -190,6 +191,7 @@ def _calibrated(dim: int, dtype: torch.dtype) -> None:
     expand(words, basis, classes, bias=bias, dtype=dtype, **rest)
     table = torch.ones(_BLOCKS * TOKENS, dim)
     expand(words, basis, classes, rotation=(table, table), dtype=dtype, **rest)
+    join_ranges(torch.zeros(8, dtype=torch.uint8), *torch.ones(2, 2, dtype=torch.int64))
     words, _ = encode_block_planes(x, layout, deviation)
     decode_block_planes(words, layout, dtype=product_dtype(dtype))
 

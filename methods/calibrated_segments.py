@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from kvstrata.kernels.block_planes import MidRows, PlaneLayout
+from kvstrata.kernels.byte_ranges import join_ranges
 from kvstrata.kernels.escape_rows import EscapeRows
 from kvstrata.kernels.token_masks import count_tokens
 from kvstrata.kernels.value_bias import ValueBias
@@ -137,13 +138,13 @@ class SegmentLayout:
         rows = self._read_escapes(whole, counts)  # which finds all that is too short
         *words, nibbles, scales = self._read_fixed(whole)
         nibbles = nibbles.reshape(len(base), -1, self.dim // 2)
-        bias = ValueBias(torch.from_numpy(nibbles), torch.from_numpy(scales))
+        bias = ValueBias(torch.from_numpy(nibbles), torch.from_numpy(scales.reshape(len(base), -1)))
         refined = None if mid is None else self._read_mid(_Joined.of(mid), mid_masks)
         keys, values = (
             StoredSide(
                 escape=escape[side],
                 mid=marked[side],
-                words=torch.from_numpy(words[side].view(np.int64)),
+                words=torch.from_numpy(words[side].view(np.int64)).view(len(base), -1),
                 escapes=EscapeRows(
                     escape[side] & ~marked[side],
                     *rows[side],
@@ -204,21 +205,12 @@ class SegmentLayout:
         return sizes
 
     def _read_fixed(self, base: "_Joined") -> list[np.ndarray]:
-        """Return words of K and of V, bias codes and bias scales: uint8 (N, of all layers)."""
+        """Return words of K and of V, bias codes and bias scales: uint8, block by block."""
         sizes = np.array([self.fixed_sizes(layer) for layer in range(self.num_layers)])
-        firsts, ends = np.cumsum(sizes, 1) - sizes, np.cumsum(sizes, 0)
-        chosen = (1, 2, 4, 5)
-        parts = [np.empty((len(base.sizes), ends[-1, i]), np.uint8) for i in chosen]
-        for layer in range(self.num_layers):
-            moves = [
-                (part, int(firsts[layer, i]), int(sizes[layer, i]), int(ends[layer, i]))
-                for part, i in zip(parts, chosen, strict=True)
-            ]
-            for n, start in enumerate(base.starts[:, layer].tolist()):
-                for part, first, size, end in moves:
-                    at = start + first
-                    part[n, end - size : end] = base.data[at : at + size]
-        return parts
+        firsts = np.cumsum(sizes, 1) - sizes
+        chosen = (base.sizes * 0 + sizes[:, i] for i in (1, 2, 4, 5))
+        starts = (base.starts + firsts[:, i] for i in (1, 2, 4, 5))
+        return [base.take(*part) for part in zip(starts, chosen, strict=True)]
 
     def _read_escapes(
         self, base: "_Joined", counts: Sequence[np.ndarray]
@@ -265,7 +257,8 @@ class _Joined:
         sizes = np.array([len(part) for part in parts], np.int64)
         shape = len(segments), len(parts) // max(1, len(segments))
         starts = (np.cumsum(sizes) - sizes).reshape(shape)
-        return cls(np.frombuffer(b"".join(parts), np.uint8), starts, sizes.reshape(shape))
+        data = np.frombuffer(bytearray().join(parts), np.uint8)
+        return cls(data, starts, sizes.reshape(shape))
 
     def check(self, name: str, wanted: np.ndarray) -> None:
         """Raise ValueError unless sizes are those wanted, (N, L)."""
@@ -278,8 +271,9 @@ class _Joined:
 
     def take(self, firsts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """Return a range of each segment, one after the other; uint8, writable."""
-        ranges = zip(firsts.ravel().tolist(), sizes.ravel().tolist(), strict=True)
-        return np.concatenate([self.data[a : a + size] for a, size in ranges])
+        ranges = (torch.from_numpy(part.ravel()) for part in (firsts, sizes))
+        joined: np.ndarray = join_ranges(torch.from_numpy(self.data), *ranges).numpy()
+        return joined
 
 
 def _rows(side: StoredSide) -> np.ndarray:
