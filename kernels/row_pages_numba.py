@@ -3,10 +3,11 @@
 
 Work is cut into items: one KV head of one sequence, and at most 1,024 of its rows. Scores of a page
 are one vector per query head: D multiply-adds, each of 16 keys' channel by the query's. Then
-maximum, exponentials and the weighted values; a second pass merges the items of a head.
+maximum, exponentials and the weighted values (``row_products_numba``); a second pass merges the
+items of a head.
 
-Roofline: reads 4 D bytes per row in bf16 and takes 2 G D / 16 vector multiply-adds and G / 16
-exponentials for it, so with G up to about 8 it is bound by memory.
+Roofline: reads 4 D bytes per row in bf16 and takes G D / 16 products of pairs, or 2 G D / 16
+multiply-adds, and G / 16 exponentials for it, so with G up to about 8 it is bound by memory.
 """
 
 from typing import Any
@@ -16,10 +17,11 @@ import torch
 from numba import njit
 
 from kvstrata.kernels.attend_blocks import Attention
-from kvstrata.kernels.compiled import kernel
+from kvstrata.kernels.compiled import called, kernel
 from kvstrata.kernels.exponential_numba import exponential
 from kvstrata.kernels.floats_numba import as_numpy, from_float
 from kvstrata.kernels.row_pages import PAGE_TOKENS, RowStep
+from kvstrata.kernels.row_products_numba import AHEAD, add_pages, rows_of, score_pages
 from kvstrata.kernels.threads import for_ranges
 from kvstrata.kernels.vectors_numba import (
     add,
@@ -27,9 +29,7 @@ from kvstrata.kernels.vectors_numba import (
     largest_lane,
     load,
     multiply,
-    multiply_add,
     splat,
-    splat_at,
     store,
     subtract,
     sum_lanes,
@@ -37,6 +37,7 @@ from kvstrata.kernels.vectors_numba import (
 )
 
 SPLIT_ROWS = 1024
+_SPLIT_PAGES = SPLIT_ROWS // PAGE_TOKENS
 _GRAIN_ROWS = 512  # rows that are worth a thread
 _GRAIN_PAGES = 32  # pages to write that are
 _NO_TURN = np.empty(0, np.float32)
@@ -72,10 +73,12 @@ def step_rows_numba(
     step: RowStep,
     layer: int,
     scaling: float,
+    *,
+    is_generic: bool = False,
 ) -> Attention:
-    """Return what ``step_rows_reference`` returns, up to rounding."""
+    """Return what ``step_rows_reference`` returns, up to rounding; ``rows_of`` tells the rest."""
     new = as_numpy(keys.flatten()), as_numpy(values.flatten())
-    return _attend(queries, new, step, layer, scaling)
+    return _attend(queries, new, step, layer, scaling, is_generic)
 
 
 def attend_rows_numba(
@@ -91,10 +94,11 @@ def _attend(
     step: RowStep,
     layer: int,
     scaling: float,
+    is_generic: bool = False,
 ) -> Attention:
     """Attend over the rows held and, if there are ``new`` ones, over these as well."""
     plan: _Plan = step.once(queries.shape[1], lambda: _Plan(step, queries.shape[1]))
-    scaled = (queries.float() * scaling).flatten().numpy()
+    rows = rows_of(queries, is_generic)
     out, lse = torch.empty(queries.shape), torch.empty(queries.shape[:2])
     row_of, lengths = plan.layers[layer]
     keys, values = new or (plan.memory, plan.memory)
@@ -102,8 +106,8 @@ def _attend(
 
     def work(first: int, stop: int) -> None:
         _attend_items(
-            first, stop, scaled, num_new, keys, values, plan.memory, plan.tables, row_of, lengths,
-            plan.sizes, plan.parts, plan.state,
+            first, stop, rows, np.float32(scaling), num_new, keys, values, plan.memory, plan.tables,
+            row_of, lengths, plan.sizes, plan.parts, plan.state,
         )  # fmt: skip
 
     for_ranges(work, plan.items, plan.grain)
@@ -148,42 +152,11 @@ _part: Any = njit(nogil=True, error_model="numpy", inline="never")
 
 
 @_part
-def score_four(q, a, b, c, d, memory, at, dim, scores, to, step):
-    """Write the scores of a page's tokens for four rows of queries, which may be the same."""
-    w, x, y, z = splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO)
-    for i in range(dim):
-        key = load(memory, at + PAGE_TOKENS * i)
-        w = multiply_add(splat_at(q, a + i), key, w)
-        x = multiply_add(splat_at(q, b + i), key, x)
-        y = multiply_add(splat_at(q, c + i), key, y)
-        z = multiply_add(splat_at(q, d + i), key, z)
-    store(scores, to, w)
-    store(scores, to + step, x)
-    store(scores, to + 2 * step, y)
-    store(scores, to + 3 * step, z)
+def weigh(scores, at, count, weights):
+    """Write a row of weights relative to the largest score, which is returned with their sum.
 
-
-@_part
-def _sum_four(weights, at, step, memory, rows, dim, out, to):
-    """Add a page's values, weighted for four query heads, to four rows."""
-    for c in range(0, dim, 16):
-        w, x = load(out, to + c), load(out, to + dim + c)
-        y, z = load(out, to + 2 * dim + c), load(out, to + 3 * dim + c)
-        for t in range(PAGE_TOKENS):
-            value = load(memory, rows + dim * t + c)
-            w = multiply_add(splat_at(weights, at + t), value, w)
-            x = multiply_add(splat_at(weights, at + step + t), value, x)
-            y = multiply_add(splat_at(weights, at + 2 * step + t), value, y)
-            z = multiply_add(splat_at(weights, at + 3 * step + t), value, z)
-        store(out, to + c, w)
-        store(out, to + dim + c, x)
-        store(out, to + 2 * dim + c, y)
-        store(out, to + 3 * dim + c, z)
-
-
-@_part
-def weigh(scores, at, count):
-    """Turn a row of scores into weights relative to the largest, which is returned with the sum."""
+    ``weights`` may be ``scores``, or of a shorter format: then the sum is of what it was before.
+    """
     padded = -(-count // 16) * 16
     for t in range(count, padded):
         scores[at + t] = _NONE
@@ -192,13 +165,13 @@ def weigh(scores, at, count):
         top = larger(top, load(scores, at + t))
     largest = largest_lane(top)
     if not largest > _NONE:  # no number, or all of them minus infinity
-        for t in range(padded):
-            scores[at + t] = np.float32(np.nan)
+        for t in range(0, padded, 16):
+            store(weights, at + t, splat(np.float32(np.nan)))
         return np.float32(np.nan), np.float32(np.nan)
     total = splat(_ZERO)
     for t in range(0, padded, 16):
         weight = exponential(subtract(load(scores, at + t), splat(largest)))
-        store(scores, at + t, weight)
+        store(weights, at + t, weight)
         total = add(total, weight)
     return largest, sum_lanes(total)
 
@@ -215,71 +188,72 @@ def _append(memory, page, slot, keys, values, at, dim):
 
 @kernel(error_model="numpy")
 def _attend_items(
-    first, stop, q, num_new, keys, values, memory, tables, row_of, lengths, sizes, parts, state
+    first, stop, q, scaling, num_new, keys, values, memory, tables, row_of, lengths, sizes, parts,
+    state,
 ):  # fmt: skip
     """Attend to items ``first`` to ``stop``, item = (sequence * heads + head) * splits + split.
 
     ``num_new`` is 1 where every head gets a row of ``keys`` and ``values`` first, or 0.
     """
     heads, group, dim, width, splits = sizes
-    step = SPLIT_ROWS
-    scores = np.empty(4 * step + 16, np.float32)
-    sums = np.empty(4 * dim, np.float32)
+    scores, weights = np.empty(4 * SPLIT_ROWS, np.float32), np.empty(4 * SPLIT_ROWS, q.dtype)
+    places = np.empty(_SPLIT_PAGES + AHEAD, np.int32)
+    last_page, alone = np.empty(2 * PAGE_TOKENS * dim, memory.dtype), np.zeros(1 + AHEAD, np.int32)
     for item in range(first, stop):
         pair, split = item // splits, item % splits
-        head = pair % heads
-        table = row_of[pair // heads] + head * width
-        begin, total = split * step, np.int64(lengths[pair]) + num_new
-        count = min(total - begin, step)
-        if num_new > 0 and split == (total - 1) // step:
-            last = total - 1
-            page = np.int64(tables[table + last // PAGE_TOKENS])
-            _append(memory, page, last % PAGE_TOKENS, keys, values, pair * dim, dim)
-        query = pair * group * dim
+        total = np.int64(lengths[pair]) + num_new
+        count = min(total - split * SPLIT_ROWS, SPLIT_ROWS)
+        table = row_of[pair // heads] + pair % heads * width
+        if num_new > 0 and split == (total - 1) // SPLIT_ROWS:
+            page = np.int64(tables[table + (total - 1) // PAGE_TOKENS])
+            _append(memory, page, (total - 1) % PAGE_TOKENS, keys, values, pair * dim, dim)
+        for i in range(item * group * dim, (item + 1) * group * dim):
+            parts[i] = _ZERO
+        if count <= 0:
+            for i in range(item * group, (item + 1) * group):
+                state[2 * i], state[2 * i + 1] = _NONE, _ZERO
+            continue
+        whole, left = count // PAGE_TOKENS, count % PAGE_TOKENS
+        pages = whole + min(left, 1)
+        for i in range(pages):
+            places[i] = tables[table + split * _SPLIT_PAGES + i]
+        _look_ahead(item + 1, stop, tables, row_of, sizes, places, pages)
+        if left > 0:
+            _copy_values(memory, np.int64(places[whole]), left, dim, last_page)
         for j in range(0, group, 4):
-            rows = min(4, group - j)
-            a = query + j * dim
-            b, c = a + min(1, rows - 1) * dim, a + min(2, rows - 1) * dim
-            d = a + (rows - 1) * dim
-            target = (item * group + j) * dim
-            if count <= 0:
-                for i in range(rows):
-                    state[2 * (item * group + j + i)] = _NONE
-                    state[2 * (item * group + j + i) + 1] = _ZERO
-                for i in range(rows * dim):
-                    parts[target + i] = _ZERO
-                continue
-            for t in range(0, count, PAGE_TOKENS):
-                page = np.int64(tables[table + (begin + t) // PAGE_TOKENS])
-                at = page * 2 * PAGE_TOKENS * dim
-                score_four(q, a, b, c, d, memory, at, dim, scores, t, step)
-            for i in range(4):
-                largest, total_weight = weigh(scores, step * i, count)
-                if i < rows:
-                    state[2 * (item * group + j + i)] = largest
-                    state[2 * (item * group + j + i) + 1] = total_weight
-            sums[:] = _ZERO
-            for t in range(0, count, PAGE_TOKENS):
-                page = np.int64(tables[table + (begin + t) // PAGE_TOKENS])
-                at = page * 2 * PAGE_TOKENS * dim + PAGE_TOKENS * dim
-                if count - t < PAGE_TOKENS:
-                    _sum_few(scores, t, step, memory, at, dim, sums, count - t)
-                else:
-                    _sum_four(scores, t, step, memory, at, dim, sums, 0)
-            for i in range(rows * dim):
-                parts[target + i] = sums[i]
+            rows, row = min(4, group - j), item * group + j
+            query = (pair * group + j) * dim
+            score_pages(rows, q, query, memory, places, pages, dim, scaling, scores, SPLIT_ROWS)
+            for i in range(rows):
+                state[2 * (row + i)], state[2 * (row + i) + 1] = weigh(
+                    scores, SPLIT_ROWS * i, count, weights
+                )
+            at, to = np.int64(0), row * dim
+            add_pages(rows, weights, at, SPLIT_ROWS, memory, places, whole, dim, parts, to)
+            if left > 0:
+                at, one = whole * PAGE_TOKENS, np.int64(1)
+                add_pages(rows, weights, at, SPLIT_ROWS, last_page, alone, one, dim, parts, to)
+
+
+@called
+def _look_ahead(item, stop, tables, row_of, sizes, places, pages):
+    """Write the first pages of the next item behind those of this one; if there is none, any."""
+    heads, _, _, width, splits = sizes
+    pair, first = item // splits, item % splits * _SPLIT_PAGES
+    for i in range(AHEAD):
+        places[pages + i] = places[0]
+        if item < stop and first + i < width:
+            places[pages + i] = tables[row_of[pair // heads] + pair % heads * width + first + i]
 
 
 @_part
-def _sum_few(weights, at, step, memory, rows, dim, out, count):
-    """As ``_sum_four`` for the first tokens of a page: what lies behind them may be anything."""
-    for c in range(0, dim, 16):
-        for t in range(count):
-            value = load(memory, rows + dim * t + c)
-            for i in range(4):
-                to = dim * i + c
-                weight = splat_at(weights, at + step * i + t)
-                store(out, to, multiply_add(weight, value, load(out, to)))
+def _copy_values(memory, page, count, dim, target):
+    """Write a page's values of the first ``count`` tokens; what lay behind them may be anything."""
+    start = PAGE_TOKENS * dim
+    for c in range(0, count * dim, 16):
+        store(target, start + c, load(memory, page * 2 * start + start + c))
+    for c in range(count * dim, PAGE_TOKENS * dim, 16):
+        store(target, start + c, splat(_ZERO))
 
 
 @kernel(error_model="numpy")

@@ -9,7 +9,7 @@ import torch
 from kvstrata.kernels.compiled import kernel
 from kvstrata.kernels.floats_numba import as_numpy
 from kvstrata.kernels.row_pages import PAGE_TOKENS, RowStep
-from kvstrata.kernels.row_pages_numba import score_four
+from kvstrata.kernels.row_products_numba import AHEAD, rows_of, score_pages
 from kvstrata.kernels.threads import for_ranges
 
 _GRAIN = 64  # heads of sequences that are worth a thread
@@ -28,25 +28,25 @@ def add_row_saliency_numba(
     pages = step.pages
     count, num_layers, heads = step.lengths.shape
     group = queries.shape[1] // heads
-    scaled = (queries.float() * scaling).flatten().numpy()
+    rows = rows_of(queries)
     own = step.once("row_saliency", lambda: step.lengths.contiguous().view(-1).numpy())
     sizes = (num_layers, layer, heads, group, pages.head_dim, pages.tables.shape[3], sums.shape[3])
     memory, tables = as_numpy(pages.memory.view(-1)), pages.tables.view(-1).numpy()
 
     def work(begin: int, end: int) -> None:
         _add(
-            begin, end, scaled, lse.contiguous().view(-1).numpy(), memory, tables,
-            step.slots.numpy(), own, firsts.numpy(), sizes, sums.view(-1).numpy(),
+            begin, end, rows, np.float32(scaling), lse.contiguous().view(-1).numpy(), memory,
+            tables, step.slots.numpy(), own, firsts.numpy(), sizes, sums.view(-1).numpy(),
         )  # fmt: skip
 
     for_ranges(work, count * heads, _GRAIN)
 
 
 @kernel(error_model="numpy")
-def _add(begin, end, q, lse, memory, tables, slots, lengths, firsts, sizes, sums):
+def _add(begin, end, q, scaling, lse, memory, tables, slots, lengths, firsts, sizes, sums):
     """Add for heads ``begin`` to ``end`` of all sequences."""
     num_layers, layer, heads, group, dim, width, room = sizes
-    scores = np.empty(4 * PAGE_TOKENS, np.float32)
+    scores, places = np.empty(4 * PAGE_TOKENS, np.float32), np.empty(1 + AHEAD, np.int32)
     for pair in range(begin, end):
         i, head = pair // heads, pair % heads
         first = np.int64(firsts[i])
@@ -55,18 +55,15 @@ def _add(begin, end, q, lse, memory, tables, slots, lengths, firsts, sizes, sums
         last = np.int64(lengths[(i * num_layers + layer) * heads + head]) + 1
         place = (slots[i] * num_layers + layer) * heads + head
         for page in range(first // PAGE_TOKENS, (last + PAGE_TOKENS - 1) // PAGE_TOKENS):
-            at = np.int64(tables[place * width + page]) * 2 * PAGE_TOKENS * dim
+            places[:] = tables[place * width + page]
             start: Any = page * PAGE_TOKENS
             stop: Any = start + PAGE_TOKENS
             start = first if start < first else start
             stop = last if last < stop else stop
             for j in range(0, group, 4):
                 rows = min(4, group - j)
-                a = (pair * group + j) * dim
-                b, c = a + min(1, rows - 1) * dim, a + min(2, rows - 1) * dim
-                score_four(
-                    q, a, b, c, a + (rows - 1) * dim, memory, at, dim, scores, 0, PAGE_TOKENS
-                )
+                at = (pair * group + j) * dim
+                score_pages(rows, q, at, memory, places, 1, dim, scaling, scores, PAGE_TOKENS)
                 for k in range(rows):
                     total = lse[pair * group + j + k]
                     for t in range(start, stop):

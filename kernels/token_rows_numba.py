@@ -94,7 +94,7 @@ def _attend(first, stop, q, keys, values, cos, sin, ids, ends, sizes, parts, sta
                     total = multiply_add(load(q, query + i), load(turned, i), total)
                 scores[j * SPLIT_ROWS + t] = sum_lanes(total)
         for j in range(group):
-            largest, weight = weigh(scores, j * SPLIT_ROWS, count)
+            largest, weight = weigh(scores, j * SPLIT_ROWS, count, scores)
             state[2 * (target + j)] = largest
             state[2 * (target + j) + 1] = weight
             for i in range(0, dim, 16):

@@ -1,6 +1,7 @@
 """Attention over rows in pages: what dense attention gives, wherever the pages lie."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from kvstrata.kernels.row_pages import (
     write_rows,
     write_rows_reference,
 )
-from kvstrata.kernels.row_pages_numba import SPLIT_ROWS
+from kvstrata.kernels.row_pages_numba import SPLIT_ROWS, step_rows_numba
 from kvstrata.kernels.row_pages_triton import SPLIT_ROWS as GPU_SPLIT_ROWS
 from kvstrata.kernels.row_pages_triton import step_rows_triton
 
@@ -86,6 +87,20 @@ def test_attention_over_pages_equals_dense_attention(
     dtype: torch.dtype, group: int, dim: int
 ) -> None:
     Case([0, 1, 15, 16, 33], group=group, dim=dim, dtype=dtype).check(DTYPES[dtype])
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("dim", [32, 80])
+def test_a_processor_without_products_of_pairs_gets_the_same(group: int, dim: int) -> None:
+    case = Case([0, 1, 15, 16, 33, LONG], group=group, dim=dim, dtype=torch.bfloat16)
+    case.check(1e-5, partial(step_rows_numba, is_generic=True))
+    out, lse = step_rows(case.queries, *case.new, case.step, 1, case.scaling)
+    for i in range(len(case.rows)):
+        wanted = case.expected(i)
+        assert_near(lse[i], wanted[1])
+        # Weights are rounded to 8 bits, half to even: each is off by one part in 512 at most.
+        largest = case.rows[i][1, i].abs().max().item()
+        assert (out[i] - wanted[0]).abs().max() <= largest / 512 + 1e-5
 
 
 @interpreted
