@@ -76,11 +76,11 @@ def _load_tokens(typingctx, memory, low, high, row, factors):
     arguments = (memory, *[types.intp] * 3, factors)
 
     def generate_pairs(context, builder, signature, args):
-        tokens = [
+        one, two = (
             _load_32(context, builder, signature, (args[0], place))
             for place in (args[1], builder.add(args[1], args[3]))
-        ]
-        found = [_shuffled(builder, *tokens, order) for order in _INTERLEAVED]
+        )
+        found = [_shuffled(builder, one, two, order) for order in _INTERLEAVED]
         return context.make_tuple(builder, signature.return_type, found)
 
     def generate(context, builder, signature, args):
@@ -123,7 +123,7 @@ _IN_ORDER = [column // 8 * 4 + column % 4 + column % 8 // 4 * LANES for column i
 
 def _load_32(context, builder, signature, args):
     kind = ir.VectorType(_I16, 2 * LANES)
-    found = builder.load(pointer_to(context, builder, signature.args[0], *args[:2], kind))
+    found = builder.load(pointer_to(context, builder, signature.args[0], args[0], args[1], kind))
     found.align = 1
     return found
 
