@@ -21,6 +21,14 @@ from kvstrata.engine.packed_linear import PackedLinear
 from kvstrata.engine.rotary import Rotary
 from kvstrata.engine.spec import KVSpec
 from kvstrata.kernels.decoder_ops import add_rms_norm, rotate_heads, silu_gate
+from kvstrata.kernels.few_rows import (
+    MAX_ROWS,
+    DecoderWeights,
+    FewRows,
+    FewRowsPass,
+    LayerWeights,
+    can_run,
+)
 
 PACKED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -68,6 +76,28 @@ class _Layer:
             scaling=float(attention.scaling),
         )
 
+    def few_rows(self) -> LayerWeights | None:
+        """Return the layer as compiled code runs it; None if a weight does not lie as it needs."""
+        qkv, output, gate_up, down = (
+            product.blocked for product in (self.qkv, self.output, self.gate_up, self.down)
+        )
+        if qkv is None or output is None or gate_up is None or down is None:
+            return None
+        norms = self.query_norm, self.key_norm
+        head_norms = None
+        if norms[0] is not None and norms[1] is not None:
+            head_norms = (norms[0].weight, norms[0].eps), (norms[1].weight, norms[1].eps)
+        before, behind = self.before_attention, self.before_mlp
+        return LayerWeights(
+            (before.weight, before.eps),
+            qkv,
+            head_norms,
+            output,
+            (behind.weight, behind.eps),
+            gate_up,
+            down,
+        )
+
 
 def can_pack(hf_model: Any) -> bool:
     """Tell whether ``PackedDecoder`` computes what this transformers model computes."""
@@ -95,6 +125,18 @@ class PackedDecoder:
         self._head = PackedLinear([head.weight], [bias])
         if head.weight is not inner.embed_tokens.weight:
             _empty(head)
+        self._few_rows = self._make_few_rows()
+
+    def _make_few_rows(self) -> FewRows | None:
+        """Return what runs steps of few rows, if weights and sizes allow it."""
+        layers = [layer.few_rows() for layer in self._layers]
+        head = self._head.blocked
+        if head is None or any(layer is None for layer in layers):
+            return None
+        known = [layer for layer in layers if layer is not None]
+        norm = (self._norm.weight, self._norm.eps)
+        weights = DecoderWeights(known, norm, head, *self._sizes)
+        return FewRows(weights) if can_run(weights) else None
 
     @torch.inference_mode()
     def __call__(
@@ -123,6 +165,9 @@ class PackedDecoder:
         hidden = self._embedding[torch.tensor(token_ids, dtype=torch.int64, device=device)]
         if images is not None:
             hidden[images.at.to(device)] = images.rows
+        is_few = self._few_rows is not None and len(hidden) <= MAX_ROWS
+        if is_few and isinstance(logits_to_keep, torch.Tensor) and self._is_plain(state):
+            return self._run_few(hidden, at, tables, state, logits_to_keep)
         delta: torch.Tensor | None = None
         shown = state if isinstance(state, ObservingState) else None  # asked once: it takes a while
         for index, layer in enumerate(self._layers):
@@ -147,6 +192,27 @@ class PackedDecoder:
         if not len(hidden):
             return hidden.new_empty(0, self._head.num_outputs)
         return self._head(self._norm(hidden, delta)[0])
+
+    def _is_plain(self, state: AttentionState) -> bool:
+        """Whether all tokens run all layers, and nobody looks at their inputs."""
+        return not isinstance(state, ObservingState) and all(
+            state.rows(index) is None for index in range(len(self._layers))
+        )
+
+    def _run_few(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        state: AttentionState,
+        kept: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the logits of a pass over few rows; see ``FewRows``."""
+        assert self._few_rows is not None
+        step = FewRowsPass(self._few_rows, hidden, tables, positions)
+        for index, layer in enumerate(self._layers):
+            step.attended(index, state.attend(index, *step.heads(index), layer.scaling))
+        return step.logits(kept) if len(kept) else hidden.new_empty(0, self._head.num_outputs)
 
     def _run(
         self,

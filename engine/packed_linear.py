@@ -9,6 +9,8 @@ and 21; 256 rows 332 and 254; in bf16 16 and 13; 19 and 12; 145 and 134.
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 
+from kvstrata.kernels.few_rows import BlockedWeight, blocked_weight
+
 _ROWS = 8  # what the layout is chosen for; it serves all sizes alike
 
 
@@ -17,6 +19,7 @@ class PackedLinear:
 
     Attributes:
         num_outputs: Rows of the weight.
+        blocked: The weight as compiled code reads it; None where it does not lie so.
     """
 
     def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> None:
@@ -31,9 +34,11 @@ class PackedLinear:
             ]
             self._bias = torch.cat(parts)
         self._is_packed = False
+        self.blocked: BlockedWeight | None = None
         if weight.device.type == "cpu" and _takes(weight.dtype):
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+            plain, weight = weight, torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
             self._is_packed = True
+            self.blocked = blocked_weight(plain, weight, self._bias)
         self._weight = weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,14 @@ here is what the kernel's file says, every file of kernels that it imports, and 
 import hashlib
 import re
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from numba import njit
+from numba import njit, types
+from numba.core import sigutils
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.ccallback import CFunc
 
 # Without reference counts: around every inner call they would spill all vectors. So a function that
 # is compiled in gets its memory from the caller.
@@ -24,6 +26,7 @@ _INNER: dict[str, Any] = VECTORS | {"no_cpython_wrapper": True, "no_cfunc_wrappe
 inlined = njit(nogil=True, forceinline=True, **_INNER)
 called = njit(nogil=True, **_INNER)  # called, not copied: where several places need it
 
+_SIGNATURE = types.void(types.int64)
 _IMPORT = re.compile(r"^ *from kvstrata\.kernels\.(\w+) import", re.MULTILINE)
 
 
@@ -40,6 +43,42 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         return dispatcher
 
     return compiled
+
+
+class _Stats(NamedTuple):
+    """As of a Numba function: how often code came from disk, and how often it was compiled."""
+
+    cache_hits: dict[Any, int]
+    cache_misses: dict[Any, int]
+
+
+class CFunction:
+    """A C function ``void f(int64_t)``, compiled when its address is first asked for."""
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        """Wrap what compiled code can be made of; it must not raise."""
+        self._function = function
+        self.__module__ = function.__module__
+        self.stats = _Stats({}, {})
+
+    @cached_property
+    def address(self) -> int:
+        """Where it is; it stays there."""
+        return int(self._compiled.address)
+
+    @cached_property
+    def _compiled(self) -> Any:
+        found: Any = CFunc(
+            self._function, sigutils.normalize_signature(_SIGNATURE), {}, dict(VECTORS)
+        )
+        found._cache = _KernelCache(self._function)
+        found.compile()
+        hits = int(found.cache_hits)
+        self.stats = _Stats({_SIGNATURE: hits}, {_SIGNATURE: 1 - hits})
+        return found
+
+
+c_function = CFunction
 
 
 class _KernelCache(FunctionCache):

@@ -7,11 +7,12 @@ Each is bound by memory: it reads its input once, from cache, and writes its out
 import numpy as np
 import torch
 
-from kvstrata.kernels.compiled import kernel
+from kvstrata.kernels.compiled import called, inlined, kernel
 from kvstrata.kernels.exponential_numba import exponential
 from kvstrata.kernels.floats_numba import as_numpy
 from kvstrata.kernels.threads import for_ranges
 from kvstrata.kernels.vectors_numba import (
+    LANES,
     absolute,
     add,
     choose,
@@ -55,19 +56,24 @@ def add_rms_norm_numba(
 def _norm(first, stop, width, x, residual, adds, weight, eps, total, out):
     for row in range(first, stop):
         start = row * width
-        squares = splat(_ZERO)
-        for i in range(start, start + width, 16):
-            value = load(x, i)
-            if adds:
-                store(total, i, add(value, load(residual, i)))
-                value = load(total, i)  # rounded, as it is kept
-            squares = multiply_add(value, value, squares)
-        mean = sum_lanes(squares) / np.float32(width) + eps
-        factor = splat(_ONE / np.sqrt(mean))
-        for i in range(0, width, 16):
-            value = load(total, start + i)
-            store(out, start + i, multiply(value, factor))  # rounded, then weighted
-            store(out, start + i, multiply(load(weight, i), load(out, start + i)))
+        if adds:
+            for i in range(start, start + width, LANES):
+                store(total, i, add(load(x, i), load(residual, i)))
+        norm_row(total, start, width, weight, eps, out, start)
+
+
+@called
+def norm_row(x, start, width, weight, eps, out, to):
+    """Write a row divided by its root mean square, rounded, and times a weight."""
+    squares = splat(_ZERO)
+    for i in range(start, start + width, LANES):
+        value = load(x, i)
+        squares = multiply_add(value, value, squares)
+    mean = sum_lanes(squares) / np.float32(width) + eps
+    factor = splat(_ONE / np.sqrt(mean))
+    for i in range(0, width, LANES):
+        store(out, to + i, multiply(load(x, start + i), factor))
+        store(out, to + i, multiply(load(weight, i), load(out, to + i)))
 
 
 def rotate_heads_numba(
@@ -90,16 +96,22 @@ def rotate_heads_numba(
 
 @kernel(error_model="numpy")
 def _rotate(first, stop, heads, dim, step, x, cos, sin, positions, out):
-    half = dim // 2
     for row in range(first, stop):
         angle = positions[row] * dim
         for head in range(heads):
             source, target = row * step + head * dim, (row * heads + head) * dim
-            for i in range(0, half, 16):
-                low, high = load(x, source + i), load(x, source + half + i)
-                c, s = load(cos, angle + i), load(sin, angle + i)
-                store(out, target + i, subtract(multiply(low, c), multiply(high, s)))
-                store(out, target + half + i, add(multiply(high, c), multiply(low, s)))
+            turn_head(x, source, cos, sin, angle, dim, out, target)
+
+
+@called
+def turn_head(x, source, cos, sin, angle, dim, out, target):
+    """Write a head rotated by a row of the tables; it may be written where it is."""
+    half = dim // 2
+    for i in range(0, half, LANES):
+        low, high = load(x, source + i), load(x, source + half + i)
+        c, s = load(cos, angle + i), load(sin, angle + i)
+        store(out, target + i, subtract(multiply(low, c), multiply(high, s)))
+        store(out, target + half + i, add(multiply(high, c), multiply(low, s)))
 
 
 def silu_gate_numba(x: torch.Tensor) -> torch.Tensor:
@@ -120,11 +132,15 @@ def silu_gate_numba(x: torch.Tensor) -> torch.Tensor:
 def _gate(first, stop, width, x, out):
     for row in range(first, stop):
         start = 2 * row * width
-        for i in range(0, width, 16):
-            gate, up = load(x, start + i), load(x, start + width + i)
-            # 1 / (1 + e ** -x), with the exponential of what is not above zero.
-            power = exponential(subtract(splat(_ZERO), absolute(gate)))
-            is_positive = reaches(gate, splat(_ZERO))
-            top = choose(is_positive, splat(_ONE), power)
-            sigmoid = divide(top, add(splat(_ONE), power))
-            store(out, row * width + i, multiply(multiply(gate, sigmoid), up))
+        for i in range(0, width, LANES):
+            up = load(x, start + width + i)
+            store(out, row * width + i, gated(load(x, start + i), up))
+
+
+@inlined
+def gated(gate, up):
+    """Return silu(gate) * up."""
+    # 1 / (1 + e ** -x), with the exponential of what is not above zero.
+    power = exponential(subtract(splat(_ZERO), absolute(gate)))
+    top = choose(reaches(gate, splat(_ZERO)), splat(_ONE), power)
+    return multiply(multiply(gate, divide(top, add(splat(_ONE), power))), up)

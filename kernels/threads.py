@@ -14,11 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 _REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_NATIVE = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+_SIZES = (ctypes.c_uint, ctypes.c_uint)
+_REGION_CALL = ctypes.CFUNCTYPE(None, _REGION, ctypes.c_void_p, *_SIZES)
+_NATIVE_CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, *_SIZES)
 
 
 @cache
@@ -27,22 +31,72 @@ def _pool() -> ThreadPoolExecutor:
 
 
 @cache
-def _team() -> Any:
-    """Return what runs a function on each of a team of torch's threads, or None.
-
-    It is ``GOMP_parallel`` of the library that torch has loaded already, never of another one.
-    """
+def _library() -> Any:
+    """Return the GNU OpenMP library that torch has loaded already, never another one; or None."""
     if not hasattr(os, "RTLD_NOLOAD"):
         return None
     shipped = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
     for name in (*map(str, shipped), "libgomp.so.1"):
         try:
-            run = ctypes.CDLL(name, os.RTLD_NOLOAD).GOMP_parallel
-        except (OSError, AttributeError):
+            library = ctypes.CDLL(name, os.RTLD_NOLOAD)
+        except OSError:
             continue
-        run.argtypes, run.restype = (_REGION, ctypes.c_void_p, *2 * (ctypes.c_uint,)), None
-        return run
+        if hasattr(library, "GOMP_parallel"):
+            return library
     return None
+
+
+@cache
+def _team() -> Any:
+    """Return what runs a Python function on each of a team of torch's threads, or None."""
+    library = _library()
+    return None if library is None else _REGION_CALL(("GOMP_parallel", library))
+
+
+@cache
+def _native_team() -> Any:
+    """Return ``_team`` for addresses."""
+    return _NATIVE_CALL(("GOMP_parallel", _library()))
+
+
+class Addresses(NamedTuple):
+    """Where C functions are that compiled code calls on a team; 0 where there is none.
+
+    Attributes:
+        thread: ``int f(void)``, which thread of the team runs, from 0.
+        give_way: ``int f(void)``, lets another thread have the processor.
+    """
+
+    thread: int
+    give_way: int
+
+
+@cache
+def addresses() -> Addresses:
+    """Return what compiled code needs to know."""
+    library = _library()
+    thread = 0 if library is None else _address(library.omp_get_thread_num)
+    return Addresses(thread, _address(ctypes.CDLL(None).sched_yield))
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def on_team(function: int, argument: int, num_threads: int) -> None:
+    """Call a C function on threads of a team, at most so many; returns when all have returned.
+
+    The function must do all of the work also where there are fewer threads. It may not raise.
+
+    Args:
+        function: Address of ``void f(int64_t)``.
+        argument: What each thread gets.
+        num_threads: The caller's thread is one of them.
+    """
+    if num_threads > 1 and not _Child.forked and _library() is not None:
+        _native_team()(function, argument, num_threads, 0)
+    else:
+        _NATIVE(function)(argument)
 
 
 class _Child:

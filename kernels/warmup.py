@@ -37,6 +37,7 @@ from kvstrata.kernels.colsum import column_sums
 from kvstrata.kernels.component_basis import ComponentBasis, encode_tokens, expand, product_dtype
 from kvstrata.kernels.decoder_ops import add_rms_norm, rotate_heads, silu_gate
 from kvstrata.kernels.escape_rows import pack_escape_rows, scatter_escape_rows
+from kvstrata.kernels.few_rows import compile_for
 from kvstrata.kernels.gather import gather_by_mask, scatter_by_mask
 from kvstrata.kernels.layer_prediction import LayerWeights, Rest, add_predictions, steps
 from kvstrata.kernels.mid_rows import pack_mid_rows
@@ -226,6 +227,7 @@ def _attend(dim: int, dtype: torch.dtype) -> None:
 
 
 def _decoder(dim: int, dtype: torch.dtype, table: torch.Tensor) -> None:
+    compile_for(dtype)
     x = torch.ones(2, 2 * dim, dtype=dtype)
     for residual in (None, x):
         add_rms_norm(x, residual, torch.ones(2 * dim, dtype=dtype), 1e-6)
