@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvstrata.cluster.admission import Admission
+from kvstrata.cluster.node_uses import NodeUses
 from kvstrata.cluster.request_meter import RequestMeter, count_report
 from kvstrata.cluster.router import Route, Router
 from kvstrata.cluster.workers import WorkerLostError, Workers
@@ -62,6 +63,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         self._counters = counters
         self._tenants = tenants or Tenants()
         self.quotas = Quotas(counters)
+        self.node_uses = NodeUses()
         self._running = 0
         self._running_bytes = 0
         self.draining = False
@@ -261,6 +263,8 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         if not report.cached_tokens:
             report.tier = ""
         count_report(self._counters, report)
+        self.node_uses.note(report.nodes)
+        del report.nodes[:]  # the operator's to know, not the client's
         clock.report.Clear()  # counted with the rest; a request that ends earlier is counted then
         return report
 

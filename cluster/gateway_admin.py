@@ -67,6 +67,7 @@ class GatewayAdmin(admin_pb2_grpc.AdminServicer):
             gauges=[
                 pb.Gauge(name="running_requests", value=self._gateway.num_running),
                 pb.Gauge(name="running_bytes", value=self._gateway.running_bytes),
+                *self._gateway.node_uses.gauges(),
             ],
             uptime_s=time.monotonic() - self._started,
             health="draining" if self._gateway.draining else "ok",

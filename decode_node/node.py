@@ -224,6 +224,7 @@ class Generation:
         report.shareable_tokens = num_prompt_blocks(report.prompt_tokens, method) * BLOCK_TOKENS
         report.precision = precision_name(method.wanted)
         report.codec = f"{method.codec.name}/{method.codec.version}"
+        report.nodes.append(self._worker.use("decode"))
         reply = GenerateReply(finish_reason=self._answer.finish, cache=report)
         reply.usage.prompt_tokens = report.prompt_tokens
         reply.usage.completion_tokens = len(self._answer.token_ids)

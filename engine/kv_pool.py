@@ -7,6 +7,7 @@ import torch
 
 from kvstrata.engine.compressed_blocks import CompressedBlocks
 from kvstrata.engine.first_layer import FirstLayer
+from kvstrata.engine.gpu_monitor import GPUMonitor
 from kvstrata.engine.kv_arena import ArenaFullError, KVArena
 from kvstrata.engine.model import Model
 from kvstrata.engine.row_buffer import RowBuffer
@@ -30,10 +31,16 @@ class KVPool:
         arena: The memory; its capacity is the bound.
         rows: Uncompressed rows in pages, by slot of a sequence. Of now: ``widen`` replaces it.
         saliency: float32 (slots, layers, kv_heads, 64): sums of the block that fills.
+        gpu: Of the model's GPU, if there is one.
     """
 
     def __init__(
-        self, model: Model, capacity_bytes: int, *, max_sequences: int = MAX_SEQUENCES
+        self,
+        model: Model,
+        capacity_bytes: int,
+        *,
+        max_sequences: int = MAX_SEQUENCES,
+        gpu: GPUMonitor | None = None,
     ) -> None:
         """Reserve ``capacity_bytes`` for the KV of at most ``max_sequences`` at once.
 
@@ -49,6 +56,7 @@ class KVPool:
                 f"which take {least}"
             )
         self.model = model
+        self.gpu = gpu
         self.arena = KVArena(capacity_bytes, page_bytes)
         heads = (max_sequences, spec.num_layers, spec.num_kv_heads)
         self._max_columns = spec.max_positions // PAGE_TOKENS + 1  # a step looks one row ahead
@@ -91,6 +99,15 @@ class KVPool:
     def turns_of(self, num_blocks: int) -> Turns:
         """Return the first rows of ``turns``."""
         return Turns(self.turns.cos[:num_blocks], self.turns.sin[:num_blocks])
+
+    def free_beyond(self, expected_bytes: int) -> int:
+        """Return the bytes that may be promised beyond those that sequences have yet to take.
+
+        On a GPU they have taken their own, and others may have taken more.
+        """
+        free = self.arena.free_bytes - expected_bytes
+        on_gpu = None if self.gpu is None else self.gpu.free_bytes()
+        return free if on_gpu is None else min(free, on_gpu)
 
     @property
     def num_free_slots(self) -> int:

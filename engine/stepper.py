@@ -158,7 +158,7 @@ class Stepper:
             seat.num_bytes if seat.is_alone else max(0, seat.num_bytes - seat.cache.num_bytes)
             for seat in self._seats.values()
         )
-        return self.pool.arena.free_bytes - expected
+        return self.pool.free_beyond(expected)
 
     def _growth(self) -> int:
         """Return the bytes that running sequences will soon need on top."""

@@ -79,4 +79,11 @@ HELP = {
     "stage_seconds": "Duration of each stage of a request, by node and stage.",
     "running_requests": "Requests that are being served.",
     "running_bytes": "KV that they may take, as bf16.",
+    "node_pool_bytes": "KV memory of a node's running sequences, as it was last reported.",
+    "node_pool_used_bytes": "Of it, in use.",
+    "node_parked_sequences": "Sequences that gave a node's memory to others, since its start.",
+    "node_expired_requests": "Requests whose deadline passed on a node, since its start.",
+    "node_gpu_bytes": "Memory of a node's GPU.",
+    "node_gpu_used_bytes": "Of it, in use by all processes.",
+    "node_gpu_busy_ratio": "Share of the last moment in which the GPU computed.",
 }

@@ -58,6 +58,7 @@ class PrefillNode:
         async with contextlib.aclosing(answer.replies(work)) as replies:
             async for reply in replies:
                 yield reply.SerializeToString()
+        clock.report.nodes.append(self._worker.use("prefill"))
         logger.info("prefilled", extra={"committed": clock.report.committed_blocks})
         yield GenerateReply(cache=clock.report).SerializeToString()
 

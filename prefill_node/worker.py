@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import logging
 import os
+import platform
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 
+from kvstrata.engine.gpu_monitor import GPUMonitor
 from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.model import Model
 from kvstrata.engine.row_buffer import RowBuffer
@@ -27,6 +29,7 @@ from kvstrata.protos.frame import Frame
 from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.heap import keep_freed_memory
 from kvstrata.protos.identity import BlockHash, ScopeDigest
+from kvstrata.protos.inference_pb2 import NodeUse
 from kvstrata.protos.logs import FORMAT_VARIABLE, configure_logging
 from kvstrata.protos.report import ReportClock, farthest_tier
 from kvstrata.protos.retention import Retention
@@ -114,8 +117,9 @@ class Worker:
         spec = self.model.spec
         if config.warm_up and self.model.device.type == "cpu" and spec.head_dim % 16 == 0:
             warm_up((spec.head_dim,), (spec.dtype,), WORKER_OPS)
-        pool_bytes = config.pool_bytes or _default_pool_bytes(self.model.device)
-        pool = KVPool(self.model, pool_bytes)
+        gpu = GPUMonitor.of(self.model.device)
+        pool_bytes = config.pool_bytes or _default_pool_bytes(self.model.device, gpu)
+        pool = KVPool(self.model, pool_bytes, gpu=gpu)
         if config.warm_up:
             pool.arena.touch(RowBuffer.bytes_for(spec, spec.max_positions))
         self.steps = StepLoop(self.model, pool)
@@ -150,6 +154,22 @@ class Worker:
             placeholder_id=vision.placeholder_id if vision else 0,
             image_tokens=vision.num_tokens if vision else 0,
         )
+
+    def use(self, node: str) -> NodeUse:
+        """Return what this node uses of its memory now, for a report."""
+        steps, pool = self.steps, self.steps.pool
+        found = NodeUse(
+            node=node,
+            worker=f"{platform.node()}:{os.getpid()}",
+            pool_bytes=pool.arena.capacity_bytes,
+            pool_used_bytes=pool.arena.used_bytes,
+            parked=steps.counts.get("parked"),
+            expired=steps.counts.get("expired"),
+        )
+        if pool.gpu is not None and (gpu := pool.gpu.read()) is not None:
+            found.gpu_bytes, found.gpu_used_bytes = gpu.num_bytes, gpu.used_bytes
+            found.gpu_busy = gpu.busy
+        return found
 
     @contextlib.asynccontextmanager
     async def open(
@@ -286,9 +306,10 @@ class Worker:
         await asyncio.to_thread(self.steps.stop)
 
 
-def _default_pool_bytes(device: torch.device) -> int:
+def _default_pool_bytes(device: torch.device, gpu: GPUMonitor | None) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
+        free = None if gpu is None else gpu.free_bytes()
+        return (torch.cuda.mem_get_info(device)[0] if free is None else free) // 2
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _POOL_SHARE
 
 

@@ -282,8 +282,30 @@ class ReadPlan(_message.Message):
     refined_s: float
     def __init__(self, node: _Optional[str] = ..., choice: _Optional[str] = ..., stored_blocks: _Optional[int] = ..., fetched_blocks: _Optional[int] = ..., predicted_s: _Optional[float] = ..., seconds: _Optional[float] = ..., refined_blocks: _Optional[int] = ..., predicted_refined_s: _Optional[float] = ..., refined_s: _Optional[float] = ...) -> None: ...
 
+class NodeUse(_message.Message):
+    __slots__ = ("node", "worker", "pool_bytes", "pool_used_bytes", "parked", "expired", "gpu_bytes", "gpu_used_bytes", "gpu_busy")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    POOL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    POOL_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PARKED_FIELD_NUMBER: _ClassVar[int]
+    EXPIRED_FIELD_NUMBER: _ClassVar[int]
+    GPU_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GPU_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GPU_BUSY_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    worker: str
+    pool_bytes: int
+    pool_used_bytes: int
+    parked: int
+    expired: int
+    gpu_bytes: int
+    gpu_used_bytes: int
+    gpu_busy: float
+    def __init__(self, node: _Optional[str] = ..., worker: _Optional[str] = ..., pool_bytes: _Optional[int] = ..., pool_used_bytes: _Optional[int] = ..., parked: _Optional[int] = ..., expired: _Optional[int] = ..., gpu_bytes: _Optional[int] = ..., gpu_used_bytes: _Optional[int] = ..., gpu_busy: _Optional[float] = ...) -> None: ...
+
 class CacheReport(_message.Message):
-    __slots__ = ("prompt_tokens", "shareable_tokens", "cached_tokens", "bytes_fetched", "bytes_published", "tier", "precision", "codec", "stages", "recomputes", "committed_blocks", "replays", "coalesced_tokens", "kept_fraction", "layer_bits", "read_plans", "layer_executions")
+    __slots__ = ("prompt_tokens", "shareable_tokens", "cached_tokens", "bytes_fetched", "bytes_published", "tier", "precision", "codec", "stages", "recomputes", "committed_blocks", "replays", "coalesced_tokens", "kept_fraction", "layer_bits", "read_plans", "nodes", "layer_executions")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SHAREABLE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -300,6 +322,7 @@ class CacheReport(_message.Message):
     KEPT_FRACTION_FIELD_NUMBER: _ClassVar[int]
     LAYER_BITS_FIELD_NUMBER: _ClassVar[int]
     READ_PLANS_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
     LAYER_EXECUTIONS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     shareable_tokens: int
@@ -317,8 +340,9 @@ class CacheReport(_message.Message):
     kept_fraction: float
     layer_bits: _containers.RepeatedScalarFieldContainer[float]
     read_plans: _containers.RepeatedCompositeFieldContainer[ReadPlan]
+    nodes: _containers.RepeatedCompositeFieldContainer[NodeUse]
     layer_executions: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., shareable_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., bytes_fetched: _Optional[int] = ..., bytes_published: _Optional[int] = ..., tier: _Optional[str] = ..., precision: _Optional[str] = ..., codec: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ..., recomputes: _Optional[_Iterable[_Union[Recompute, _Mapping]]] = ..., committed_blocks: _Optional[int] = ..., replays: _Optional[int] = ..., coalesced_tokens: _Optional[int] = ..., kept_fraction: _Optional[float] = ..., layer_bits: _Optional[_Iterable[float]] = ..., read_plans: _Optional[_Iterable[_Union[ReadPlan, _Mapping]]] = ..., layer_executions: _Optional[int] = ...) -> None: ...
+    def __init__(self, prompt_tokens: _Optional[int] = ..., shareable_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., bytes_fetched: _Optional[int] = ..., bytes_published: _Optional[int] = ..., tier: _Optional[str] = ..., precision: _Optional[str] = ..., codec: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ..., recomputes: _Optional[_Iterable[_Union[Recompute, _Mapping]]] = ..., committed_blocks: _Optional[int] = ..., replays: _Optional[int] = ..., coalesced_tokens: _Optional[int] = ..., kept_fraction: _Optional[float] = ..., layer_bits: _Optional[_Iterable[float]] = ..., read_plans: _Optional[_Iterable[_Union[ReadPlan, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[NodeUse, _Mapping]]] = ..., layer_executions: _Optional[int] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
     __slots__ = ("token_ids", "text", "finish_reason", "usage", "cache")

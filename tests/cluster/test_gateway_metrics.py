@@ -60,6 +60,9 @@ async def test_the_sums_of_a_cold_and_a_warm_request_agree(
     assert count("stage_seconds_count", "gateway", "route") == 3
     assert count("stage_seconds_count", "decode", "fetch") == 3
     assert count("read_plans_total", "full", "decode") == 3
+    nodes = {key[1]: value for key, value in found.items() if key[0].endswith("_node_pool_bytes")}
+    assert nodes["decode"] > 0
+    assert nodes["prefill"] > 0
     assert count("running_requests") == count("running_bytes") == 0
     assert count("calls_total", "OK", "Inference/Generate", "default") == 3
     stored = store.running.store.counters

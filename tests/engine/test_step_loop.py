@@ -503,3 +503,28 @@ async def test_a_pass_that_fails_counts_no_saliency(
         assert client.blocks.keys() == plain.blocks.keys()
         for number, block in client.blocks.items():
             assert block.frames == plain.blocks[number].frames
+
+
+async def test_on_a_gpu_whose_memory_others_took_a_sequence_waits_until_it_is_free(
+    model: Model, methods: dict[tuple[str, str], Method], steps: StepLoop
+) -> None:
+    class Gpu:
+        free = 0
+
+        def free_bytes(self) -> int | None:
+            return self.free
+
+    method, prompt = methods["wide", "exact"], prompt_of(100)
+    gpu = Gpu()
+    steps.pool.gpu = gpu  # type: ignore[assignment]
+    first = await steps.open(method, prompt)  # nobody else is there to give it back
+    waiting = asyncio.create_task(steps.open(method, prompt))
+    await asyncio.sleep(0.3)
+    assert not waiting.done()
+    gpu.free = 1 << 20
+    second = await asyncio.wait_for(waiting, SOON_S)
+    gpu.free = 0
+    with pytest.raises(DeadlineError, match="waited for memory"):
+        await steps.open(method, prompt, deadline_unix_s=time.time() + 0.2)
+    for sequence in (first, second):
+        await steps.close(sequence)
