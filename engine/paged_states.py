@@ -177,10 +177,13 @@ class StepState:
         """Serve one pass; ``rows`` tell per sequence which layers its token runs."""
         self._caches = caches
         self._layer_rows = rows
+        self._everyone = None if any(rows) else tuple(range(len(caches)))
         self._plans: dict[tuple[int, ...], _Plan] = {}
 
     def rows(self, layer: int) -> torch.Tensor | None:
         """Return which of the sequences run this layer; see ``AttentionState.rows``."""
+        if self._everyone is not None:
+            return None
         running = self._running(layer)
         return None if len(running) == len(self._caches) else torch.tensor(running).long()
 
@@ -201,6 +204,8 @@ class StepState:
         return out.to(queries.dtype).transpose(0, 1)
 
     def _running(self, layer: int) -> tuple[int, ...]:
+        if self._everyone is not None:
+            return self._everyone
         return tuple(
             i
             for i, rows in enumerate(self._layer_rows)

@@ -28,18 +28,26 @@ def add_row_saliency_numba(
     pages = step.pages
     count, num_layers, heads = step.lengths.shape
     group = queries.shape[1] // heads
-    rows = rows_of(queries)
-    own = step.once("row_saliency", lambda: step.lengths.contiguous().view(-1).numpy())
+    rows, lines = rows_of(queries), lse.contiguous().view(-1).numpy()
+    views = step.once("row_saliency", lambda: _views(step))
+    starts, totals = firsts.numpy(), sums.view(-1).numpy()
     sizes = (num_layers, layer, heads, group, pages.head_dim, pages.tables.shape[3], sums.shape[3])
-    memory, tables = as_numpy(pages.memory.view(-1)), pages.tables.view(-1).numpy()
 
     def work(begin: int, end: int) -> None:
-        _add(
-            begin, end, rows, np.float32(scaling), lse.contiguous().view(-1).numpy(), memory,
-            tables, step.slots.numpy(), own, firsts.numpy(), sizes, sums.view(-1).numpy(),
-        )  # fmt: skip
+        _add(begin, end, rows, np.float32(scaling), lines, *views, starts, sizes, totals)
 
     for_ranges(work, count * heads, _GRAIN)
+
+
+def _views(step: RowStep) -> tuple["np.ndarray[Any, Any]", ...]:
+    """Return memory, tables, slots and lengths, flat: the same for all layers."""
+    pages, lengths = step.pages, step.lengths.contiguous()
+    return (
+        as_numpy(pages.memory.view(-1)),
+        pages.tables.view(-1).numpy(),
+        step.slots.numpy(),
+        lengths.view(-1).numpy(),
+    )
 
 
 @kernel(error_model="numpy")

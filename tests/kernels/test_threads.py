@@ -102,6 +102,34 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
+_FORKING_COMPILED = """
+import os, numpy as np, torch
+from kvstrata.kernels.compiled import c_function
+from kvstrata.kernels.atoms_numba import add_at, array_at
+from kvstrata.kernels.threads import on_team
+
+@c_function
+def count(address):
+    add_at(array_at(address, np.int64), 0, 1)
+
+calls = np.zeros(1, np.int64)
+on_team(count.address, calls.ctypes.data, 2)
+assert 1 <= calls[0] <= 2
+calls[:] = 0
+child = os.fork()
+if child == 0:
+    on_team(count.address, calls.ctypes.data, 2)
+    os._exit(0 if calls[0] == 1 else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_compiled_code_runs_on_the_callers_thread_alone_in_a_forked_child(tmp_path):
+    (tmp_path / "forking.py").write_text(_FORKING_COMPILED)  # Numba reads its source
+    command = [sys.executable, "-P", "-W", "ignore", str(tmp_path / "forking.py")]
+    assert subprocess.run(command, timeout=120, check=False).returncode == 0
+
+
 def test_a_forked_child_does_not_wait_for_threads_that_its_parent_has():
     command = [sys.executable, "-P", "-W", "ignore", "-c", _FORKING]
     assert subprocess.run(command, timeout=120, check=False).returncode == 0
