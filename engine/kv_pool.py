@@ -13,6 +13,7 @@ from kvstrata.engine.model import Model
 from kvstrata.engine.row_buffer import RowBuffer
 from kvstrata.kernels.block_pages import Turns
 from kvstrata.kernels.row_pages import PAGE_TOKENS, RowPages
+from kvstrata.kernels.row_tails import RowTails
 from kvstrata.kernels.token_rows import TokenTable
 from kvstrata.methods.calibrated import CalibratedCodec
 from kvstrata.methods.calibrated_pages import PageLayout, is_readable_in_place
@@ -30,6 +31,7 @@ class KVPool:
         model: Whose KV this is.
         arena: The memory; its capacity is the bound.
         rows: Uncompressed rows in pages, by slot of a sequence. Of now: ``widen`` replaces it.
+        tails: The newest of them, which fill no page.
         saliency: float32 (slots, layers, kv_heads, 64): sums of the block that fills.
         gpu: Of the model's GPU, if there is one.
     """
@@ -66,6 +68,7 @@ class KVPool:
                 torch.zeros((*heads, min(_FIRST_COLUMNS, self._max_columns)), dtype=torch.int32),
                 torch.zeros(heads, dtype=torch.int32),
             )
+            self.tails = RowTails.empty(max_sequences, self.pages_per_step)
             self.saliency = torch.zeros((*heads, BLOCK_TOKENS))
         self._free_slots = list(range(max_sequences - 1, -1, -1))
         self._blocks: dict[tuple[str, str], CompressedBlocks] = {}
@@ -132,7 +135,8 @@ class KVPool:
     @property
     def num_bytes(self) -> int:
         """Bytes in use: KV, the tables that lead to it, and layer 0's shared rows."""
-        slot = self.rows.tables[0].nbytes + self.rows.lengths[0].nbytes
+        held = (self.rows.tables, self.rows.lengths, self.tails.firsts, self.tails.pages)
+        slot = sum(table[0].nbytes for table in held)
         slots = len(self.saliency) - self.num_free_slots
         tables = sum(blocks.table_bytes for blocks in self._blocks.values())
         shared = self.first_layer.num_bytes if "first_layer" in self.__dict__ else 0

@@ -16,13 +16,13 @@ from typing import Self
 import torch
 
 from kvstrata.engine.attention import AttentionState, LayerRows
-from kvstrata.engine.kv_arena import ArenaFullError
 from kvstrata.engine.kv_pool import KVPool
+from kvstrata.engine.paged_rows import PagedRows
 from kvstrata.engine.paged_states import ChunkState, StepState
 from kvstrata.engine.probes import Probes
 from kvstrata.engine.row_buffer import RowBuffer
 from kvstrata.kernels.rope import rotate
-from kvstrata.kernels.row_pages import PAGE_TOKENS, read_rows, write_rows
+from kvstrata.kernels.row_pages import PAGE_TOKENS
 from kvstrata.kernels.saliency import normalised_saliency
 from kvstrata.methods.codec import BlockCodec
 from kvstrata.protos.frame import Frame
@@ -70,7 +70,7 @@ class PagedCache:
         self._first_seen = 0
         self._last_expected = 0
         self._buffer: RowBuffer | None = None
-        self._num_columns = 0
+        self._pages = PagedRows(pool, self.slot)
         self._rows: LayerRows = ()
         self._is_closed = False
 
@@ -93,9 +93,9 @@ class PagedCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of this sequence's KV in the arena; shared blocks count in full."""
-        pages = self._num_columns * self.pool.pages_per_step * self.pool.arena.page_bytes
         blocks = self.blocks.bytes_of(self.block_rows) if self.blocks else 0
-        return pages + blocks + (self._buffer.extent.num_bytes if self._buffer else 0)
+        buffer = self._buffer.extent.num_bytes if self._buffer else 0
+        return self._pages.num_bytes + blocks + buffer
 
     @property
     def first_counted_row(self) -> int:
@@ -114,27 +114,18 @@ class PagedCache:
             self._to_buffer(num_tokens)
         else:
             self.settle_rows()
-            self._add_columns(self.num_rows + 1)
+            self._pages.reserve(self.num_rows + 1)
 
     def settle_rows(self) -> None:
         """Bring rows into pages, the form for generating token by token.
 
-        Layer by layer, so that no more than the larger of the two forms is held.
-
         Raises:
             ArenaFullError: There is no room for the pages; nothing has changed.
         """
-        buffer, pool = self._buffer, self.pool
-        if buffer is None:
-            return
-        count = self.num_rows
-        columns = -(-(count + 1) // PAGE_TOKENS)
-        if not pool.arena.can_replace(buffer.extent, columns * pool.pages_per_step):
-            raise ArenaFullError(f"no room for {count} rows in pages")
-        tables = pool.widen(columns).tables[self.slot, :, :, :columns]
-        buffer.move_to_pages(pool.rows.memory, tables, count)
-        pool.rows.lengths[self.slot] = count
-        self._num_columns, self._buffer = columns, None
+        if self._buffer is not None:
+            self._pages.take_over(self._buffer, self.num_rows)
+            self.pool.rows.lengths[self.slot] = self.num_rows
+            self._buffer = None
 
     def begin(self, num_tokens: int, rows: LayerRows = ()) -> AttentionState:
         """Make room for the next tokens and return what attends for them; see ``KVCache``."""
@@ -208,10 +199,8 @@ class PagedCache:
         assert self.base <= first <= self.length, "rows behind blocks only, without a gap"
         last = first + keys.shape[2]
         if self._buffer is None and (last <= self.length or self._is_of_blocks):
-            self._add_columns(last - self.base + 1)
-            table = self._table[layers].flatten(0, 1)
-            k, v = (part.flatten(0, 1) for part in (keys, values))
-            write_rows(self.pool.rows.memory, table, first - self.base, k, v, rotation)
+            self._pages.reserve(last - self.base)
+            self._pages.write(first - self.base, keys, values, layers, rotation)
             if last > self.length:
                 self.length = last
                 self.pool.rows.lengths[self.slot] = self.num_rows
@@ -235,9 +224,7 @@ class PagedCache:
         own = slice(first - self.base, last - self.base)
         if self._buffer is not None:
             return self._buffer.keys[:, :, own], self._buffer.values[:, :, own]
-        memory, table = self.pool.rows.memory, self._table
-        keys, values = read_rows(memory, table.flatten(0, 1), own.start, own.stop)
-        return keys.unflatten(0, table.shape[:2]), values.unflatten(0, table.shape[:2])
+        return self._pages.read(own.start, own.stop)
 
     @property
     def _is_of_blocks(self) -> bool:
@@ -249,7 +236,8 @@ class PagedCache:
         count = self.num_rows
         if self._buffer is not None:
             return self._buffer.keys[layer, :, :count], self._buffer.values[layer, :, :count]
-        return read_rows(self.pool.rows.memory, self._table[layer], 0, count)
+        keys, values = self._pages.read(0, count, slice(layer, layer + 1))
+        return keys[0], values[0]
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from position ``length`` on.
@@ -326,7 +314,7 @@ class PagedCache:
             self.blocks.release(self.block_rows)
         if self._buffer is not None:
             self._buffer.release()
-        self._release_columns(0, self._num_columns)
+        self._pages.release()
         self.pool.free_slot(self.slot)
 
     @property
@@ -335,11 +323,6 @@ class PagedCache:
         known = min(len(self.token_ids), self.pool.model.spec.max_positions)
         return known if self.blocks is None else min(known, self._last_expected)
 
-    @property
-    def _table(self) -> torch.Tensor:
-        """The pages of every layer and head: int32 (L, H, columns)."""
-        return self.pool.rows.tables[self.slot, :, :, : self._num_columns]
-
     def _check(self, num_tokens: int) -> None:
         limit = self.pool.model.spec.max_positions
         if self.length + num_tokens > limit:
@@ -347,24 +330,6 @@ class PagedCache:
                 f"{self.length + num_tokens} tokens do not fit: the model's limit is {limit} "
                 "positions"
             )
-
-    def _add_columns(self, num_rows: int) -> None:
-        """Have pages for that many rows in every layer and head."""
-        more = -(-num_rows // PAGE_TOKENS) - self._num_columns
-        if more > 0:
-            pages = self.pool.arena.take_pages(more * self.pool.pages_per_step)
-            table = self.pool.widen(self._num_columns + more).tables[self.slot]
-            columns = slice(self._num_columns, self._num_columns + more)
-            table[:, :, columns] = torch.from_numpy(pages).view(*table.shape[:2], more)
-            self._num_columns += more
-
-    def _release_columns(self, first: int, last: int) -> None:
-        """Free a run of columns; the later ones move up."""
-        if last > first:
-            table = self._table
-            self.pool.arena.release_pages(table[:, :, first:last].flatten().numpy())
-            table[:, :, first : first + self._num_columns - last] = table[:, :, last:].clone()
-            self._num_columns -= last - first
 
     def _to_buffer(self, num_tokens: int) -> None:
         """Bring rows into one piece, with room for ``num_tokens`` more."""
@@ -378,7 +343,7 @@ class PagedCache:
             if count:
                 keys, values = self.read(self.base, self.length)
                 buffer.keys[:, :, :count], buffer.values[:, :, :count] = keys, values
-            self._release_columns(0, self._num_columns)
+            self._pages.release()
             self.pool.rows.lengths[self.slot] = 0
             self._buffer = buffer
         elif buffer.capacity < needed:
@@ -388,7 +353,7 @@ class PagedCache:
         """Free the first rows: all of them, or those of whole blocks; the later ones move up."""
         left = self.num_rows - num_rows
         if self._buffer is None:
-            self._release_columns(0, num_rows // PAGE_TOKENS if left else self._num_columns)
+            self._pages.drop(num_rows) if left else self._pages.release()
             self.pool.rows.lengths[self.slot] = left
         elif left:
             for part in (self._buffer.keys, self._buffer.values):

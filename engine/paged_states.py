@@ -21,6 +21,7 @@ from kvstrata.kernels.attend_dense import attend_dense
 from kvstrata.kernels.block_pages import PageTable
 from kvstrata.kernels.row_pages import RowStep, attend_rows, step_rows
 from kvstrata.kernels.row_saliency import add_row_saliency
+from kvstrata.kernels.row_tails import stage_rows
 from kvstrata.kernels.token_rows import TokenRows, attend_tokens
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ class _Plan:
         scaling: float,
     ) -> torch.Tensor:
         """Return outputs (R, H * G, D) of queries (R, H * G, D), keys and values (R, H, D)."""
+        stage_rows(self.pool.tails, self.step, layer, (keys, values))
         out, lse = step_rows(queries, keys, values, self.step, layer, scaling)
         for group in self.groups:
             part = self.attend_group(group, layer, queries, scaling)
@@ -225,7 +227,10 @@ class HeldTokens:
     def attend(self, layer: int, queries: torch.Tensor, scaling: float) -> torch.Tensor:
         """Return outputs of queries, both (H * G, 1, D)."""
         plan, own = self._plan, queries.transpose(0, 1).contiguous()
-        parts = [attend_rows(own, plan.step, layer, scaling)] if self._has_rows else []
+        parts = []
+        if self._has_rows:
+            stage_rows(plan.pool.tails, plan.step, layer)
+            parts.append(attend_rows(own, plan.step, layer, scaling))
         parts += [plan.attend_group(group, layer, own, scaling) for group in plan.groups]
         out = parts[0][0] if len(parts) == 1 else merge_attention(parts)[0]
         return out.to(queries.dtype).transpose(0, 1)

@@ -60,6 +60,7 @@ from kvstrata.kernels.row_pages import (
     write_rows,
 )
 from kvstrata.kernels.row_saliency import add_row_saliency
+from kvstrata.kernels.row_tails import RowTails, stage_rows
 from kvstrata.kernels.saliency import normalise_sums
 from kvstrata.kernels.token_masks import TOKENS, to_flags, to_mask, token_classes
 from kvstrata.kernels.token_rows import TokenRows, TokenTable, attend_tokens
@@ -243,6 +244,8 @@ def _rows(dim: int, dtype: torch.dtype) -> None:
     step = RowStep(pages, torch.zeros(1, dtype=torch.int64))
     _, lse = step_rows(row, row, row, step, 0, 1.0)
     attend_rows(row, RowStep(replace(pages, lengths=pages.lengths + 1), step.slots), 0, 1.0)
+    stage_rows(RowTails.empty(1, 2), step, 0, (row, row))
+    stage_rows(RowTails.empty(1, 2), step, 0)
     write_rows(memory, tables[0, 0], 0, row.transpose(0, 1), row.transpose(0, 1))
     table = torch.ones(2, dim)
     _decoder(dim, dtype, table)
