@@ -70,7 +70,7 @@ class PagedCache:
         self._first_seen = 0
         self._last_expected = 0
         self._buffer: RowBuffer | None = None
-        self._pages = PagedRows(pool, self.slot)
+        self._pages = PagedRows(pool, self.slot, shares_tail=self.blocks is not None)
         self._rows: LayerRows = ()
         self._is_closed = False
 
@@ -89,6 +89,11 @@ class PagedCache:
         """The rows in one piece; there while a prompt's chunk is computed."""
         assert self._buffer is not None
         return self._buffer
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether its newest rows must be brought to pages for attention; see ``PagedRows``."""
+        return self._pages.has_tail
 
     @property
     def num_bytes(self) -> int:

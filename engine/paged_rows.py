@@ -1,8 +1,10 @@
 """Uncompressed rows of one sequence in pages, the form for generating token by token.
 
-Whole pages hold 16 tokens of one layer's head; the newest tokens, fewer than 16, lie in the tail,
-which all layers and heads share (``kernels/row_tails.py``). So a sequence holds what its rows take,
-less than a page's worth more for all of its heads together, and one page per KV head to attend by.
+Whole pages hold 16 tokens of one layer's head. Where a sequence's other tokens lie in compressed
+blocks, its newest, fewer than 16, are in the tail, which all layers and heads share
+(``kernels/row_tails.py``). So it holds what its rows take, less than a page's worth more for all of
+its heads together, and one page per KV head to attend by. Where all tokens are rows, last pages
+that are half empty are a small share of them, and bringing a tail to its page would take longer.
 
 Example, 30 layers of 3 heads: 33 rows are 2 pages of each of 90 heads, a tail of 6 pages, which
 takes one token of 90 rows, and 3 pages more.
@@ -24,10 +26,11 @@ _EVERY = slice(None)
 class PagedRows:
     """The pages of one sequence. Not thread-safe: one thread runs the model."""
 
-    def __init__(self, pool: KVPool, slot: int) -> None:
+    def __init__(self, pool: KVPool, slot: int, *, shares_tail: bool = True) -> None:
         """Start without any, in a place of the pool's tables that is free."""
         self._pool = pool
         self._slot = slot
+        self._shares_tail = shares_tail
         self._num_columns = 0  # whole pages of each head
         self._num_tail_pages = 0
         pool.tails.firsts[slot] = 0
@@ -37,6 +40,11 @@ class PagedRows:
         """Bytes of all pages."""
         count = self._num_columns * self._pool.pages_per_step + self._num_tail_pages
         return (count + self._num_stages) * self._pool.arena.page_bytes
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether attention must have the tail brought to its pages."""
+        return self._num_tail_pages > 0
 
     def reserve(self, num_rows: int) -> None:
         """Have room for that many rows in every layer and head.
@@ -161,6 +169,8 @@ class PagedRows:
         None where its pages would be as many as whole ones, as in models of few layers.
         """
         columns, left = divmod(num_rows, PAGE_TOKENS)
+        if not self._shares_tail:
+            return columns + (left > 0), 0
         count = self._tail_pages_for(left) + self._pool.model.spec.num_kv_heads
         is_smaller = count < self._pool.pages_per_step
         return (columns, left) if is_smaller or not left else (columns + 1, 0)

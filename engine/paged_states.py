@@ -118,6 +118,7 @@ class _Plan:
         self.step = RowStep(self.pool.rows, torch.tensor([cache.slot for cache in caches]))
         firsts = [cache.first_counted_row for cache in caches]
         self.counts = any(first >= 0 for first in firsts)
+        self.has_tails = any(cache.has_tail for cache in caches)
         self.firsts = torch.tensor(firsts, dtype=torch.int32)
 
     @cached_property
@@ -147,7 +148,8 @@ class _Plan:
         scaling: float,
     ) -> torch.Tensor:
         """Return outputs (R, H * G, D) of queries (R, H * G, D), keys and values (R, H, D)."""
-        stage_rows(self.pool.tails, self.step, layer, (keys, values))
+        if self.has_tails:
+            stage_rows(self.pool.tails, self.step, layer, (keys, values))
         out, lse = step_rows(queries, keys, values, self.step, layer, scaling)
         for group in self.groups:
             part = self.attend_group(group, layer, queries, scaling)
@@ -229,7 +231,8 @@ class HeldTokens:
         plan, own = self._plan, queries.transpose(0, 1).contiguous()
         parts = []
         if self._has_rows:
-            stage_rows(plan.pool.tails, plan.step, layer)
+            if plan.has_tails:
+                stage_rows(plan.pool.tails, plan.step, layer)
             parts.append(attend_rows(own, plan.step, layer, scaling))
         parts += [plan.attend_group(group, layer, own, scaling) for group in plan.groups]
         out = parts[0][0] if len(parts) == 1 else merge_attention(parts)[0]

@@ -111,3 +111,17 @@ def test_without_room_the_rows_stay(pool: KVPool) -> None:
     assert rows.num_bytes == before
     for got, wanted in zip(rows.read(0, 8), new, strict=True):
         assert torch.equal(got, wanted)
+
+
+def test_without_a_tail_all_rows_are_in_pages_of_their_heads(pool: KVPool) -> None:
+    rows, new = PagedRows(pool, pool.take_slot(), shares_tail=False), made(pool.model, 40)
+    for count in range(1, 41):
+        rows.reserve(count)
+        columns = -(-count // PAGE_TOKENS)
+        assert rows.num_bytes == columns * pool.pages_per_step * pool.arena.page_bytes
+        assert not rows.has_tail
+        rows.write(count - 1, *(part[:, :, count - 1 : count] for part in new))
+    for got, wanted in zip(rows.read(0, 40), new, strict=True):
+        assert torch.equal(got, wanted)
+    rows.release()
+    assert pool.arena.used_bytes == 0
