@@ -6,7 +6,9 @@ What is async may be called from any event loop; ``Stepper`` does the work, in t
 import asyncio
 import contextlib
 import logging
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -32,6 +34,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+SEAL_NICE = 10  # of the thread that seals: a tenth of what a pass gets of a processor
 MAX_STALL = 2.2  # a pass with a chunk of a prompt takes at most that many times one without
 _POLL_S = 0.05  # how often deadlines and waiting seats are looked at while nothing runs
 
@@ -54,7 +57,7 @@ class StepLoop:
         self._is_stopping = False
         self._has_ended = False
         self._ending = threading.Lock()
-        self._sealer = ThreadPoolExecutor(1, thread_name_prefix="seal")
+        self._sealer = ThreadPoolExecutor(1, "seal", initializer=_give_way)
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._thread.start()
 
@@ -347,6 +350,13 @@ class StepLoop:
     def _stop(self) -> None:
         self._is_stopping = True
         self._stepper.fail_all(_draining())
+
+
+def _give_way() -> None:
+    """Let this thread, and those that it starts, have what passes leave of the processors."""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        nice = os.getpriority(os.PRIO_PROCESS, 0) + SEAL_NICE
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(nice, 19))
 
 
 def _draining() -> DrainingError:

@@ -1,6 +1,8 @@
 """The step loop: many sequences at once, each as if alone; who waits, who is parked, what fails."""
 
 import asyncio
+import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -13,7 +15,7 @@ from kvstrata.engine.batch import Span
 from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.seat import Compute, ParkedError, Seat
 from kvstrata.engine.sequence import RunningSequence
-from kvstrata.engine.step_loop import StepLoop
+from kvstrata.engine.step_loop import SEAL_NICE, StepLoop
 from kvstrata.methods.framing import SealedBlock
 from kvstrata.methods.presets import Method
 from kvstrata.protos.errors import CapacityError, DeadlineError, DrainingError
@@ -503,6 +505,21 @@ async def test_a_pass_that_fails_counts_no_saliency(
         assert client.blocks.keys() == plain.blocks.keys()
         for number, block in client.blocks.items():
             assert block.frames == plain.blocks[number].frames
+
+
+async def test_sealing_gives_way_to_passes(
+    model: Model, methods: dict[tuple[str, str], Method], steps: StepLoop
+) -> None:
+    def nice() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    sequence = await steps.open(methods["wide", "fallback"], prompt_of(100))
+    async for _ in steps.compute(sequence, BLOCK_TOKENS):
+        pass
+    assert len(await steps.seal(sequence, 0, 1)) == 1
+    await steps.close(sequence)
+    sealing, running = steps._sealer.submit(nice).result(SOON_S), await steps.call(nice)
+    assert sealing - running == (min(SEAL_NICE, 19 - running) if sys.platform == "linux" else 0)
 
 
 async def test_on_a_gpu_whose_memory_others_took_a_sequence_waits_until_it_is_free(
