@@ -35,7 +35,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 SEAL_NICE = 10  # of the thread that seals: a tenth of what a pass gets of a processor
-MAX_STALL = 2.2  # a pass with a chunk of a prompt takes at most that many times one without
+MAX_STALL = 2.0  # a pass with a chunk of a prompt takes at most that many times one without
 _POLL_S = 0.05  # how often deadlines and waiting seats are looked at while nothing runs
 
 

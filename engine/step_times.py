@@ -1,6 +1,8 @@
 """How long passes take, learned as they run, and how large a prompt's chunk may therefore be."""
 
 _KEPT = 0.8  # of an estimate, when a new time comes in
+_KEPT_RISING = 0.98  # of a pass without prompts: what disturbs some must not allow longer chunks,
+# and sealing, which does, runs beside passes just when no prompt is computed
 MIN_CHUNK, MAX_CHUNK = 16, 512
 # Before anything was measured: a pass, and a token of a prompt, in seconds.
 _FIRST_PASS_S, _FIRST_TOKEN_S = 0.05, 0.002
@@ -33,7 +35,8 @@ class StepTimes:
         """Learn from a pass over so many generated tokens, and tokens of prompts."""
         if not num_prompt:
             old = self._passes_s.get(num_generated, seconds)
-            self._passes_s[num_generated] = _KEPT * old + (1 - _KEPT) * seconds
+            risen = _KEPT_RISING * old + (1 - _KEPT_RISING) * seconds
+            self._passes_s[num_generated] = min(risen, seconds)
         else:
             base = self.pass_s(num_generated) if num_generated else 0.0
             own = max((seconds - base) / num_prompt, _LEAST_TOKEN_S)

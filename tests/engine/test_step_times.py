@@ -47,6 +47,18 @@ def test_one_slow_pass_does_not_upset_the_estimate() -> None:
     assert times.pass_s(4) == pytest.approx(0.05, rel=0.1)
 
 
+def test_passes_that_something_disturbs_do_not_allow_longer_chunks() -> None:
+    """Such as sealing, which runs beside passes just when no prompt is computed."""
+    times = learned(pass_s=0.05, token_s=0.001)
+    calm = times.chunk(4)
+    for number in range(60):
+        times.add(4, 0, 0.1 if number % 3 else 0.05)
+    assert times.chunk(4) < 1.3 * calm
+    for _ in range(300):  # it is slower for good
+        times.add(4, 0, 0.1)
+    assert times.pass_s(4) == pytest.approx(0.1, rel=0.01)
+
+
 def test_the_first_guess_is_a_guess_and_nothing_fails() -> None:
     times = StepTimes(2.0)
     assert MIN_CHUNK <= times.chunk(3) <= MAX_CHUNK
