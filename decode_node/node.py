@@ -158,7 +158,7 @@ class Generation:
     async def _prepare(self, sequence: RunningSequence, plan: ReadPlan) -> Sequence[FrameSet]:
         """Load what the store has of the known tokens, and provide the rest of the prompt.
 
-        Returns the blocks that were loaded.
+        Returns the blocks that were loaded and are to be refined; of others nothing is kept.
         """
         worker, task, clock = self._worker, self._task, self._clock
         prompt_blocks = num_prompt_blocks(len(task.prompt_ids), task.method)
@@ -188,7 +188,7 @@ class Generation:
         if sealed and self._answer.finish is None:
             with clock.stage("decompress"):
                 await worker.steps.settle(sequence, sealed)
-        return loaded
+        return loaded if plan.choice == "refine" else []
 
     def _publish(self, sealed: Sequence[SealedBlock]) -> None:
         self._note_stored(sealed)

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import redis
 
+from kvstrata.decode_node import node as decode
 from kvstrata.decode_node.node import Generation
+from kvstrata.decode_node.refinement import refining
 from kvstrata.engine import Model
 from kvstrata.engine.step_times import StepTimes
 from kvstrata.kvstore_service.redis_tier import value_key
@@ -238,3 +240,18 @@ async def test_over_a_slow_link_the_first_token_is_as_early_as_coarse_and_the_re
         assert hurried.cache.precision == patient.cache.precision
         assert hurried_s < patient_s
         assert plan.refined_s > hurried_s
+
+
+async def test_frames_of_blocks_that_are_not_refined_are_not_kept(
+    config: WorkerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+
+    def seen(*args: Any) -> Any:
+        kept.append(len(args[4]))
+        return refining(*args)
+
+    monkeypatch.setattr(decode, "refining", seen)
+    async with Proxy() as proxy, stored(config, proxy) as (_, _, fine):
+        assert fine.cache.bytes_fetched > 0
+    assert kept == [0]
