@@ -166,8 +166,10 @@ class PackedDecoder:
         if images is not None:
             hidden[images.at.to(device)] = images.rows
         is_few = self._few_rows is not None and len(hidden) <= MAX_ROWS
-        if is_few and isinstance(logits_to_keep, torch.Tensor) and self._is_plain(state):
-            return self._run_few(hidden, at, tables, state, logits_to_keep)
+        if is_few and isinstance(logits_to_keep, torch.Tensor):
+            layers = self._layers_of_all(state)
+            if layers is not None:
+                return self._run_few(hidden, at, tables, state, logits_to_keep, layers)
         delta: torch.Tensor | None = None
         shown = state if isinstance(state, ObservingState) else None  # asked once: it takes a while
         for index, layer in enumerate(self._layers):
@@ -193,11 +195,17 @@ class PackedDecoder:
             return hidden.new_empty(0, self._head.num_outputs)
         return self._head(self._norm(hidden, delta)[0])
 
-    def _is_plain(self, state: AttentionState) -> bool:
-        """Whether all tokens run all layers, and nobody looks at their inputs."""
-        return not isinstance(state, ObservingState) and all(
-            state.rows(index) is None for index in range(len(self._layers))
-        )
+    def _layers_of_all(self, state: AttentionState) -> list[int] | None:
+        """Return the layers that run, for all tokens; None if some tokens pass one by.
+
+        Nor are there any if somebody looks at their inputs.
+        """
+        if isinstance(state, ObservingState):
+            return None
+        rows = [state.rows(index) for index in range(len(self._layers))]
+        if any(own is not None and len(own) for own in rows):
+            return None
+        return [index for index, own in enumerate(rows) if own is None]
 
     def _run_few(
         self,
@@ -206,12 +214,14 @@ class PackedDecoder:
         tables: tuple[torch.Tensor, torch.Tensor],
         state: AttentionState,
         kept: torch.Tensor,
+        layers: Sequence[int],
     ) -> torch.Tensor:
         """Return the logits of a pass over few rows; see ``FewRows``."""
         assert self._few_rows is not None
-        step = FewRowsPass(self._few_rows, hidden, tables, positions)
-        for index, layer in enumerate(self._layers):
-            step.attended(index, state.attend(index, *step.heads(index), layer.scaling))
+        step = FewRowsPass(self._few_rows, hidden, tables, positions, layers)
+        for place, index in enumerate(layers):
+            scaling = self._layers[index].scaling
+            step.attended(place, state.attend(index, *step.heads(place), scaling))
         return step.logits(kept) if len(kept) else hidden.new_empty(0, self._head.num_outputs)
 
     def _run(

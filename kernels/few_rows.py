@@ -186,6 +186,16 @@ class FewRows:
         assert function is not None
         self.function = function
 
+    def tables_of(self, layers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return addresses and epsilons of what runs before, between and behind some layers."""
+        if len(layers) == len(self.weights.layers):
+            return self.table, self.eps
+        behind = torch.tensor([0, *(layer + 1 for layer in layers)])  # rows with their last parts
+        ahead = torch.tensor([*layers, len(self.weights.layers)])
+        is_behind = torch.arange(len(WEIGHTS)) < WEIGHTS.index("next_norm")
+        table = torch.where(is_behind, self.table[behind], self.table[ahead])
+        return table, torch.cat([self.eps[behind, :1], self.eps[ahead, 1:]], 1)
+
 
 class FewRowsPass:
     """One pass over a few rows: ``heads`` and ``attended`` layer by layer, then ``logits``."""
@@ -196,6 +206,7 @@ class FewRowsPass:
         hidden: torch.Tensor,
         tables: tuple[torch.Tensor, torch.Tensor],
         positions: torch.Tensor,
+        layers: Sequence[int],
     ) -> None:
         """Begin with embeddings.
 
@@ -204,9 +215,11 @@ class FewRowsPass:
             hidden: (N, E), contiguous; N at most ``MAX_ROWS``.
             tables: cos and sin, float32 (positions, D), contiguous.
             positions: int64 (N,).
+            layers: Those that run, ascending; below, a layer is its place among them.
         """
         weights, count = decoder.weights, len(hidden)
-        num_layers, item = len(weights.layers), hidden.itemsize
+        num_layers, item = len(layers), hidden.itemsize
+        addresses_of, epsilons = decoder.tables_of(layers)
         heads, dim = weights.num_heads + 2 * weights.num_kv_heads, weights.head_dim
         self._decoder = decoder
         self._num_threads = torch.get_num_threads()
@@ -229,17 +242,17 @@ class FewRowsPass:
         stride, end = own.pop(""), shared.pop("")
         memory = torch.zeros(end + stride * self._num_threads + _LINE_BYTES, dtype=torch.uint8)
         base = -(-memory.data_ptr() // _LINE_BYTES) * _LINE_BYTES
-        layers = np.arange(num_layers + 1)
+        steps = np.arange(num_layers + 1)
         self._calls = np.zeros((num_layers + 1, len(FIELDS)), np.int64)
         at = {name: self._calls[:, i] for i, name in enumerate(FIELDS)}
         for name, offset in shared.items():
             at[name][:] = base + offset
         for name, offset in own.items():
             at[name][:] = base + end + offset
-        at["counters"][:] += layers * NUM_COUNTERS * LINE * 8
-        at["weights"][:] = decoder.table.data_ptr() + layers * decoder.table.stride(0) * 8
-        at["eps"][:] = decoder.eps.data_ptr() + layers * decoder.eps.stride(0) * 4
-        at["target"][:] = self._heads.data_ptr() + layers * count * heads * dim * item
+        at["counters"][:] += steps * NUM_COUNTERS * LINE * 8
+        at["weights"][:] = addresses_of.data_ptr() + steps * addresses_of.stride(0) * 8
+        at["eps"][:] = epsilons.data_ptr() + steps * epsilons.stride(0) * 4
+        at["target"][:] = self._heads.data_ptr() + steps * count * heads * dim * item
         at["cos"][:], at["sin"][:] = (table.data_ptr() for table in tables)
         fixed = {
             "rows": count,
@@ -259,7 +272,14 @@ class FewRowsPass:
         team = addresses()
         at["thread"][:], at["give_way"][:] = team.thread, team.give_way
         self._at = at
-        self._held = (hidden, tables, positions, memory)  # alive as long as their addresses
+        self._held = (
+            hidden,
+            tables,
+            positions,
+            memory,
+            addresses_of,
+            epsilons,
+        )  # alive as long as their addresses
 
     def heads(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return a layer's queries (Q, N, D), keys and values (H, N, D); not contiguous."""

@@ -10,10 +10,13 @@ import transformers
 
 from kvstrata.engine import Model
 from kvstrata.engine.batch import Span
+from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.packed_linear import PackedLinear
+from kvstrata.engine.sequence import RunningSequence
 from kvstrata.kernels import few_rows
 from tests.engine.conftest import build_tokenizer
 from tests.engine.families import build_reference
+from tests.engine.test_sequence import LOSSLESS
 
 # The vocabulary fills its last block of 64 outputs in part.
 SIZES: dict[str, Any] = {
@@ -121,6 +124,32 @@ def test_a_sequence_gets_the_same_numbers_in_any_company_on_any_number_of_thread
     torch.set_num_threads(2)
     for count in (1, 2, 6, 9):
         assert torch.equal(run(model, count), many[:count])
+
+
+@pytest.mark.parametrize("family", ["llama with biases", "qwen3"])
+@pytest.mark.parametrize("skipped", [(1,), (0,), (2,), (0, 2), (0, 1, 2)], ids=str)
+def test_layers_that_all_pass_by_are_left_out(
+    family: str, skipped: tuple[int, ...], folders: dict[str, Path]
+) -> None:
+    quick, plain = (load(folders[family], torch.float32) for _ in range(2))
+    plainly(plain)
+    nobody = torch.empty(0, dtype=torch.int64)
+    rows = [nobody if layer in skipped else None for layer in range(3)]
+    found = []
+    for model in (quick, plain):
+        pool = KVPool(model, 1 << 20)
+        caches = [RunningSequence(model, LOSSLESS, IDS[:20], pool=pool).cache for _ in range(3)]
+        for i, cache in enumerate(caches):
+            model.forward_batch([Span(cache, IDS[: 10 + i])])
+        found.append(
+            torch.stack(
+                [
+                    model.forward_batch([Span(c, [IDS[30 + step]], True, rows) for c in caches])
+                    for step in range(2)
+                ]
+            )
+        )
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_nobody_may_want_logits(folders: dict[str, Path]) -> None:
