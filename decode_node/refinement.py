@@ -124,7 +124,7 @@ class Refinement:
             reason = loaded.reason or reason
         if self.num_seen == last:
             return
-        if reason in STORE_FAILURES:
+        if reason in (*STORE_FAILURES, "no_room"):
             self._give_up(reason)
         else:
             self.clock.recompute(UNREFINED + (reason or "absent"), 0)

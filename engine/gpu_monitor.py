@@ -22,7 +22,8 @@ class GPUUse:
     Attributes:
         num_bytes: Its memory.
         used_bytes: Of it, not free.
-        busy: Share of the last moment in which it computed, 0 to 1.
+        busy: Share of the last moment in which it computed, 0 to 1; 0 where a GPU does not tell,
+            such as a part of one (MIG).
     """
 
     num_bytes: int
@@ -62,12 +63,16 @@ class GPUMonitor:
         """Return what is used now; None if the driver does not tell."""
         try:
             memory = pynvml.nvmlDeviceGetMemoryInfo(self._handle)
-            rates = pynvml.nvmlDeviceGetUtilizationRates(self._handle)
         except pynvml.NVMLError as error:
             self.num_failures += 1
-            logger.warning("the GPU's driver does not answer", extra={"error": str(error)})
+            if self.num_failures == 1:  # it is asked at every admission
+                logger.warning("the GPU's driver does not answer", extra={"error": str(error)})
             return None
-        return GPUUse(int(memory.total), int(memory.used), rates.gpu / 100)
+        try:
+            busy = pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu / 100
+        except pynvml.NVMLError:
+            busy = 0.0
+        return GPUUse(int(memory.total), int(memory.used), busy)
 
     def free_bytes(self) -> int | None:
         """Return what this process can still get; None if the driver does not tell.

@@ -15,6 +15,7 @@ from kvstrata.decode_node import node as decode
 from kvstrata.decode_node.node import Generation
 from kvstrata.decode_node.refinement import refining
 from kvstrata.engine import Model
+from kvstrata.engine.sequence import Loaded
 from kvstrata.engine.step_times import StepTimes
 from kvstrata.kvstore_service.redis_tier import value_key
 from kvstrata.kvstore_service.testing import LocalStore, RedisServer
@@ -255,3 +256,19 @@ async def test_frames_of_blocks_that_are_not_refined_are_not_kept(
     async with Proxy() as proxy, stored(config, proxy) as (_, _, fine):
         assert fine.cache.bytes_fetched > 0
     assert kept == [0]
+
+
+@pytest.mark.usefixtures("slowly")
+async def test_without_room_nothing_more_is_fetched(
+    config: WorkerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: Any) -> Loaded:
+        return Loaded(0, "no_room")
+
+    async with Proxy() as proxy, stored(config, proxy) as (nodes, *_):
+        monkeypatch.setattr(nodes.decode._worker.steps, "refine", refuse)
+        answer = await decoded(nodes.decode, hasty())
+        assert told(answer) == ("refine", 0, "base")
+        assert answer.reasons == {"unrefined_no_room": 0}
+        assert [stage.stage for stage in answer.cache.stages].count("refine") == 1
+        assert len(answer.tokens) == 100

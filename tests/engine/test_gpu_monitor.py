@@ -19,6 +19,7 @@ class Driver:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.used = 30 * GIB
         self.is_gone = False
+        self.is_part = False
         for name in ("nvmlInit", "nvmlDeviceGetHandleByUUID"):
             monkeypatch.setattr(pynvml, name, getattr(self, name))
         for name in ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetUtilizationRates"):
@@ -44,6 +45,8 @@ class Driver:
         return SimpleNamespace(total=80 * GIB, used=self.used, free=80 * GIB - self.used)
 
     def nvmlDeviceGetUtilizationRates(self, handle: str) -> Any:  # noqa: N802
+        if self.is_part:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
         return SimpleNamespace(gpu=35, memory=10)
 
 
@@ -64,6 +67,13 @@ def test_memory_and_use_are_those_of_the_gpu_with_the_devices_uuid(driver: Drive
     assert monitor.free_bytes() == 53 * GIB  # with what torch holds and does not use
     driver.used = 79 * GIB
     assert monitor.free_bytes() == 4 * GIB
+
+
+def test_the_memory_of_a_part_is_told_though_its_use_is_not(driver: Driver) -> None:
+    driver.is_part = True
+    monitor = monitor_of(CUDA)
+    assert monitor.read() == GPUUse(80 * GIB, 30 * GIB, 0.0)
+    assert monitor.num_failures == 0
 
 
 def test_a_driver_that_is_lost_tells_nothing_and_is_counted(driver: Driver) -> None:
