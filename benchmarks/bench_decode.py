@@ -5,8 +5,9 @@ context. Every sequence of a batch holds its own copy of one prompt's blocks. Ou
 of a decode worker, sampling included; the peers are ``generate`` over a cache of the same prompt.
 The row "frame" reads compressed blocks in place; the others hold them expanded, as presets do. The
 row "prompts arriving" is of one batch beside which prompts of 2,048 tokens are computed and sealed
-all the time. vLLM on CPU takes part once ``make peers-vllm`` has installed it; its sequences share
-one prompt by its prefix cache, and its bytes of KV are counted as if each had its own.
+all the time. Transformers' QuantizedCache takes part where optimum-quanto is installed, vLLM on CPU
+once ``make peers-vllm`` has installed it; vLLM's sequences share one prompt by its prefix cache,
+and its bytes of KV are counted as if each had its own.
 Systems take turns within a round, so that a slow moment of the machine hits all of them.
 """
 
@@ -87,6 +88,11 @@ class Bench:
         folder, name = find_default_model()
         self.peer = read_model(folder / name, dtype).eval()
         self.peer.generation_config.eos_token_id = None
+        self.caches = {"transformers DynamicCache": 0}  # name to bits; 0: the model's dtype
+        if decode_peers.has_quanto():
+            self.caches["transformers QuantizedCache 4 bit"] = 4
+        else:
+            print("QuantizedCache is left out: optimum-quanto is missing", file=sys.stderr)
         self.name = str(dtype).removeprefix("torch.")
         self.vllm = self._start_vllm(converted_folder(folder / name, dtype))
 
@@ -117,17 +123,15 @@ class Bench:
         name = f"kvstrata {preset}" + (DISTURBED if disturbed else "")
         return figures(name, batch, cached, steps, run.kv_bytes)
 
-    def peers(self, batch: int, cached: int, quanto: bool) -> list[dict[str, Any]]:
+    def peers(self, batch: int, cached: int) -> list[dict[str, Any]]:
         """Return the rows of the peers."""
         prompt = text_of(self.ours.tokenizer, cached + 1)
         dense = decode_peers.prefill(self.peer, prompt)
-        caches = {"transformers DynamicCache": dense}
-        if quanto:
-            caches["transformers QuantizedCache 4 bit"] = decode_peers.quantised(
-                self.peer, dense, 4
-            )
         rows = []
-        for system, cache in caches.items():
+        for system, nbits in self.caches.items():
+            cache = decode_peers.repeated(dense, batch)
+            if nbits:
+                cache = decode_peers.quantised(self.peer, cache, nbits)
             steps, kv = decode_peers.decode(self.peer, cache, prompt, batch, NUM_TOKENS)
             rows.append(figures(system, batch, cached, steps, kv))
         if self.vllm is not None:
@@ -140,19 +144,15 @@ class Bench:
         return rows
 
 
-def measure(
-    points: list[tuple[int, int]], dtype: torch.dtype, rounds: int, quanto: bool
-) -> list[dict[str, Any]]:
+def measure(points: list[tuple[int, int]], dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
     bench = Bench(dtype)
     try:
-        return _measure(bench, points, rounds, quanto)
+        return _measure(bench, points, rounds)
     finally:
         bench.close()
 
 
-def _measure(
-    bench: Bench, points: list[tuple[int, int]], rounds: int, quanto: bool
-) -> list[dict[str, Any]]:
+def _measure(bench: Bench, points: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
     found: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for batch, cached in points:
         for _ in range(rounds):
@@ -162,7 +162,7 @@ def _measure(
                 for preset, point in ARRIVING.items()
                 if point == (batch, cached)
             ]
-            for row in rows + bench.peers(batch, cached, quanto):
+            for row in rows + bench.peers(batch, cached):
                 found.setdefault((row["system"], batch, cached), []).append(row)
         for key, rows in found.items():
             if key[1:] == (batch, cached):
@@ -206,13 +206,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one short point, not saved")
     parser.add_argument("--dtype", default="bfloat16", help="of weights and activations")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="others are not saved")
-    parser.add_argument("--quanto", action="store_true", help="QuantizedCache as well")
     parser.add_argument("--points", help="such as 8x2048,1x512; kept rows of other points stay")
     options = parser.parse_args()
     points = [(2, 256)] if options.quick else POINTS
     if options.points:
         points = [tuple(map(int, p.split("x"))) for p in options.points.split(",")]  # type: ignore[misc]
-    rows = measure(points, getattr(torch, options.dtype), options.rounds, options.quanto)
+    rows = measure(points, getattr(torch, options.dtype), options.rounds)
     if not options.quick and options.rounds == ROUNDS:
         facts = records.machine("transformers", "optimum-quanto", "numba")
         facts |= {"rounds": options.rounds, "new_tokens": NUM_TOKENS}

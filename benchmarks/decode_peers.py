@@ -1,6 +1,7 @@
 """Decoding with transformers' ``generate``: a cache in the model's dtype, or a quantised one."""
 
 import copy
+import importlib.util
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -33,29 +34,42 @@ def prefill(model: Any, prompt: Sequence[int]) -> transformers.DynamicCache:
     return cache
 
 
+def repeated(dense: transformers.DynamicCache, batch: int) -> transformers.DynamicCache:
+    """Return a prompt's cache, once for each sequence of a batch."""
+    own = copy.deepcopy(dense)
+    own.batch_repeat_interleave(batch)
+    return own
+
+
 @torch.inference_mode()
 def decode(
     model: Any, cache: Any, prompt: Sequence[int], batch: int, num_tokens: int
 ) -> tuple[list[float], int]:
-    """Return when each step's tokens came, and the cache's bytes at the end."""
-    own = copy.deepcopy(cache)
-    own.batch_repeat_interleave(batch)
+    """Return when each step's tokens came, and the bytes at the end of a cache for the batch."""
     clock = Clock()
     ids = torch.tensor([list(prompt)] * batch)
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=own,
+        past_key_values=cache,
         max_new_tokens=num_tokens,
         min_new_tokens=num_tokens,
         do_sample=False,
         stopping_criteria=transformers.StoppingCriteriaList([clock]),
     )
-    return clock.times, sum(_bytes(layer) for layer in own.layers)
+    return clock.times, sum(_bytes(layer) for layer in cache.layers)
 
 
-def quantised(model: Any, dense: Any, nbits: int) -> Any:
-    """Return a copy of a prompt's cache as transformers' quantised cache of quanto."""
+def has_quanto() -> bool:
+    """Tell whether the library behind transformers' quantised cache is installed."""
+    try:
+        return importlib.util.find_spec("optimum.quanto") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def quantised(model: Any, dense: transformers.DynamicCache, nbits: int) -> Any:
+    """Return a copy of a cache as transformers' quantised cache of quanto."""
     cache = transformers.QuantizedCache(
         "quanto", model.config, nbits=nbits, residual_length=128, axis_key=0, axis_value=0
     )
