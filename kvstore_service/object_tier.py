@@ -14,12 +14,12 @@ from typing import Self
 
 from kvstrata.kvstore_service.ancestry import Ancestry
 from kvstrata.kvstore_service.block_changes import BlockChanges
-from kvstrata.kvstore_service.lease_table import LeaseTable
 from kvstrata.kvstore_service.object_index import ObjectIndex
 from kvstrata.kvstore_service.object_listing import ObjectListing
 from kvstrata.kvstore_service.object_name import ROOT, ObjectName
 from kvstrata.kvstore_service.object_service import ObjectService, ReadFailedError
-from kvstrata.kvstore_service.pin_table import Clock, PinTable
+from kvstrata.kvstore_service.pin_table import Clock
+from kvstrata.kvstore_service.promises import Promises
 from kvstrata.kvstore_service.tier import OneByOne, StratumSizes, TierUnavailableError, TierUsage
 from kvstrata.protos.errors import CapacityError
 from kvstrata.protos.identity import BlockKey
@@ -73,8 +73,7 @@ class ObjectTier(OneByOne):
         self._find_s = find_s
         self._writer = secrets.token_hex(4)
         self._evictions = 0
-        self._pins = PinTable(clock)
-        self._leases = LeaseTable(clock)
+        self._promises = Promises(lambda key: self._index.get(key) is not None, clock)
         self._index = ObjectIndex(capacity_bytes, absent_s, clock)
         self._listing = ObjectListing(
             service,
@@ -218,7 +217,7 @@ class ObjectTier(OneByOne):
         self._evictions += len(surplus)
 
     def _is_exempt(self, key: BlockKey) -> bool:
-        return self._changes.touch(key) or self._pins.holds(key) or self._leases.holds(key)
+        return self._changes.touch(key) or self._promises.hold(key)
 
     def _no_room(self, key: BlockKey, limit: str) -> CapacityError:
         return CapacityError(
@@ -249,9 +248,7 @@ class ObjectTier(OneByOne):
     async def delete(self, keys: Sequence[BlockKey]) -> int:
         """Forget blocks, every writing of them, at a request or two each. See ``Tier.delete``."""
         self._service.refuse_if_down()
-        self._leases.forget(keys)
-        for key in keys:
-            self._pins.remove(key)
+        self._promises.forget(keys)
         deletions = [self._changes.start(self._delete(key)) for key in dict.fromkeys(keys)]
         return sum(await asyncio.gather(*map(asyncio.shield, deletions)))
 
@@ -297,22 +294,16 @@ class ObjectTier(OneByOne):
     async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
         """Exempt blocks from eviction by this process; see ``Tier.pin``."""
         self._service.refuse_if_down()
-        missing = [key for key in keys if self._index.get(key) is None]
-        for key in set(keys).difference(missing):
-            self._pins.add(key, ttl_s)
-        return missing
+        return self._promises.pin(keys, ttl_s)
 
     async def unpin(self, keys: Sequence[BlockKey]) -> None:
         """End pins; see ``Tier.unpin``."""
-        for key in keys:
-            self._pins.remove(key)
+        self._promises.unpin(keys)
 
     async def lease(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
         """Exempt blocks until then or the process's end; see ``Tier.lease``."""
         self._service.refuse_if_down()
-        missing = [key for key in keys if self._index.get(key) is None]
-        self._leases.add(keys if not missing else [k for k in keys if self._index.get(k)], ttl_s)
-        return missing
+        return self._promises.lease(keys, ttl_s)
 
     async def usage(self) -> TierUsage:
         """Return what is known to be held; the detail also says that a listing runs."""

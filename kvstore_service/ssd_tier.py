@@ -13,8 +13,8 @@ from typing import Self
 
 from kvstrata.kvstore_service.ancestry import Ancestry
 from kvstrata.kvstore_service.block_changes import BlockChanges
-from kvstrata.kvstore_service.lease_table import LeaseTable
-from kvstrata.kvstore_service.pin_table import Clock, PinTable
+from kvstrata.kvstore_service.pin_table import Clock
+from kvstrata.kvstore_service.promises import Promises
 from kvstrata.kvstore_service.ssd_file import SsdFile
 from kvstrata.kvstore_service.ssd_folder import DiskFullError, SsdFolder
 from kvstrata.kvstore_service.ssd_index import SsdIndex
@@ -79,8 +79,7 @@ class SsdTier(OneByOne):
         self._allocation_bytes = allocation_bytes
         self._touch_s = touch_s
         self._clock = clock
-        self._pins = PinTable(clock)
-        self._leases = LeaseTable(clock)
+        self._promises = Promises(lambda key: self._index.get(key) is not None, clock)
         self._index = SsdIndex(capacity_bytes, allocation_bytes)
         self._evictions = 0
         self._next_number = 0
@@ -247,7 +246,7 @@ class SsdTier(OneByOne):
             raise self._worker.trouble.error()
 
     def _is_exempt(self, key: BlockKey) -> bool:
-        return self._changes.touch(key) or self._pins.holds(key) or self._leases.holds(key)
+        return self._changes.touch(key) or self._promises.hold(key)
 
     def _no_room(self, key: BlockKey, limit: str) -> CapacityError:
         return CapacityError(
@@ -266,9 +265,7 @@ class SsdTier(OneByOne):
     async def delete(self, keys: Sequence[BlockKey]) -> int:
         """Forget blocks; they stay away when this has returned. See ``Tier.delete``."""
         self._worker.refuse_if_down()
-        self._leases.forget(keys)
-        for key in keys:
-            self._pins.remove(key)
+        self._promises.forget(keys)
         return await self._changes.to_its_end(self._delete(keys))
 
     async def _delete(self, keys: Sequence[BlockKey]) -> int:
@@ -318,22 +315,16 @@ class SsdTier(OneByOne):
     async def pin(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
         """Exempt blocks from eviction until then or the process's end; see ``Tier.pin``."""
         self._worker.refuse_if_down()
-        missing = [key for key in keys if self._index.get(key) is None]
-        for key in set(keys).difference(missing):
-            self._pins.add(key, ttl_s)
-        return missing
+        return self._promises.pin(keys, ttl_s)
 
     async def unpin(self, keys: Sequence[BlockKey]) -> None:
         """End pins; see ``Tier.unpin``."""
-        for key in keys:
-            self._pins.remove(key)
+        self._promises.unpin(keys)
 
     async def lease(self, keys: Sequence[BlockKey], ttl_s: float) -> list[BlockKey]:
         """Exempt blocks until then or the process's end; see ``Tier.lease``."""
         self._worker.refuse_if_down()
-        missing = [key for key in keys if self._index.get(key) is None]
-        self._leases.add(keys if not missing else [k for k in keys if self._index.get(k)], ttl_s)
-        return missing
+        return self._promises.lease(keys, ttl_s)
 
     async def usage(self) -> TierUsage:
         """Return what files take on disk, and what is wrong with it; see ``Tier.usage``."""
