@@ -21,6 +21,7 @@ from kvstrata.engine.paged_rows import PagedRows
 from kvstrata.engine.paged_states import ChunkState, StepState
 from kvstrata.engine.probes import Probes
 from kvstrata.engine.row_buffer import RowBuffer
+from kvstrata.kernels.page_runs import PageRun
 from kvstrata.kernels.rope import rotate
 from kvstrata.kernels.row_pages import PAGE_TOKENS
 from kvstrata.kernels.saliency import normalised_saliency
@@ -203,12 +204,10 @@ class PagedCache:
         """
         assert self.base <= first <= self.length, "rows behind blocks only, without a gap"
         last = first + keys.shape[2]
-        if self._buffer is None and (last <= self.length or self._is_of_blocks):
+        if self._takes_rows(last):
             self._pages.reserve(last - self.base)
             self._pages.write(first - self.base, keys, values, layers, rotation)
-            if last > self.length:
-                self.length = last
-                self.pool.rows.lengths[self.slot] = self.num_rows
+            self.count_rows(last)
             return
         self._to_buffer(max(0, last - self.length))
         own = slice(first - self.base, last - self.base)
@@ -217,6 +216,37 @@ class PagedCache:
         self.buffer.keys[layers, :, own] = keys.to(self.buffer.keys.dtype)
         self.buffer.values[layers, :, own] = values.to(self.buffer.values.dtype)
         self.length = max(self.length, last)
+
+    def takes_pages(self, first: int, last: int) -> bool:
+        """Tell whether rows ``first`` to ``last`` - 1 would be whole pages: then ``page_run``."""
+        is_whole = not (first - self.base) % PAGE_TOKENS and not (last - self.base) % PAGE_TOKENS
+        return is_whole and self._takes_rows(last) and self.base <= first <= self.length
+
+    def page_run(
+        self,
+        first: int,
+        last: int,
+        layers: slice,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> PageRun:
+        """Return where rows of some layers are to be written; ``count_rows`` holds them then.
+
+        Raises:
+            ArenaFullError: There is no room.
+        """
+        self._pages.reserve(last - self.base)
+        tables = self._pages.table[layers].flatten(0, 1)
+        return PageRun(self.pool.rows.memory, tables, first - self.base, rotation)
+
+    def count_rows(self, last: int) -> None:
+        """Count rows in pages as held, up to position ``last`` - 1."""
+        if last > self.length:
+            self.length = last
+            self.pool.rows.lengths[self.slot] = self.num_rows
+
+    def _takes_rows(self, last: int) -> bool:
+        """Tell whether rows up to ``last`` go to pages, and not into one piece."""
+        return self._buffer is None and (last <= self.length or self._is_of_blocks)
 
     def read(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V of uncompressed rows; see ``SequenceCache.read``.

@@ -105,7 +105,7 @@ class PagedRows:
         if paged:
             k, v = (part[:, :, :paged].flatten(0, 1) for part in (keys, values))
             turns = rotation and (rotation[0][:paged], rotation[1][:paged])
-            write_rows(memory, self._table[layers].flatten(0, 1), first, k, v, turns)
+            write_rows(memory, self.table[layers].flatten(0, 1), first, k, v, turns)
         if paged < keys.shape[2]:
             k, v = keys[:, :, paged:], values[:, :, paged:]
             if rotation is not None:
@@ -119,7 +119,7 @@ class PagedRows:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V of rows ``first`` to ``last`` - 1, (layers, heads, n, head_dim) each."""
         memory, paged = self._pool.rows.memory, self._num_in_pages(first, last)
-        table = self._table[layers]
+        table = self.table[layers]
         parts = []
         if paged:
             found = read_rows(memory, table.flatten(0, 1), first, first + paged)
@@ -140,13 +140,13 @@ class PagedRows:
 
     def release(self) -> None:
         """Give everything back."""
-        self._pool.arena.release_pages(self._table.flatten().numpy())
+        self._pool.arena.release_pages(self.table.flatten().numpy())
         self._pool.arena.release_pages(self._tail_pages())
         self._num_tail_pages = 0
         self._set_columns(0)
 
     @property
-    def _table(self) -> torch.Tensor:
+    def table(self) -> torch.Tensor:
         """The whole pages of every layer and head: int32 (L, H, columns)."""
         return self._pool.rows.tables[self._slot, :, :, : self._num_columns]
 

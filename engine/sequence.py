@@ -12,13 +12,13 @@ precision.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 
 from kvstrata.engine.attachments import attachments_of
 from kvstrata.engine.batch import Span
 from kvstrata.engine.cache import SequenceCache
+from kvstrata.engine.decoded_blocks import write_decoded
 from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.last_token import LastToken
 from kvstrata.engine.model import Model
@@ -383,18 +383,13 @@ class RunningSequence:
             return
         codec, spec = self.method.codec, self.model.spec
         begin, end = first * BLOCK_TOKENS, (first + len(blocks)) * BLOCK_TOKENS
-        shape = BlockShape(spec.num_kv_heads, spec.head_dim, spec.dtype)
-        decoded = [codec.decode(list(group), shape) for _, group in groupby(blocks, key=sorted)]
-        keys, values = (
-            (torch.cat(parts, 2) if parts[1:] else parts[0]).flatten(2, 3)
-            for parts in zip(*decoded, strict=True)
-        )
-        if codec.first_layer:
-            k0, v0 = self._first_layer_kv(self.token_ids[begin:end], begin)
-            self.cache.write(begin, k0[None], v0[None], layers=slice(0, 1))
-        rotation, stored = None, slice(codec.first_layer, None)
+        rotation = None
         if (turns := stored_turns(self._rope, begin, end)) is not None:
             cos, sin = self.model.cos_sin(0, end)
             rotation = cos[turns], sin[turns]
-        self.cache.write(begin, keys, values, stored, rotation)
+        shape = BlockShape(spec.num_kv_heads, spec.head_dim, spec.dtype)
+        write_decoded(self.cache, codec, blocks, shape, begin, rotation)
+        if codec.first_layer:
+            k0, v0 = self._first_layer_kv(self.token_ids[begin:end], begin)
+            self.cache.write(begin, k0[None], v0[None], layers=slice(0, 1))
         self._note(first, blocks)

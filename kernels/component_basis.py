@@ -167,17 +167,12 @@ def expand(
     Raises:
         ValueError: Sizes or types do not fit one another.
     """
-    _check_expand(words, basis, classes, mid, bias, escapes, rotation, dtype)
+    check_expand(words, basis, classes, mid, bias, escapes, rotation, dtype)
     dim, size = basis.layout.dim, (basis.layout.num_heads, words.shape[0], TOKENS, basis.layout.dim)
     if out is None:
         out = empty_huge(size, dtype, words.device)
     _check_out(out, size, dtype)
-    shift = None
-    if bias is not None:
-        # In float64, rounded once: BLAS is not asked for its order, and blocks read the same alone.
-        rows = decode_value_bias(bias).transpose(0, 1).double() / basis.deviation.double()[:, None]
-        inverse = basis.matrix("inverse", torch.float64)
-        shift = torch.baddbmm(basis.mean.double()[:, None], rows, inverse).float()
+    shift = None if bias is None else shift_of(basis, bias)
     quick = dim % KEPT_MULTIPLE == 0 and dim >= _SMALLEST
     backend = backend_of(words, basis.mean)
     if backend == "numba" and quick:
@@ -188,6 +183,16 @@ def expand(
         run = expand_reference
     run(words, basis, classes, mid, shift, escapes, rotation, out)
     return out
+
+
+def shift_of(basis: ComponentBasis, bias: ValueBias) -> torch.Tensor:
+    """Return what base tokens get, float32 (H, N, D): mean and bias.
+
+    In float64, rounded once: BLAS is not asked for its order, and blocks read the same alone.
+    """
+    rows = decode_value_bias(bias).transpose(0, 1).double() / basis.deviation.double()[:, None]
+    mean, inverse = (basis.matrix(name, torch.float64) for name in ("mean", "inverse"))
+    return torch.baddbmm(mean[:, None], rows, inverse).float()
 
 
 def expand_reference(
@@ -218,7 +223,7 @@ def expand_reference(
     out.copy_(x)
 
 
-def _check_expand(
+def check_expand(
     words: torch.Tensor,
     basis: ComponentBasis,
     classes: TokenClasses,
@@ -228,6 +233,7 @@ def _check_expand(
     rotation: tuple[torch.Tensor, torch.Tensor] | None,
     dtype: torch.dtype,
 ) -> None:
+    """Raise ValueError unless the arguments of ``expand`` fit one another."""
     check_words(words, basis.layout)
     num_heads, num_blocks, dim = basis.layout.num_heads, words.shape[0], basis.layout.dim
     for name, masks in classes._asdict().items():

@@ -13,7 +13,7 @@ quantising and finishing some 0.2 ns. Seen on a busy two-core machine: 1.1 to 2 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # mypy: disable-error-code="misc"
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,11 +30,13 @@ from kvstrata.kernels.component_basis import ComponentBasis, product_dtype
 from kvstrata.kernels.escape_rows import EscapeRows, row_starts, unpack_escape_rows
 from kvstrata.kernels.floats_numba import as_numpy
 from kvstrata.kernels.huge_memory import empty_huge
+from kvstrata.kernels.page_runs import PageRun
 from kvstrata.kernels.plane_plans_numba import FINE, mid_tables, plan_of
 from kvstrata.kernels.products_numba import (
     Multiplier,
     aligned,
     begin_products,
+    counted_depth,
     depth_step,
     end_products,
     multiplier_of,
@@ -45,6 +47,7 @@ from kvstrata.kernels.products_numba import (
     rows_dtype,
     tile_config,
 )
+from kvstrata.kernels.row_pages import PAGE_TOKENS
 from kvstrata.kernels.sign_codes import MAX_WIDTH
 from kvstrata.kernels.threads import for_ranges
 from kvstrata.kernels.token_masks import TOKENS, TokenClasses
@@ -58,6 +61,7 @@ from kvstrata.kernels.vectors_numba import (
     store,
     subtract,
 )
+from kvstrata.kernels.written_rows_numba import page_scratch, put_keys, put_values
 
 _GRAIN = 8
 
@@ -157,6 +161,21 @@ def _centre(x, start, mean, row_of_mean, rows, row, dim):
             store(rows, t * row + c, value)
 
 
+class _Pages(NamedTuple):
+    """Where expanded rows go instead of an array of their own; ``tables`` is empty if nowhere."""
+
+    tables: "np.ndarray[Any, Any]"
+    width: int  # of a head's row of ``tables``
+    first: int  # page of each head
+    is_keys: bool
+    cos: "np.ndarray[Any, Any]"
+    sin: "np.ndarray[Any, Any]"
+
+
+_NO_FLOATS = np.zeros(0, np.float32)
+_NO_PAGES = _Pages(np.zeros(0, np.int32), 0, 0, False, _NO_FLOATS, _NO_FLOATS)
+
+
 def expand_numba(
     words: torch.Tensor,
     basis: ComponentBasis,
@@ -168,7 +187,21 @@ def expand_numba(
     out: torch.Tensor,
 ) -> None:
     """Write what ``expand_reference`` returns to ``out``."""
-    layout, none = basis.layout, np.zeros(0, np.float32)
+    _expand_blocks(words, basis, classes, mid, shift, escapes, rotation, out, _NO_PAGES)
+
+
+def _expand_blocks(
+    words: torch.Tensor,
+    basis: ComponentBasis,
+    classes: TokenClasses,
+    mid: MidRows | None,
+    shift: torch.Tensor | None,
+    escapes: EscapeRows | None,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None,
+    out: torch.Tensor,
+    pages: _Pages,
+) -> None:
+    layout, none = basis.layout, _NO_FLOATS
     plan, dim = plan_of(layout), layout.dim
     by = multiplier_of(product_dtype(out.dtype))
     rows, firsts = none, np.zeros(0, np.int64)
@@ -186,18 +219,39 @@ def expand_numba(
         rows,
         firsts,
         *((none, none) if rotation is None else map(_flat, rotation)),
+        pages,
     )
     target = _flat(out)
 
     def work(first: int, last: int) -> None:
+        tokens = np.empty(TOKENS * dim * bool(pages.tables.size), target.dtype)
         _expand(
             *arguments, np.zeros(2 * MAX_WIDTH * dim, np.int32),
             aligned(TOKENS * padded(dim, by), rows_dtype(by)),
-            aligned(TOKENS * dim, np.float32), np.zeros(dim, np.float32), tile_config(), target,
-            dim, first, last,
+            aligned(TOKENS * dim, np.float32), np.zeros(dim, np.float32), tile_config(),
+            tokens, page_scratch(dim), target, dim, first, last,
         )  # fmt: skip
 
     for_ranges(work, layout.num_heads * words.shape[0], _GRAIN)
+
+
+def expand_to_pages_numba(
+    words: torch.Tensor,
+    basis: ComponentBasis,
+    classes: TokenClasses,
+    mid: MidRows | None,
+    shift: torch.Tensor | None,
+    escapes: EscapeRows | None,
+    pages: PageRun,
+    *,
+    is_keys: bool,
+) -> None:
+    """Write one side of ``expand_to_pages``, block by block, while a block is in the cache."""
+    cos, sin = (_NO_FLOATS, _NO_FLOATS) if pages.rotation is None else map(_flat, pages.rotation)
+    tables, first = pages.tables.contiguous(), pages.first // PAGE_TOKENS
+    numbers = tables.view(-1).numpy()
+    own = _Pages(numbers, tables.shape[1], first, is_keys, cos, sin)
+    _expand_blocks(words, basis, classes, mid, shift, escapes, None, pages.memory, own)
 
 
 def _flat(table: torch.Tensor) -> "np.ndarray[Any, Any]":
@@ -207,25 +261,48 @@ def _flat(table: torch.Tensor) -> "np.ndarray[Any, Any]":
 @kernel(**VECTORS)
 def _expand(
     words, plan, refined, fine, packed, mean, shifts, base, mid, escape, rows, firsts, cos, sin,
-    halves, y, x, zeros, config, out, dim, first, last,
+    pages, halves, y, x, zeros, config, tokens, scratch, out, dim, first, last,
 ):  # fmt: skip
-    """Expand the (block, head) pairs ``first`` to ``last``: blocks outside, for cos and sin."""
+    """Expand the (block, head) pairs ``first`` to ``last``: blocks outside, for cos and sin.
+
+    Components that no token of a block has are zero, and not multiplied.
+    """
     begin_products(packed, config)
     num_heads, num_blocks = base.shape
+    target = tokens if tokens.size > 0 else out
     for item in range(first, last):
         h, n = item % num_heads, item // num_heads
-        kept = plan.sizes[h * MAX_WIDTH]
-        if refined.masks.size > 0:
-            kept = max(kept, plan.counts[h])
-        kept, whole = padded_depth(packed, max(kept, 1)), padded_depth(packed, dim)
+        depth = plan.sizes[h * MAX_WIDTH]
+        if refined.masks.size > 0 and refined.masks[h, n] != 0:
+            depth = max(depth, plan.counts[h])
+        kept, whole = padded_depth(packed, max(depth, 1)), padded_depth(packed, dim)
         decode_block(words[n], plan, refined, fine, halves, y, 0, dim, kept, h, n)
-        multiply_rows(y, 0, kept, packed, h * dim * whole, whole, kept, x, 0, dim)
+        counted = counted_depth(packed, depth)
+        multiply_rows(y, 0, kept, packed, h * dim * whole, whole, counted, x, 0, dim)
         row = firsts[n * num_heads + h] if firsts.size > 0 else 0
+        place = h * num_blocks + n
         _finish(
-            x, mean, shifts, base[h, n], mid[h, n], escape[h, n], rows, row, cos, sin, zeros, out,
-            dim, h, h * num_blocks + n, n,
+            x, mean, shifts, base[h, n], mid[h, n], escape[h, n], rows, row, cos, sin, zeros,
+            target, 0 if tokens.size > 0 else place * TOKENS * dim, dim, h, place, n,
         )  # fmt: skip
+        if tokens.size > 0:
+            _put(tokens, pages, h * pages.width + pages.first, n, scratch, out, dim)
     end_products(packed, config)
+
+
+@inlined
+def _put(tokens, pages, column, n, scratch, memory, dim):
+    """Write the tokens of block ``n`` to its pages, of a head whose first is at ``column``."""
+    run = PAGE_TOKENS * dim
+    for i in range(TOKENS // PAGE_TOKENS):
+        page = n * (TOKENS // PAGE_TOKENS) + i
+        start = np.int64(pages.tables[column + page]) * 2 * run
+        if pages.is_keys:
+            put_keys(
+                tokens, i * run, dim, pages.cos, pages.sin, page * run, scratch, memory, start, dim
+            )
+        else:
+            put_values(tokens, i * run, dim, memory, start, dim)
 
 
 @inlined
@@ -251,11 +328,11 @@ def _copy(x, at, out, to, added, plus, dim):
 
 @inlined
 def _finish(
-    x, mean, shifts, base, mid, escape, rows, row, cos, sin, zeros, out, dim, h, place, n
+    x, mean, shifts, base, mid, escape, rows, row, cos, sin, zeros, out, start, dim, h, place, n
 ):  # fmt: skip
-    """Finish the 64 tokens of head ``h`` and block ``n``, ``place`` in the output."""
+    """Finish the 64 tokens of head ``h`` and block ``n``, whose shift is at ``place``."""
     for t in range(TOKENS):
-        to, angle = (place * TOKENS + t) * dim, (n * TOKENS + t) * dim
+        to, angle = start + t * dim, (n * TOKENS + t) * dim
         if shifts.size > 0 and (base >> t) & 1:
             if cos.size > 0:
                 _turn(x, t * dim, cos, sin, angle, out, to, shifts, place * dim, dim)

@@ -337,6 +337,17 @@ def _padded_depth(packed, depth):
     return lambda packed, depth: (depth + step - 1) // step * step
 
 
+def counted_depth(packed, depth):
+    """Return how much of a padded depth is multiplied where what lies behind ``depth`` is zero."""
+    raise NotImplementedError("for compiled code only")
+
+
+@overload(counted_depth, inline="always")
+def _counted_depth(packed, depth):
+    step = {types.uint16: _TILE_DEPTH, types.int32: 2}.get(packed.dtype, 1)
+    return lambda packed, depth: (depth + step - 1) // step * step
+
+
 def multiply_columns(a, at, row, packed, start, depth, out, to, step):
     """Write 64 rows of ``a``, ``row`` apart, times 16 columns of ``packed`` to float32 ``out``."""
     raise NotImplementedError("for compiled code only")

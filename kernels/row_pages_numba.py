@@ -28,13 +28,12 @@ from kvstrata.kernels.vectors_numba import (
     larger,
     largest_lane,
     load,
-    multiply,
     splat,
     store,
     subtract,
     sum_lanes,
-    transpose_tile,
 )
+from kvstrata.kernels.written_rows_numba import PAGE_SCRATCH, put_keys, put_values, turn_key
 
 SPLIT_ROWS = 1024
 _SPLIT_PAGES = SPLIT_ROWS // PAGE_TOKENS
@@ -283,47 +282,28 @@ def merge_items(parts, state, sizes, out, lse):
 
 @kernel(error_model="numpy")
 def _write_items(begin, stop, keys, values, cos, sin, tables, memory, steps, sizes):
-    """Write pages ``begin`` to ``stop`` of all heads: item = head * pages + page.
-
-    A whole page's keys are turned in rows of float32, then transposed; bits stay as they are.
-    """
+    """Write pages ``begin`` to ``stop`` of all heads: item = head * pages + page."""
     first, count, dim, num_pages = sizes
-    rows, tile = np.empty(PAGE_TOKENS * dim, np.float32), np.empty(PAGE_TOKENS * dim, np.float32)
+    scratch = np.empty(PAGE_SCRATCH * dim, np.float32)
     for item in range(begin, stop):
         head, at = item // num_pages, first // PAGE_TOKENS + item % num_pages
         start = np.int64(tables[head * steps[4] + at]) * 2 * PAGE_TOKENS * dim
         low, high = max(first, at * PAGE_TOKENS), min(first + count, (at + 1) * PAGE_TOKENS)
-        for token in range(low, high):
-            n, slot = token - first, token - at * PAGE_TOKENS
-            source = head * steps[0] + n * steps[1]
+        n = low - first
+        key, value = head * steps[0] + n * steps[1], head * steps[2] + n * steps[3]
+        if high - low == PAGE_TOKENS:
+            put_keys(keys, key, steps[1], cos, sin, n * dim, scratch, memory, start, dim)
+            put_values(values, value, steps[3], memory, start, dim)
+            continue
+        for slot in range(low - at * PAGE_TOKENS, high - at * PAGE_TOKENS):
             if cos.size > 0:
-                _turn(keys, source, cos, sin, n * dim, rows, slot * dim, dim)
+                turn_key(keys, key, cos, sin, n * dim, scratch, 0, dim)
             else:
                 for c in range(0, dim, 16):
-                    store(rows, slot * dim + c, load(keys, source + c))
-            source, to = head * steps[2] + n * steps[3], start + (PAGE_TOKENS + slot) * dim
+                    store(scratch, c, load(keys, key + c))
+            for c in range(dim):
+                memory[start + PAGE_TOKENS * c + slot] = from_float(scratch[c], memory[0])
+            to = start + (PAGE_TOKENS + slot) * dim
             for c in range(0, dim, 16):
-                store(memory, to + c, load(values, source + c))
-        if high - low == PAGE_TOKENS:
-            for c in range(0, dim, 16):
-                transpose_tile(rows, c, dim, tile, c * PAGE_TOKENS, PAGE_TOKENS)
-            for c in range(0, dim * PAGE_TOKENS, 16):
-                store(memory, start + c, load(tile, c))
-        else:
-            for slot in range(low - at * PAGE_TOKENS, high - at * PAGE_TOKENS):
-                for c in range(dim):
-                    memory[start + PAGE_TOKENS * c + slot] = from_float(
-                        rows[slot * dim + c], memory[0]
-                    )
-
-
-@_part
-def _turn(keys, source, cos, sin, angle, rows, to, dim):
-    """Write a row of keys as float32, turned: low and high halves as in ``rope_numba``."""
-    half = dim // 2
-    for c in range(0, half, 16):
-        low, high = load(keys, source + c), load(keys, source + half + c)
-        turned = multiply(high, load(sin, angle + c))
-        store(rows, to + c, subtract(multiply(low, load(cos, angle + c)), turned))
-        turned = multiply(low, load(sin, angle + half + c))
-        store(rows, to + half + c, add(multiply(high, load(cos, angle + half + c)), turned))
+                store(memory, to + c, load(values, value + c))
+            n, key, value = n + 1, key + steps[1], value + steps[3]

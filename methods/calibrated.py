@@ -24,16 +24,18 @@ Source:
     quantise groups with parameters of their own, of which none is left here.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import torch
 
 from kvstrata.kernels.block_planes import PlaneLayout
-from kvstrata.kernels.component_basis import ComponentBasis, encode_tokens, expand
+from kvstrata.kernels.component_basis import ComponentBasis, encode_tokens
 from kvstrata.kernels.escape_rows import pack_escape_rows
 from kvstrata.kernels.mid_rows import pack_mid_rows
+from kvstrata.kernels.page_runs import PageRun, StoredTokens, expand_to_pages
 from kvstrata.kernels.token_masks import to_flags, to_mask, token_classes
 from kvstrata.kernels.value_bias import ValueBias, encode_value_bias
 from kvstrata.methods.bit_allocation import VALUE_WEIGHT, allocate
@@ -139,19 +141,38 @@ class CalibratedCodec:
         self, frames: Sequence[Mapping[Stratum, Frame]], shape: BlockShape
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the given strata tell. See ``BlockCodec.decode``."""
-        num_layers, heads, dim = self.profile.shape
-        if (shape.num_kv_heads, shape.head_dim) != (heads, dim):
-            raise CorruptFrameError("the blocks are of a model of another shape")
-        try:
-            stored = self.layout.read(
-                [self.segments_of(strata[BASE]) for strata in frames],
-                [self.segments_of(strata[MID]) for strata in frames] if MID in frames[0] else None,
-            )
-            keys, values = self._decode_sides(*stored, shape.dtype)
-        except ValueError as error:
-            raise CorruptFrameError(str(error)) from error
-        size = (num_layers, heads)
+        with _as_corrupt():
+            keys, values = self._decode_sides(*self._read(frames, shape), shape.dtype)
+        size = self.profile.shape[:2]
         return keys.unflatten(0, size), values.unflatten(0, size)
+
+    def decode_to_pages(
+        self,
+        frames: Sequence[Mapping[Stratum, Frame]],
+        shape: BlockShape,
+        pages: Callable[[], PageRun],
+    ) -> None:
+        """Write what ``decode`` returns to pages. See ``PagingCodec``."""
+        with _as_corrupt():
+            sides = zip(self.sides, self._read(frames, shape), strict=True)
+            keys, values = (side.tokens(stored) for side, stored in sides)
+            expand_to_pages(keys, values, pages())
+
+    def _read(
+        self, frames: Sequence[Mapping[Stratum, Frame]], shape: BlockShape
+    ) -> tuple[StoredSide, StoredSide]:
+        """Return what frames hold of K and of V.
+
+        Raises:
+            CorruptFrameError: A checksum is off, or the model has another shape.
+            ValueError: A segment's size is not the one that its masks tell.
+        """
+        if (shape.num_kv_heads, shape.head_dim) != self.profile.shape[1:]:
+            raise CorruptFrameError("the blocks are of a model of another shape")
+        return self.layout.read(
+            [self.segments_of(strata[BASE]) for strata in frames],
+            [self.segments_of(strata[MID]) for strata in frames] if MID in frames[0] else None,
+        )
 
     def _decode_sides(
         self, keys: StoredSide, values: StoredSide, dtype: torch.dtype
@@ -294,15 +315,27 @@ class Side:
 
     def decode(self, stored: StoredSide, dtype: torch.dtype) -> torch.Tensor:
         """Return the vectors, (L * H, N, T, D)."""
-        return expand(
+        return self.tokens(stored).expand(dtype)
+
+    def tokens(self, stored: StoredSide) -> StoredTokens:
+        """Return what is stored as kernels read it."""
+        return StoredTokens(
             stored.words,
             self.basis,
             token_classes(stored.mid, stored.escape),
             mid=stored.mid_rows,
             bias=stored.bias,
             escapes=stored.escapes,
-            dtype=dtype,
         )
+
+
+@contextlib.contextmanager
+def _as_corrupt() -> Iterator[None]:
+    """Turn what the body finds wrong with sizes into a CorruptFrameError."""
+    try:
+        yield
+    except ValueError as error:
+        raise CorruptFrameError(str(error)) from error
 
 
 @lru_cache(16)

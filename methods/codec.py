@@ -3,12 +3,13 @@
 Legend: L stored layers, H KV heads, N blocks, T block tokens (64), D head_dim.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 
+from kvstrata.kernels.page_runs import PageRun
 from kvstrata.protos.frame import Buffer, Frame
 from kvstrata.protos.frame_pb2 import RopeForm, Stratum
 
@@ -116,6 +117,29 @@ class SelectiveCodec(BlockCodec, Protocol):
 
         Raises:
             CorruptFrameError: A segment's checksum or size is off.
+        """
+        ...
+
+
+@runtime_checkable
+class PagingCodec(BlockCodec, Protocol):
+    """A codec that decodes straight into the pages that attention reads."""
+
+    def decode_to_pages(
+        self,
+        frames: Sequence[Mapping[Stratum, Frame]],
+        shape: BlockShape,
+        pages: Callable[[], PageRun],
+    ) -> None:
+        """Write what ``decode`` returns to pages: keys turned, bit for bit as by ``write_rows``.
+
+        Args:
+            frames: As for ``decode``.
+            shape: As for ``decode``.
+            pages: Called once the frames were found whole; heads of all stored layers as one row.
+
+        Raises:
+            CorruptFrameError: A segment's checksum or size is off; nothing was written.
         """
         ...
 

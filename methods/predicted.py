@@ -9,7 +9,7 @@ attention cannot read it in place. In return it needs about two thirds of the bi
 A token that is left out in one head is, for what follows, what was predicted for it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -21,13 +21,17 @@ from kvstrata.kernels.escape_rows import pack_escape_rows
 from kvstrata.kernels.huge_memory import empty_huge
 from kvstrata.kernels.layer_prediction import LayerWeights, Rest, add_predictions, steps
 from kvstrata.kernels.mid_rows import pack_mid_rows
+from kvstrata.kernels.page_runs import PageRun
+from kvstrata.kernels.row_pages import write_rows
 from kvstrata.kernels.token_masks import to_flags, to_mask
 from kvstrata.kernels.value_bias import ValueBias
 from kvstrata.methods.bit_allocation import VALUE_WEIGHT
 from kvstrata.methods.calibrated import CalibratedCodec, Side, TokenChoice
 from kvstrata.methods.calibrated_segments import StoredSide
-from kvstrata.methods.codec import KVBlocks
+from kvstrata.methods.codec import BlockShape, KVBlocks
 from kvstrata.methods.profile import PROFILES, Prediction, Profile, ProfileError
+from kvstrata.protos.frame import Frame
+from kvstrata.protos.frame_pb2 import Stratum
 
 K, V = 0, 1
 
@@ -102,6 +106,17 @@ class PredictedCodec(CalibratedCodec):
             for side, x, y, made in zip(self.sides, put, components, parts, strict=True)
         )
         return keys, values
+
+    def decode_to_pages(
+        self,
+        frames: Sequence[Mapping[Stratum, Frame]],
+        shape: BlockShape,
+        pages: Callable[[], PageRun],
+    ) -> None:
+        """Write what ``decode`` returns to pages. See ``PagingCodec``."""
+        keys, values = (part.flatten(0, 1).flatten(1, 2) for part in self.decode(frames, shape))
+        run = pages()
+        write_rows(run.memory, run.tables, run.first, keys, values, run.rotation)
 
     def _decode_sides(
         self, keys: StoredSide, values: StoredSide, dtype: torch.dtype
