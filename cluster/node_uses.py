@@ -46,6 +46,9 @@ class NodeUses:
                     "node_gpu_bytes": use.gpu_bytes,
                     "node_gpu_used_bytes": use.gpu_used_bytes,
                     "node_gpu_busy_ratio": use.gpu_busy,
+                    "node_graph_passes": use.graph_passes,
+                    "node_graph_failed_passes": use.graph_failed_passes,
+                    "node_late_copies": use.late_copies,
                 }
             labels = {"node": node, "worker": worker}
             found += [Gauge(name=n, value=v, labels=labels) for n, v in numbers.items()]

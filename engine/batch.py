@@ -93,16 +93,6 @@ class BatchState:
             first += count
         return torch.cat(chosen)
 
-    def observe(self, layer: int, hidden: torch.Tensor) -> None:
-        """Show each part that wants it its own rows; see ``ObservingState``."""
-        first = 0
-        for count, state in self._parts:
-            running = state.rows(layer)
-            last = first + (count if running is None else len(running))
-            if first < last and isinstance(state, ObservingState):
-                state.observe(layer, hidden[first:last])
-            first = last
-
     def attend(
         self,
         layer: int,
@@ -121,6 +111,20 @@ class BatchState:
                 q, k, v = queries[:, part], keys[:, part], values[:, part]
                 outputs.append(state.attend(layer, q, k, v, scaling))
         return torch.cat(outputs, 1)
+
+
+class ObservingBatch(BatchState):
+    """A pass of which some sequence is shown the inputs of layers."""
+
+    def observe(self, layer: int, hidden: torch.Tensor) -> None:
+        """Show each part that wants it its own rows; see ``ObservingState``."""
+        first = 0
+        for count, state in self._parts:
+            running = state.rows(layer)
+            last = first + (count if running is None else len(running))
+            if first < last and isinstance(state, ObservingState):
+                state.observe(layer, hidden[first:last])
+            first = last
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,5 +181,10 @@ def begin_pass(spans: Sequence[Span]) -> Pass:
         token_ids,
         positions,
         [last[id(span)] for span in spans if span.wants_logits],
-        parts[0][1] if len(parts) == 1 else BatchState(parts),
+        parts[0][1] if len(parts) == 1 else _together(parts),
     )
+
+
+def _together(parts: Sequence[tuple[int, AttentionState]]) -> BatchState:
+    observed = any(isinstance(state, ObservingState) for _, state in parts)
+    return (ObservingBatch if observed else BatchState)(parts)

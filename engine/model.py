@@ -40,6 +40,7 @@ from kvstrata.engine.model_tables import gates_of, profile_of
 from kvstrata.engine.packed_decoder import PackedDecoder, can_pack
 from kvstrata.engine.rotary import Rotary
 from kvstrata.engine.spec import KVSpec
+from kvstrata.engine.step_graphs import StepGraphs
 from kvstrata.engine.vision import VisionTower
 from kvstrata.methods.gate_weights import GateWeights
 from kvstrata.methods.profile import Profile
@@ -125,16 +126,16 @@ class Model:
         name = Path(find_default_model()[1]).stem if source is None else display_name(source)
         return cls(*loaded[:4], name=name, device=device, vision=loaded.vision)
 
-    def pack(self) -> bool:
+    def pack(self, graphs: StepGraphs | None = None) -> bool:
         """Take the weights out of transformers for faster passes, if the family allows it.
 
-        From then on no gradients flow (``forward_once``, ``continue_over``). Idempotent.
+        No gradients flow then (``forward_once``). Idempotent. Few rows run by ``graphs``, if given.
 
         Returns:
             Whether passes run packed now.
         """
         if self._decoder is None and self._rotary is not None and can_pack(self._hf_model):
-            self._decoder = PackedDecoder(self._hf_model, self._rotary, self.spec)
+            self._decoder = PackedDecoder(self._hf_model, self._rotary, self.spec, graphs)
         return self._decoder is not None
 
     @cached_property

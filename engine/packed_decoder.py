@@ -8,8 +8,9 @@ Mistral, Qwen2, Qwen3); others run in transformers.
 Legend: N tokens of a pass, E hidden size, Q query heads, H KV heads, D head_dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from kvstrata.engine.layer_inputs import ObservingState
 from kvstrata.engine.packed_linear import PackedLinear
 from kvstrata.engine.rotary import Rotary
 from kvstrata.engine.spec import KVSpec
+from kvstrata.engine.step_graphs import GraphedPass, StepGraphs
 from kvstrata.kernels.decoder_ops import add_rms_norm, rotate_heads, silu_gate
 from kvstrata.kernels.few_rows import (
     MAX_ROWS,
@@ -112,7 +114,9 @@ def can_pack(hf_model: Any) -> bool:
 class PackedDecoder:
     """The decoder of one model, on the model's device."""
 
-    def __init__(self, hf_model: Any, rotary: Rotary, spec: KVSpec) -> None:
+    def __init__(
+        self, hf_model: Any, rotary: Rotary, spec: KVSpec, graphs: StepGraphs | None = None
+    ) -> None:
         """Take over the weights of a model that ``can_pack``; layers of it are emptied."""
         inner = hf_model.base_model
         self._rotary = rotary
@@ -126,6 +130,8 @@ class PackedDecoder:
         if head.weight is not inner.embed_tokens.weight:
             _empty(head)
         self._few_rows = self._make_few_rows()
+        self._graphs = graphs
+        self._angles = None if graphs is None else rotary.cos_sin(0, spec.max_positions)
 
     def _make_few_rows(self) -> FewRows | None:
         """Return what runs steps of few rows, if weights and sizes allow it."""
@@ -159,6 +165,10 @@ class PackedDecoder:
         Returns:
             Logits (kept, vocab_size), of the model's dtype.
         """
+        if images is None and isinstance(logits_to_keep, torch.Tensor):
+            graphed = self._begin_graphed(token_ids, positions, state)
+            if graphed is not None:
+                return self._run_graphed(graphed, state, logits_to_keep)
         device = self._embedding.device
         at = torch.tensor(positions, dtype=torch.int64)
         tables = self._rotary.cos_sin(0, max(positions) + 1)
@@ -224,6 +234,53 @@ class PackedDecoder:
             step.attended(place, state.attend(index, *step.heads(place), scaling))
         return step.logits(kept) if len(kept) else hidden.new_empty(0, self._head.num_outputs)
 
+    def _begin_graphed(
+        self, token_ids: Sequence[int], positions: Sequence[int], state: AttentionState
+    ) -> GraphedPass | None:
+        """Begin a pass by CUDA graphs, if there are such and all rows run all layers."""
+        if self._graphs is None:
+            return None
+        layers = self._layers_of_all(state)
+        if layers is None or len(layers) < len(self._layers):
+            self._graphs.counts["graph_layers"] += 1
+            return None
+        return self._graphs.begin(token_ids, positions)
+
+    def _run_graphed(
+        self, graphed: GraphedPass, state: AttentionState, kept: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the logits of a pass whose parts between attentions are replayed."""
+        assert self._angles is not None
+        rows, angles = slice(graphed.num_rows), self._angles
+
+        def embed() -> tuple[torch.Tensor, ...]:
+            hidden = self._embedding[graphed.token_ids]
+            return self._before(self._layers[0], None, hidden, graphed.positions, angles)
+
+        made = graphed.run(embed)
+        for index, layer in enumerate(self._layers):
+            q, k, v, hidden = made
+            out = state.attend(index, q[:, rows], k[:, rows], v[:, rows], layer.scaling)
+            attended = graphed.attended(out.transpose(0, 1).flatten(1))
+            piece = partial(self._go_on, index, attended, hidden, graphed.positions, angles)
+            made = graphed.run(piece)
+        graphed.end()
+        return made[0][kept]
+
+    def _go_on(
+        self,
+        index: int,
+        attended: torch.Tensor,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """Run from a layer's attention up to the next one's, or to the logits of all rows."""
+        delta, hidden = self._behind(self._layers[index], attended, hidden)
+        if index + 1 < len(self._layers):
+            return self._before(self._layers[index + 1], delta, hidden, positions, tables)
+        return (self._head(self._norm(hidden, delta)[0]),)
+
     def _run(
         self,
         index: int,
@@ -239,10 +296,28 @@ class PackedDecoder:
 
         ``hidden`` lacks ``delta``, what the layer before added: norms add it on their way.
         """
+        show = None if shown is None else partial(shown.observe, index)
+        q, k, v, hidden = self._before(layer, delta, hidden, positions, tables, show)
+        out = state.attend(index, q, k, v, layer.scaling)
+        return self._behind(layer, out.transpose(0, 1).flatten(1), hidden)
+
+    def _before(
+        self,
+        layer: _Layer,
+        delta: torch.Tensor | None,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        show: Callable[[torch.Tensor], object] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return queries, keys and values (heads, N, D), turned, and ``hidden`` with ``delta``.
+
+        Whoever is interested in the layer's input is shown it.
+        """
         num_heads, num_kv_heads, head_dim = self._sizes
         normed, hidden = layer.before_attention(hidden, delta)
-        if shown is not None:
-            shown.observe(index, normed)
+        if show is not None:
+            show(normed)
         heads = layer.qkv(normed).unflatten(1, (-1, head_dim))
         turning = heads[:, : num_heads + num_kv_heads]
         if layer.query_norm is not None and layer.key_norm is not None:
@@ -254,9 +329,13 @@ class PackedDecoder:
             turning = torch.cat(parts, 1)
         turned = rotate_heads(turning, *tables, positions).transpose(0, 1)
         values = heads[:, num_heads + num_kv_heads :].transpose(0, 1)
-        out = state.attend(index, turned[:num_heads], turned[num_heads:], values, layer.scaling)
-        added = layer.output(out.transpose(0, 1).reshape(len(hidden), -1))
-        normed, hidden = layer.before_mlp(added, hidden)
+        return turned[:num_heads], turned[num_heads:], values, hidden
+
+    def _behind(
+        self, layer: _Layer, attended: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the layer's MLP adds, and what it adds to, of attention's (N, heads * D)."""
+        normed, hidden = layer.before_mlp(layer.output(attended), hidden)
         return layer.down(silu_gate(layer.gate_up(normed))), hidden
 
 

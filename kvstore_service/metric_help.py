@@ -86,4 +86,7 @@ HELP = {
     "node_gpu_bytes": "Memory of a node's GPU.",
     "node_gpu_used_bytes": "Of it, in use by all processes.",
     "node_gpu_busy_ratio": "Share of the last moment in which the GPU computed.",
+    "node_graph_passes": "Passes that ran by CUDA graphs, since the node's start.",
+    "node_graph_failed_passes": "Passes that did not, because they could not be captured.",
+    "node_late_copies": "Copies to or from a node's GPU that did not end in time.",
 }

@@ -16,6 +16,7 @@ from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.model import Model
 from kvstrata.engine.row_buffer import RowBuffer
 from kvstrata.engine.sequence import RunningSequence
+from kvstrata.engine.step_graphs import StepGraphs
 from kvstrata.engine.step_loop import StepLoop
 from kvstrata.kernels.warmup import WORKER_OPS, warm_up
 from kvstrata.kvstore_service.client import FetchedStratum, PutOutcome, StoreClient
@@ -113,7 +114,8 @@ class Worker:
         self.model = Model.load(
             config.model, adapter=config.adapter, dtype=config.dtype, device=config.device
         )
-        self.model.pack()
+        self.graphs = StepGraphs.of(self.model.device)
+        self.model.pack(self.graphs)
         spec = self.model.spec
         if config.warm_up and self.model.device.type == "cpu" and spec.head_dim % 16 == 0:
             warm_up((spec.head_dim,), (spec.dtype,), WORKER_OPS)
@@ -169,6 +171,9 @@ class Worker:
         if pool.gpu is not None and (gpu := pool.gpu.read()) is not None:
             found.gpu_bytes, found.gpu_used_bytes = gpu.num_bytes, gpu.used_bytes
             found.gpu_busy = gpu.busy
+        if self.graphs is not None:
+            found.graph_passes = self.graphs.counts["graph_passes"]
+            found.graph_failed_passes = self.graphs.counts["graph_failed_passes"]
         return found
 
     @contextlib.asynccontextmanager

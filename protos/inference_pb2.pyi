@@ -283,7 +283,7 @@ class ReadPlan(_message.Message):
     def __init__(self, node: _Optional[str] = ..., choice: _Optional[str] = ..., stored_blocks: _Optional[int] = ..., fetched_blocks: _Optional[int] = ..., predicted_s: _Optional[float] = ..., seconds: _Optional[float] = ..., refined_blocks: _Optional[int] = ..., predicted_refined_s: _Optional[float] = ..., refined_s: _Optional[float] = ...) -> None: ...
 
 class NodeUse(_message.Message):
-    __slots__ = ("node", "worker", "pool_bytes", "pool_used_bytes", "parked", "expired", "gpu_bytes", "gpu_used_bytes", "gpu_busy")
+    __slots__ = ("node", "worker", "pool_bytes", "pool_used_bytes", "parked", "expired", "gpu_bytes", "gpu_used_bytes", "gpu_busy", "graph_passes", "graph_failed_passes", "late_copies")
     NODE_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     POOL_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -293,6 +293,9 @@ class NodeUse(_message.Message):
     GPU_BYTES_FIELD_NUMBER: _ClassVar[int]
     GPU_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     GPU_BUSY_FIELD_NUMBER: _ClassVar[int]
+    GRAPH_PASSES_FIELD_NUMBER: _ClassVar[int]
+    GRAPH_FAILED_PASSES_FIELD_NUMBER: _ClassVar[int]
+    LATE_COPIES_FIELD_NUMBER: _ClassVar[int]
     node: str
     worker: str
     pool_bytes: int
@@ -302,7 +305,10 @@ class NodeUse(_message.Message):
     gpu_bytes: int
     gpu_used_bytes: int
     gpu_busy: float
-    def __init__(self, node: _Optional[str] = ..., worker: _Optional[str] = ..., pool_bytes: _Optional[int] = ..., pool_used_bytes: _Optional[int] = ..., parked: _Optional[int] = ..., expired: _Optional[int] = ..., gpu_bytes: _Optional[int] = ..., gpu_used_bytes: _Optional[int] = ..., gpu_busy: _Optional[float] = ...) -> None: ...
+    graph_passes: int
+    graph_failed_passes: int
+    late_copies: int
+    def __init__(self, node: _Optional[str] = ..., worker: _Optional[str] = ..., pool_bytes: _Optional[int] = ..., pool_used_bytes: _Optional[int] = ..., parked: _Optional[int] = ..., expired: _Optional[int] = ..., gpu_bytes: _Optional[int] = ..., gpu_used_bytes: _Optional[int] = ..., gpu_busy: _Optional[float] = ..., graph_passes: _Optional[int] = ..., graph_failed_passes: _Optional[int] = ..., late_copies: _Optional[int] = ...) -> None: ...
 
 class CacheReport(_message.Message):
     __slots__ = ("prompt_tokens", "shareable_tokens", "cached_tokens", "bytes_fetched", "bytes_published", "tier", "precision", "codec", "stages", "recomputes", "committed_blocks", "replays", "coalesced_tokens", "kept_fraction", "layer_bits", "read_plans", "nodes", "layer_executions")

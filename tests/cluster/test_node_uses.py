@@ -5,7 +5,8 @@ from kvstrata.protos.inference_pb2 import NodeUse
 def use(worker: str = "a:1", *, used: int = 10, gpu: int = 0) -> NodeUse:
     return NodeUse(
         node="decode", worker=worker, pool_bytes=100, pool_used_bytes=used, parked=3, gpu_bytes=gpu,
-        gpu_used_bytes=gpu // 2, gpu_busy=0.25 if gpu else 0.0,
+        gpu_used_bytes=gpu // 2, gpu_busy=0.25 if gpu else 0.0, graph_passes=7,
+        graph_failed_passes=2, late_copies=1,
     )  # fmt: skip
 
 
@@ -25,6 +26,9 @@ def test_the_newest_report_of_each_worker_counts() -> None:
     }
     assert numbers(uses, "b:2")["node_gpu_used_bytes"] == 40
     assert numbers(uses, "b:2")["node_gpu_busy_ratio"] == 0.25
+    assert numbers(uses, "b:2")["node_graph_passes"] == 7
+    assert numbers(uses, "b:2")["node_graph_failed_passes"] == 2
+    assert numbers(uses, "b:2")["node_late_copies"] == 1
     assert {g.labels["node"] for g in uses.gauges()} == {"decode"}
 
 
