@@ -10,7 +10,7 @@ from itertools import groupby
 
 import torch
 
-from kvstrata.engine.kv_arena import Extent, KVArena
+from kvstrata.engine.kv_arena import Extent, KVArena, Source
 from kvstrata.kernels.block_pages import (
     ABSENT,
     MID,
@@ -21,7 +21,7 @@ from kvstrata.kernels.block_pages import (
     Turns,
 )
 from kvstrata.kernels.expand_pages import expand_pages
-from kvstrata.methods.calibrated_pages import PageLayout
+from kvstrata.methods.calibrated_pages import PageLayout, PlacedBlock
 from kvstrata.protos.errors import CorruptFrameError
 from kvstrata.protos.frame import Frame
 from kvstrata.protos.frame_pb2 import Stratum
@@ -88,10 +88,9 @@ class CompressedBlocks:
         try:
             for row, block in zip(rows, placed, strict=True):
                 extents.append(self._arena.allocate(block.num_bytes, self._mover(row)))
-                block.copy_to(self._arena.view(extents[-1]).numpy())
             # Only now: making room for one block may have moved another.
-            starts = torch.tensor([extent.offset for extent in extents])
-            self._write(torch.tensor(rows), starts, torch.stack([b.offsets for b in placed]))
+            source = self._arena.fill(extents, [block.copy_to for block in placed])
+            self._write(torch.tensor(rows), extents, placed, source)
         except BaseException:
             for extent in extents:
                 self._arena.release(extent)
@@ -175,10 +174,20 @@ class CompressedBlocks:
 
         return move
 
-    def _write(self, rows: torch.Tensor, starts: torch.Tensor, offsets: torch.Tensor) -> None:
-        blocks = BlockRows(starts, torch.full((len(rows),), BLOCK_TOKENS))
+    def _write(
+        self,
+        rows: torch.Tensor,
+        extents: Sequence[Extent],
+        placed: Sequence[PlacedBlock],
+        source: Source,
+    ) -> None:
+        """Enter blocks into the tables of all layers; ``source`` holds what is checked of them."""
+        counts = torch.full((len(rows),), BLOCK_TOKENS)
+        blocks = BlockRows(torch.tensor([extent.offset for extent in extents]), counts)
+        held = source.memory, BlockRows(torch.tensor(source.starts), counts)
+        offsets = torch.stack([block.offsets for block in placed])
         try:
             for layer, pages in enumerate(self.layers):
-                pages.put(rows, blocks, offsets[:, layer].contiguous())
+                pages.put(rows, blocks, offsets[:, layer].contiguous(), held)
         except ValueError as error:
             raise CorruptFrameError(str(error)) from error

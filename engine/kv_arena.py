@@ -12,8 +12,9 @@ the free bytes would, movable extents are pushed together (``compact``).
 
 import bisect
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ ALIGNMENT = 64
 _SYSTEM_PAGE = 4096
 
 PageIds = npt.NDArray[np.int32]
+Fill = Callable[[npt.NDArray[np.uint8]], None]
 
 
 class ArenaFullError(Exception):
@@ -49,6 +51,19 @@ class Extent:
     def stop(self) -> int:
         """The byte behind the last."""
         return self.offset + self.num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Host memory that holds what was written to extents: the arena itself, or a copy.
+
+    Attributes:
+        memory: uint8, one dimension.
+        starts: Where each extent's bytes begin in it, multiples of ``ALIGNMENT``.
+    """
+
+    memory: torch.Tensor
+    starts: list[int]
 
 
 class KVArena:
@@ -158,6 +173,22 @@ class KVArena:
     def view(self, extent: Extent) -> torch.Tensor:
         """Return an extent's bytes."""
         return self.memory[extent.offset : extent.stop]
+
+    def fill(self, extents: Sequence[Extent], fills: Sequence[Fill]) -> Source:
+        """Write extents, each by a function that is given its bytes, and return who has them.
+
+        On a device the bytes are put together on the host and sent, without waiting for it.
+        """
+        if self.memory.device.type == "cpu":
+            for extent, fill in zip(extents, fills, strict=True):
+                fill(self.view(extent).numpy())
+            return Source(self.memory, [extent.offset for extent in extents])
+        ends = [0, *accumulate(extent.num_bytes for extent in extents)]
+        staged = torch.empty(ends[-1], dtype=torch.uint8)
+        for extent, fill, (first, stop) in zip(extents, fills, pairwise(ends), strict=True):
+            fill(staged[first:stop].numpy())
+            self.view(extent).copy_(staged[first:stop], non_blocking=True)
+        return Source(staged, ends[:-1])
 
     def take_pages(self, count: int) -> PageIds:
         """Return ``count`` pages; page i is bytes i * page_bytes and on.

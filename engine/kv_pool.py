@@ -25,7 +25,10 @@ _FIRST_COLUMNS = 8  # of the tables: pages for the rows of two blocks
 
 
 class KVPool:
-    """One arena, the tables that lead into it, and what sequences share. In host memory.
+    """One arena, the tables that lead into it, and what sequences share.
+
+    What attention reads is on the model's device; what says where it lies is in host memory, where
+    it is written, and goes to the device with each pass that needs it.
 
     Attributes:
         model: Whose KV this is.
@@ -33,7 +36,7 @@ class KVPool:
         rows: Uncompressed rows in pages, by slot of a sequence. Of now: ``widen`` replaces it.
         tails: The newest of them, which fill no page.
         saliency: float32 (slots, layers, kv_heads, 64): sums of the block that fills.
-        gpu: Of the model's GPU, if there is one.
+        gpu: Tells what is left of the model's GPU beside the pool, if there is one.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class KVPool:
             )
         self.model = model
         self.gpu = gpu
-        self.arena = KVArena(capacity_bytes, page_bytes)
+        self.arena = KVArena(capacity_bytes, page_bytes, model.device)
         heads = (max_sequences, spec.num_layers, spec.num_kv_heads)
         self._max_columns = spec.max_positions // PAGE_TOKENS + 1  # a step looks one row ahead
         with torch.inference_mode(False):
@@ -69,7 +72,7 @@ class KVPool:
                 torch.zeros(heads, dtype=torch.int32),
             )
             self.tails = RowTails.empty(max_sequences, self.pages_per_step)
-            self.saliency = torch.zeros((*heads, BLOCK_TOKENS))
+            self.saliency = torch.zeros((*heads, BLOCK_TOKENS), device=model.device)
         self._free_slots = list(range(max_sequences - 1, -1, -1))
         self._blocks: dict[tuple[str, str], CompressedBlocks] = {}
 
@@ -103,13 +106,16 @@ class KVPool:
         """Return the first rows of ``turns``."""
         return Turns(self.turns.cos[:num_blocks], self.turns.sin[:num_blocks])
 
-    def free_beyond(self, expected_bytes: int) -> int:
+    def free_beyond(self, expected_bytes: int, *, is_alone: bool = False) -> int:
         """Return the bytes that may be promised beyond those that sequences have yet to take.
 
-        On a GPU they have taken their own, and others may have taken more.
+        Args:
+            expected_bytes: What these have yet to take.
+            is_alone: Whether they are for a sequence that takes its memory beside the pool, from
+                what is left of a GPU.
         """
         free = self.arena.free_bytes - expected_bytes
-        on_gpu = None if self.gpu is None else self.gpu.free_bytes()
+        on_gpu = self.gpu.free_bytes() if is_alone and self.gpu is not None else None
         return free if on_gpu is None else min(free, on_gpu)
 
     @property
@@ -188,7 +194,7 @@ class KVPool:
             return None
         key = (codec.profile.profile_id, codec.settings())
         if key not in self._blocks:
-            self._blocks[key] = CompressedBlocks(PageLayout(codec), self.arena)
+            self._blocks[key] = CompressedBlocks(PageLayout(codec, self.model.device), self.arena)
         return self._blocks[key]
 
     def check_integrity(self) -> None:

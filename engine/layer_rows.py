@@ -39,6 +39,7 @@ def _forward(
         return forward(hidden, kv_cache_state=kv_cache_state, **kwargs)
     if not len(rows):
         return hidden
+    rows = rows.to(hidden.device)
     for name in _PER_ROW:
         if kwargs.get(name) is not None:
             kwargs[name] = _pick(kwargs[name], rows)

@@ -170,7 +170,7 @@ class PackedDecoder:
             if graphed is not None:
                 return self._run_graphed(graphed, state, logits_to_keep)
         device = self._embedding.device
-        at = torch.tensor(positions, dtype=torch.int64)
+        at = torch.tensor(positions, dtype=torch.int64, device=device)
         tables = self._rotary.cos_sin(0, max(positions) + 1)
         hidden = self._embedding[torch.tensor(token_ids, dtype=torch.int64, device=device)]
         if images is not None:
@@ -190,9 +190,9 @@ class PackedDecoder:
             hidden = hidden if delta is None else hidden + delta
             delta = None
             if len(rows):
-                own, some = rows.to(device), at[rows]
+                own = rows.to(device)
                 change, base = self._run(
-                    index, layer, None, hidden[own], some, tables, state, shown
+                    index, layer, None, hidden[own], at[own], tables, state, shown
                 )
                 hidden = hidden.index_copy(0, own, base + change)
         if isinstance(logits_to_keep, int):

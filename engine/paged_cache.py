@@ -314,15 +314,16 @@ class PagedCache:
         if self.probes.rows is None:
             assert self._block_end - BLOCK_TOKENS == first
             seen = (last - torch.arange(first, last).clamp_min(self._first_seen)).clamp_min(1)
-            return self.pool.saliency[self.slot, :, :, : last - first] / seen
-        found = torch.zeros(spec.num_layers, spec.num_kv_heads, last - first)
+            return self.pool.saliency[self.slot, :, :, : last - first].cpu() / seen
+        size = (spec.num_layers, spec.num_kv_heads, last - first)
+        found = torch.zeros(size, device=self.pool.model.device)
         queries, positions = self.probes.read()
         for layer in range(spec.num_layers if len(positions) else 0):
             keys = self.keys_of(layer, int(positions[-1]) + 1)[None]
             seen = normalised_saliency(queries[layer : layer + 1], positions, keys, scaling)
-            own = seen[0, :, first:last].cpu()
+            own = seen[0, :, first:last]
             found[layer, :, : own.shape[-1]] = own
-        return found
+        return found.cpu()
 
     def keys_of(self, layer: int, last: int) -> torch.Tensor:
         """Return one layer's keys from position 0 to ``last`` - 1, (num_kv_heads, last, D)."""

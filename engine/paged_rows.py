@@ -183,7 +183,8 @@ class PagedRows:
         count, start = self._pool.pages_per_step, self._num_columns * PAGE_TOKENS
         numbers = torch.arange(count).view(-1, self._pool.model.spec.num_kv_heads)[layers]
         pages = self._pool.tails.pages[self._slot]
-        return tail_rows(pages, count, numbers, first - start, last - start)
+        rows = tail_rows(pages, count, numbers, first - start, last - start)
+        return rows.to(self._pool.rows.memory.device)
 
     def _add_columns(self, columns: int) -> None:
         """Have that many pages of each head; the tail becomes some of them, and its rows move."""

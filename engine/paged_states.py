@@ -89,7 +89,7 @@ class ChunkState:
         hidden = torch.ones(count, last - start, dtype=torch.bool, device=keys.device)
         hidden = hidden.triu(last - start - count + 1)
         weights = scores.exp().masked_fill(hidden, 0.0).mean(1).sum(1)
-        cache.pool.saliency[cache.slot, layer, :, : last - start] += weights.cpu()
+        cache.pool.saliency[cache.slot, layer, :, : last - start] += weights
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ class _Plan:
         firsts = [cache.first_counted_row for cache in caches]
         self.counts = any(first >= 0 for first in firsts)
         self.has_tails = any(cache.has_tail for cache in caches)
-        self.firsts = torch.tensor(firsts, dtype=torch.int32)
+        device = self.pool.model.device
+        self.firsts = torch.tensor(firsts, dtype=torch.int32, device=device)
 
     @cached_property
     def groups(self) -> list[_Group]:
@@ -133,7 +134,7 @@ class _Plan:
             first = self.caches[chosen[0]]
             assert first.blocks is not None
             table = PageTable.of([self.caches[i].block_rows for i in chosen])
-            index = torch.tensor(chosen)
+            index = torch.tensor(chosen, device=self.pool.model.device)
             tokens = _token_rows([self.caches[i].block_tokens for i in chosen])
             stored = first.first_stored_layer
             groups.append(_Group(first.blocks, stored, chosen, index, table, tokens))

@@ -385,9 +385,9 @@ class RunningSequence:
         begin, end = first * BLOCK_TOKENS, (first + len(blocks)) * BLOCK_TOKENS
         rotation = None
         if (turns := stored_turns(self._rope, begin, end)) is not None:
-            cos, sin = self.model.cos_sin(0, end)
-            rotation = cos[turns], sin[turns]
-        shape = BlockShape(spec.num_kv_heads, spec.head_dim, spec.dtype)
+            at, tables = turns.to(self.model.device), self.model.cos_sin(0, end)
+            rotation = tables[0][at], tables[1][at]
+        shape = BlockShape(spec.num_kv_heads, spec.head_dim, spec.dtype, self.model.device)
         write_decoded(self.cache, codec, blocks, shape, begin, rotation)
         if codec.first_layer:
             k0, v0 = self._first_layer_kv(self.token_ids[begin:end], begin)

@@ -104,7 +104,7 @@ class StepLoop:
         self, method: Method, token_ids: Sequence[int], num_prompt: int, num_cached: int
     ) -> int:
         """Return about how many bytes a sequence needs; see ``open``."""
-        is_pooled = not method.pipeline.stages and self.model.device.type == "cpu"
+        is_pooled = not method.pipeline.stages
         # What was generated fills block after block; one of them is rows at a time.
         generated = len(token_ids) - num_prompt
         rows = max(num_prompt - num_cached, 0)

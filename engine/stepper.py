@@ -131,7 +131,8 @@ class Stepper:
         """Give places to those who wait, as far as memory goes; whose turn it is first."""
         for seat in self._by_turn(self._waiting):
             wanted = seat.num_bytes + self._growth()
-            if (self._seats or self._sealing) and self._free_bytes() < wanted:
+            is_alone = bool(seat.method.pipeline.stages)
+            if (self._seats or self._sealing) and self._free_bytes(is_alone) < wanted:
                 return
             try:
                 sequence = new_sequence(
@@ -140,7 +141,7 @@ class Stepper:
                     seat.token_ids,
                     salt=seat.salt,
                     num_prompt=seat.num_prompt,
-                    pool=self.pool if self.model.device.type == "cpu" else None,
+                    pool=self.pool,
                 )
             except ArenaFullError:
                 return
@@ -152,13 +153,13 @@ class Stepper:
             self._seats[id(sequence)] = seat
             seat.opened.set_result(sequence)
 
-    def _free_bytes(self) -> int:
-        """Return the pool's free bytes, less what those with a place have yet to take of them."""
+    def _free_bytes(self, is_alone: bool) -> int:
+        """Return what is free for one more, less what those with a place have yet to take of it."""
         expected = sum(
             seat.num_bytes if seat.is_alone else max(0, seat.num_bytes - seat.cache.num_bytes)
             for seat in self._seats.values()
         )
-        return self.pool.free_beyond(expected)
+        return self.pool.free_beyond(expected, is_alone=is_alone)
 
     def _growth(self) -> int:
         """Return the bytes that running sequences will soon need on top."""
@@ -222,7 +223,6 @@ class Stepper:
         assert job is not None
         if id(sequence) not in self._turns:
             self._turns[id(sequence)] = turns(sequence, job, seat.num_prompt, self._chunk)
-        begin = time.perf_counter()
         try:
             turn = next(self._turns[id(sequence)], None)
         except Exception as error:
@@ -233,8 +233,6 @@ class Stepper:
             self._finish(seat, job)
             return
         self.counts.add_pass(turn.num_generated, turn.num_prompt)
-        if self.model.device.type != "cpu":  # where nobody shares a pass
-            self.times.add(turn.num_generated, turn.num_prompt, time.perf_counter() - begin)
         self._fair.charge(seat.tenant, prompt=turn.num_prompt, generated=turn.num_generated)
 
     def _chunk(self) -> int:
@@ -340,14 +338,14 @@ class Stepper:
 
     def _forward(self, spans: Sequence[Span], seats: Sequence[Seat]) -> list[torch.Tensor]:
         """Run the pass; if it fails, each alone, so that only who is to blame fails."""
-        before = {seat.cache.slot: self.pool.saliency[seat.cache.slot].clone() for seat in seats}
+        slots = torch.tensor([seat.cache.slot for seat in seats]).to(self.model.device)
+        before = self.pool.saliency[slots]
         try:
             return list(self.model.forward_batch(spans))
         except Exception:
             self.counts.add("failed_passes")
             logger.exception("a pass failed; its sequences run one by one")
-        for slot, sums in before.items():  # layers that ran have counted
-            self.pool.saliency[slot] = sums
+        self.pool.saliency[slots] = before  # layers that ran have counted
         rows: list[torch.Tensor] = []
         for span, seat in zip(spans, seats, strict=True):
             try:

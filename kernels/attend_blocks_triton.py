@@ -307,7 +307,7 @@ def attend_batch_triton(
     rows = turn_back(own.transpose(0, 1), turned).flatten(1, 2)
     projected = rows @ pages.keys.projection
     constants = rows @ pages.keys.mean[..., None]
-    mirrored = rows @ hadamard(dim).to(device)
+    mirrored = rows @ _hadamard(dim, device)
     parts = torch.empty(plan.num_ranges, num_rows, 2 * dim + 1 + STATE, device=device)
     scores = torch.empty(heads, plan.num_blocks, group, layout.BLOCK_TOKENS, device=device)
     tables, values = _constants(device), pages.values
@@ -331,7 +331,7 @@ def attend_batch_triton(
     by_head = merged.view(batch, heads, group, -1).transpose(0, 1).flatten(1, 2)
     sums, escaped, planed = by_head.split([dim, dim, 1], -1)
     found = sums @ values.inverse + planed * values.mean[:, None]
-    found += escaped @ hadamard(dim).to(device)
+    found += escaped @ _hadamard(dim, device)
     out = found.view(heads, batch, group, dim).transpose(0, 1).reshape(queries.shape)
     return out, lse
 
@@ -341,6 +341,11 @@ def _tables_of(tables: SideTables) -> tuple[torch.Tensor, torch.Tensor]:
     others = (layout.mid_counts.long(), tables.word_starts[:-1])
     counts = torch.cat([layout.plane_sizes, torch.stack(others, 1)], 1)
     return layout.widths.int().contiguous(), counts
+
+
+@cache
+def _hadamard(dim: int, device: torch.device) -> torch.Tensor:
+    return hadamard(dim).to(device)
 
 
 @cache

@@ -62,6 +62,16 @@ class SideTables:
         return F.pad(self.layout.words_per_head.cumsum(0), (1, 0))
 
     @cached_property
+    def num_words(self) -> int:
+        """How many words a block has; known to the host, as ``mid_row_bytes`` is."""
+        return int(self.word_starts[-1])
+
+    @cached_property
+    def mid_row_bytes(self) -> torch.Tensor:
+        """Return int64 (H,), on the CPU: bytes of one mid token."""
+        return self.layout.mid_row_bytes.cpu()
+
+    @cached_property
     def projection(self) -> torch.Tensor:
         """What turns a row q into q . (dx / dy), for components that have codes: (H, D, R)."""
         kept = self.layout.num_kept(refined=True)
@@ -152,7 +162,13 @@ class BlockPages:
     counts: torch.Tensor = field(init=False)
     num_puts: int = field(init=False, default=0)
 
-    def put(self, rows: torch.Tensor, blocks: BlockRows, offsets: torch.Tensor) -> None:
+    def put(
+        self,
+        rows: torch.Tensor,
+        blocks: BlockRows,
+        offsets: torch.Tensor,
+        source: tuple[torch.Tensor, BlockRows] | None = None,
+    ) -> None:
         """Point rows at other blocks in the arena, whose bytes are there already.
 
         While it runs, nobody may attend to these rows; to others, anybody may.
@@ -161,11 +177,15 @@ class BlockPages:
             rows: int64 (n,), which ones.
             blocks: The n blocks; without tokens they empty a row.
             offsets: int32 (n, NUM_FIELDS).
+            source: Memory of the host that holds the same bytes, and where the blocks are in it:
+                checked in the arena's place, which may be on a device that is still to be waited
+                for. Each block lies in the arena wholly and at a multiple of 8 bytes.
 
         Raises:
             ValueError: As when pages are made, or a row does not exist; nothing has changed then.
         """
-        new = BlockPages(self.arena, blocks, offsets, self.keys, self.values)
+        checked, places = source or (self.arena, blocks)
+        new = BlockPages(checked, places, offsets, self.keys, self.values)
         _check_rows("rows", rows, len(self.blocks.starts))
         self.blocks.put(rows, blocks)
         self.offsets[rows], self.counts[rows] = offsets, new.counts
@@ -209,7 +229,7 @@ class BlockPages:
     def row_starts(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows in CODES and bytes in MID before each head: int64 (n, 2 sides, 2, H + 1)."""
         sides = (self.keys, self.values)
-        mid_bytes = torch.stack([tables.layout.mid_row_bytes.cpu() for tables in sides])
+        mid_bytes = torch.stack([tables.mid_row_bytes for tables in sides])
         sizes = self.counts[rows].long()
         sizes[:, :, MID_ROWS] *= mid_bytes
         return F.pad(sizes.cumsum(-1), (1, 0))
@@ -242,7 +262,7 @@ class BlockPages:
             at = offsets[:, side * SIDE_FIELDS :]
             escapes, mid_bytes = row_starts[:, side, :, -1].unbind(1)
             present = at[:, MID] != ABSENT
-            self._check_part("words", at[:, WORDS], 8 * int(tables.word_starts[-1]), 8)
+            self._check_part("words", at[:, WORDS], 8 * tables.num_words, 8)
             self._check_part("mid", at[present, MID], mid_bytes[present], 1)
             self._check_part("scales", at[:, SCALES], 2 * escapes, 2)
             self._check_scales(at[:, SCALES], escapes)

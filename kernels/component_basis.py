@@ -66,6 +66,17 @@ class ComponentBasis:
         if not (self.deviation > 0).all():
             raise ValueError("deviation must be above zero")
 
+    def on(self, device: torch.device) -> "ComponentBasis":
+        """Return these tables on a device, brought there once."""
+        if self.mean.device == device:
+            return self
+        layout = PlaneLayout(self.layout.widths.to(device), self.layout.mid_counts.to(device))
+        tables = (self.mean, self.forward, self.inverse, self.deviation)
+        moved: ComponentBasis = self.once(
+            device, lambda: ComponentBasis(layout, *(table.to(device) for table in tables))
+        )
+        return moved
+
     def matrix(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Return ``forward`` or ``inverse`` in another format, converted once."""
         table: torch.Tensor = self.once(

@@ -79,7 +79,7 @@ def _expand_side(
     escapes, mids = pages.row_starts(rows)[:, side, :, -1].unbind(1)
     fine = None
     if (at[:, MID] != ABSENT).all():
-        fine = MidRows(classes.mid, _take_runs(arena, at[:, MID], mids), _ends(mids))
+        fine = MidRows(classes.mid, _take_runs(arena, at[:, MID], mids), _ends(mids, arena))
     elif (at[:, MID] != ABSENT).any():
         raise ValueError("some of the blocks have MID and some have not")
     scales = _take_runs(arena, at[:, SCALES], 2 * escapes).view(torch.bfloat16)
@@ -95,7 +95,7 @@ def _expand_side(
         classes,
         mid=fine,
         bias=bias,
-        escapes=EscapeRows(classes.escape, scales, codes, _ends(escapes)),
+        escapes=EscapeRows(classes.escape, scales, codes, _ends(escapes, arena)),
         rotation=rotation,
         dtype=dtype,
     ).flatten(1, 2)
@@ -113,5 +113,5 @@ def _take_runs(arena: torch.Tensor, starts: torch.Tensor, sizes: torch.Tensor) -
     return torch.cat([arena[at : at + size] for at, size in runs])
 
 
-def _ends(sizes: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+def _ends(sizes: torch.Tensor, arena: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(arena.device)

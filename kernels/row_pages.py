@@ -180,7 +180,12 @@ def attend_rows(queries: torch.Tensor, step: RowStep, layer: int, scaling: float
     _check(queries, no_rows, no_rows, step, layer)
     if not int(step.lengths[:, layer].min()):
         raise ValueError("a head has no row to attend to")
-    if backend_of(queries, step.pages.memory) == "numba" and dim % PAGE_TOKENS == 0:
+    backend = backend_of(queries, step.pages.memory)
+    if backend == "triton":
+        from kvstrata.kernels.row_pages_triton import attend_rows_triton
+
+        return attend_rows_triton(queries, step, layer, scaling)
+    if backend == "numba" and dim % PAGE_TOKENS == 0:
         from kvstrata.kernels.row_pages_numba import attend_rows_numba
 
         return attend_rows_numba(queries, step, layer, scaling)

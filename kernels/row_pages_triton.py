@@ -168,6 +168,36 @@ def step_rows_triton(
     scaling: float,
 ) -> Attention:
     """Return what ``step_rows_reference`` returns, up to rounding; products of float32 are TF32."""
+    return _attend(queries, keys, values, step, layer, StepTables.of(step).lengths[layer], scaling)
+
+
+def attend_rows_triton(
+    queries: torch.Tensor, step: RowStep, layer: int, scaling: float
+) -> Attention:
+    """Return what ``attend_rows_reference`` returns, up to rounding; as ``step_rows_triton``.
+
+    The last row of each head is the new one of the kernel, which writes it back as it was.
+    """
+    pages, tables, dim = step.pages, StepTables.of(step), step.pages.head_dim
+    last = tables.lengths[layer] - 1
+    home = tables.tables[layer].gather(2, (last // PAGE_TOKENS).long()[..., None])[..., 0]
+    keys, values = pages.memory[home.long()].unbind(2)
+    place = (last % PAGE_TOKENS).long()[..., None, None]
+    key = keys.unflatten(2, (dim, PAGE_TOKENS)).take_along_dim(place, 3)[..., 0]
+    value = values.unflatten(2, (PAGE_TOKENS, dim)).take_along_dim(place, 2)[:, :, 0]
+    return _attend(queries, key, value, step, layer, last, scaling)
+
+
+def _attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    step: RowStep,
+    layer: int,
+    lengths: torch.Tensor,
+    scaling: float,
+) -> Attention:
+    """Return attention over ``lengths`` (R, H) rows and the given ones, which are written."""
     pages, tables = step.pages, StepTables.of(step)
     (count, num_rows, dim), heads = queries.shape, keys.shape[1]
     group = num_rows // heads
@@ -177,7 +207,7 @@ def step_rows_triton(
     if num_rows:
         attend_pages_kernel[count * heads, tables.splits](
             queries.contiguous(), keys.contiguous(), values.contiguous(), pages.memory,
-            tables.tables[layer], tables.lengths[layer], parts, scaling, heads, group,
+            tables.tables[layer], lengths, parts, scaling, heads, group,
             tables.width, **shape_of(dim, group, keys.itemsize), SPLIT=SPLIT_ROWS,
         )  # fmt: skip
     return merge_parts(parts, tables.starts)

@@ -57,8 +57,12 @@ def stage_rows(
         new: Keys and values (R, H, D) of ``step_rows``, which counts them as held when the caller
             says so; None if there are none.
     """
-    is_quick = step.pages.head_dim % PAGE_TOKENS == 0
-    if is_quick and backend_of(step.pages.memory, *(new or ())) == "numba":
+    backend = backend_of(step.pages.memory, *(new or ()))
+    if backend == "triton":
+        from kvstrata.kernels.row_tails_triton import stage_rows_triton
+
+        stage_rows_triton(tails, step, layer, new)
+    elif backend == "numba" and step.pages.head_dim % PAGE_TOKENS == 0:
         from kvstrata.kernels.row_tails_numba import stage_rows_numba
 
         stage_rows_numba(tails, step, layer, new)

@@ -142,7 +142,7 @@ class CalibratedCodec:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the given strata tell. See ``BlockCodec.decode``."""
         with _as_corrupt():
-            keys, values = self._decode_sides(*self._read(frames, shape), shape.dtype)
+            keys, values = self._decode_sides(*self._read(frames, shape), shape)
         size = self.profile.shape[:2]
         return keys.unflatten(0, size), values.unflatten(0, size)
 
@@ -155,7 +155,7 @@ class CalibratedCodec:
         """Write what ``decode`` returns to pages. See ``PagingCodec``."""
         with _as_corrupt():
             sides = zip(self.sides, self._read(frames, shape), strict=True)
-            keys, values = (side.tokens(stored) for side, stored in sides)
+            keys, values = (side.tokens(stored.on(shape.device)) for side, stored in sides)
             expand_to_pages(keys, values, pages())
 
     def _read(
@@ -175,11 +175,11 @@ class CalibratedCodec:
         )
 
     def _decode_sides(
-        self, keys: StoredSide, values: StoredSide, dtype: torch.dtype
+        self, keys: StoredSide, values: StoredSide, shape: BlockShape
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values, (L * H, N, T, D)."""
-        of_keys, of_values = self.sides
-        return of_keys.decode(keys, dtype), of_values.decode(values, dtype)
+        read, dtype = [stored.on(shape.device) for stored in (keys, values)], shape.dtype
+        return self.sides[0].decode(read[0], dtype), self.sides[1].decode(read[1], dtype)
 
     def tags(self, frames: Sequence[Mapping[Stratum, Frame]]) -> torch.Tensor:
         """Return the saliency tags. See ``BlockCodec.tags``."""
@@ -314,14 +314,14 @@ class Side:
         )
 
     def decode(self, stored: StoredSide, dtype: torch.dtype) -> torch.Tensor:
-        """Return the vectors, (L * H, N, T, D)."""
+        """Return the vectors, (L * H, N, T, D), where ``stored`` is."""
         return self.tokens(stored).expand(dtype)
 
     def tokens(self, stored: StoredSide) -> StoredTokens:
         """Return what is stored as kernels read it."""
         return StoredTokens(
             stored.words,
-            self.basis,
+            self.basis.on(stored.words.device),
             token_classes(stored.mid, stored.escape),
             mid=stored.mid_rows,
             bias=stored.bias,

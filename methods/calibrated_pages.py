@@ -74,8 +74,8 @@ class PageLayout:
         tables: Per stored layer, the same for ``attend_blocks``.
     """
 
-    def __init__(self, codec: CalibratedCodec) -> None:
-        """Cut the codec's tables by layer.
+    def __init__(self, codec: CalibratedCodec, device: torch.device | str = "cpu") -> None:
+        """Cut the codec's tables by layer; those of ``bases`` and ``tables`` lie on ``device``.
 
         Raises:
             ValueError: Its blocks cannot be read in place.
@@ -85,11 +85,12 @@ class PageLayout:
         self.codec = codec
         num_layers, self._heads, self._dim = codec.profile.shape
         whole = codec.bases
+        keys, values = (basis.on(torch.device(device)) for basis in whole)
         self.bases = [
-            (_layer_of(whole[0], layer, self._heads), _layer_of(whole[1], layer, self._heads))
+            (_layer_of(keys, layer, self._heads), _layer_of(values, layer, self._heads))
             for layer in range(num_layers)
         ]
-        self.tables = [(_tables(keys), _tables(values)) for keys, values in self.bases]
+        self.tables = [(_tables(k), _tables(v)) for k, v in self.bases]
         self._segments = SegmentLayout(num_layers, *(basis.layout for basis in whole))
         fixed = np.array([self._segments.fixed_sizes(layer) for layer in range(num_layers)])
         self._fixed = fixed

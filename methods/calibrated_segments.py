@@ -46,6 +46,20 @@ class StoredSide:
     mid_rows: MidRows | None
     bias: ValueBias | None
 
+    def on(self, device: torch.device) -> "StoredSide":
+        """Return the same on a device."""
+        if self.words.device == device:
+            return self
+        e, m, b = self.escapes, self.mid_rows, self.bias
+        return StoredSide(
+            self.escape.to(device),
+            self.mid.to(device),
+            self.words.to(device),
+            EscapeRows(*(p.to(device) for p in (e.masks, e.scales, e.codes, e.block_offsets))),
+            m and MidRows(*(part.to(device) for part in (m.masks, m.rows, m.block_offsets))),
+            b and ValueBias(*(part.to(device) for part in b)),
+        )
+
 
 class SegmentLayout:
     """Where everything lies in the segments of one profile and threshold."""

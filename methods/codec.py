@@ -13,6 +13,7 @@ from kvstrata.kernels.page_runs import PageRun
 from kvstrata.protos.frame import Buffer, Frame
 from kvstrata.protos.frame_pb2 import RopeForm, Stratum
 
+CPU = torch.device("cpu")
 Segments = dict[Stratum, dict[int, Buffer]]
 
 
@@ -41,11 +42,15 @@ class KVBlocks:
 
 @dataclass(frozen=True, slots=True)
 class BlockShape:
-    """What a decoder must know of the model: heads, head_dim and the cache's dtype."""
+    """What a decoder must know of the model: heads, head_dim, and the cache's dtype and device.
+
+    Where the codec's kernels run there, what is stored goes to the device and is decoded on it.
+    """
 
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    device: torch.device = CPU
 
 
 class BlockCodec(Protocol):
@@ -88,7 +93,7 @@ class BlockCodec(Protocol):
     def decode(
         self, frames: Sequence[Mapping[Stratum, Frame]], shape: BlockShape
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values (L, H, N, T, D), ``shape.dtype``, of N blocks of equal strata.
+        """Return keys and values (L, H, N, T, D), as ``shape`` says, of N blocks of equal strata.
 
         Tokens that were not stored are zeros.
 

@@ -69,13 +69,15 @@ class ExactCodec:
                 raise CorruptFrameError("blocks of one read lack layers or hold different ones")
         heads, dim = shape.num_kv_heads, shape.head_dim
         both = torch.empty(
-            (2, num_layers, heads, len(frames), BLOCK_TOKENS, dim), dtype=shape.dtype
+            (2, num_layers, heads, len(frames), BLOCK_TOKENS, dim),
+            dtype=shape.dtype,
+            device=shape.device,
         )
         numel = 2 * heads * BLOCK_TOKENS * dim
         for n, segments in enumerate(blocks):
             for layer, segment in segments.items():
                 planes = _unpack_planes(segment, numel, shape.dtype.itemsize, decompressor)
-                flat = merge_bytes(planes, shape.dtype)
+                flat = merge_bytes(planes.to(shape.device), shape.dtype)
                 both[:, layer, :, n] = flat.view(2, heads, BLOCK_TOKENS, dim)
         return both[0], both[1]
 

@@ -114,7 +114,9 @@ class FallbackCodec:
                 for layer, segment in segments.items():
                     if len(segment) != layout.mid_bytes:
                         raise _wrong_size(layer, len(segment), layout.mid_bytes)
-        keys, values = decode_blocks([rows[:, lead:] for rows in fixed], fine, layout, shape.dtype)
+        keys, values = decode_blocks(
+            [rows[:, lead:] for rows in fixed], fine, layout, shape.dtype, shape.device
+        )
         for n, segments in enumerate(base):
             masks = fixed[n][:, : lead - BLOCK_TOKENS]
             if masks.any() or any(len(segments[layer]) > size for layer in layers):
@@ -196,12 +198,13 @@ def _write_escapes(
     codes = b"".join(tail[2 * count :] for tail, count in zip(tails, counts, strict=True))
     if not codes:
         return
-    whole = torch.frombuffer(bytearray(codes), dtype=torch.int8).view(-1, dim)
-    scale = torch.frombuffer(bytearray(scales), dtype=torch.bfloat16).float() * unit
+    device = keys.device
+    whole = torch.frombuffer(bytearray(codes), dtype=torch.int8).view(-1, dim).to(device)
+    scale = torch.frombuffer(bytearray(scales), dtype=torch.bfloat16).to(device).float() * unit
     # Sums of integers are exact and cannot overflow; then one product.
     rows = (turn(whole.float(), scaled=False) * scale[:, None]).to(keys.dtype)
     places = escaped.nonzero()  # ascending: layer, K or V, head, token, as the rows are
     for side, out in enumerate((keys, values)):
         mine = places[:, 1] == side
-        layer, _, head, token = places[mine].T
-        out[layer, head, token] = rows[mine]
+        layer, _, head, token = places[mine].T.to(device)
+        out[layer, head, token] = rows[mine.to(device)]

@@ -119,14 +119,16 @@ class PredictedCodec(CalibratedCodec):
         write_rows(run.memory, run.tables, run.first, keys, values, run.rotation)
 
     def _decode_sides(
-        self, keys: StoredSide, values: StoredSide, dtype: torch.dtype
+        self, keys: StoredSide, values: StoredSide, shape: BlockShape
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        # On the CPU: heads follow from heads, and no kernel does that on a GPU.
         rests = []
         for side, stored in zip(self.sides, (keys, values), strict=True):
             base = side.decode(replace(stored, mid_rows=None), torch.float32)
             fine = base if stored.mid_rows is None else side.decode(stored, torch.float32)
             rests.append(Rest(base, fine, stored.escape & ~stored.mid))
-        return add_predictions(rests[K], rests[V], self._weights, dtype)
+        read = add_predictions(rests[K], rests[V], self._weights, shape.dtype)
+        return read[0].to(shape.device), read[1].to(shape.device)
 
 
 @dataclass(frozen=True, slots=True)

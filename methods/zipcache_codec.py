@@ -159,7 +159,8 @@ class ZipCacheCodec:
             scale, low, step = (_members(x, members) for x in value_ranges)
             read = (_unpack(rows[c + 2], bits) * step + low) * scale
             values[members] = read.to(shape.dtype)
-        return keys.movedim(0, 2).contiguous(), values.movedim(0, 2).contiguous()
+        k, v = (part.movedim(0, 2).contiguous().to(shape.device) for part in (keys, values))
+        return k, v
 
     def kept(
         self, frames: Sequence[Mapping[Stratum, Frame]], shape: BlockShape

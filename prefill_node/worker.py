@@ -37,6 +37,7 @@ from kvstrata.protos.retention import Retention
 from kvstrata.protos.tracing import configure_tracing
 
 _POOL_SHARE = 8
+_GPU_MARGIN_BYTES = 2 << 30  # for what passes compute, and for sequences beside the pool
 STORE_FAILURES = (
     "store_timeout",
     "store_unavailable",
@@ -58,8 +59,8 @@ class WorkerConfig:
         num_threads: CPU threads for the model; 0 is all cores.
         device: "auto", "cpu" or "cuda".
         store_timeout_s: Longest silence of the store before computing instead.
-        pool_bytes: KV memory of running sequences; 0 is an eighth of the machine's, or half of what
-            is free on a GPU.
+        pool_bytes: KV memory of running sequences; 0 is an eighth of the machine's, or of what is
+            free on a GPU all but a quarter.
         warm_up: Before the first request, compile the CPU kernels or load them from disk, and map
             memory for the longest sequence.
         credentials: Shown to the store; the files must be there on the node.
@@ -313,8 +314,9 @@ class Worker:
 
 def _default_pool_bytes(device: torch.device, gpu: GPUMonitor | None) -> int:
     if device.type == "cuda":
-        free = None if gpu is None else gpu.free_bytes()
-        return (torch.cuda.mem_get_info(device)[0] if free is None else free) // 2
+        told = None if gpu is None else gpu.free_bytes()
+        free: int = torch.cuda.mem_get_info(device)[0] if told is None else told
+        return max(free - max(free // 4, _GPU_MARGIN_BYTES), free // 4)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _POOL_SHARE
 
 

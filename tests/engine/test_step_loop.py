@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from kvstrata.engine.seat import Compute, ParkedError, Seat
 from kvstrata.engine.sequence import RunningSequence
 from kvstrata.engine.step_loop import SEAL_NICE, StepLoop
 from kvstrata.methods.framing import SealedBlock
+from kvstrata.methods.h2o import H2O
+from kvstrata.methods.pipeline import Pipeline
 from kvstrata.methods.presets import Method
 from kvstrata.protos.errors import CapacityError, DeadlineError, DrainingError
 from kvstrata.protos.identity import BLOCK_TOKENS
@@ -522,7 +525,7 @@ async def test_sealing_gives_way_to_passes(
     assert sealing - running == (min(SEAL_NICE, 19 - running) if sys.platform == "linux" else 0)
 
 
-async def test_on_a_gpu_whose_memory_others_took_a_sequence_waits_until_it_is_free(
+async def test_on_a_gpu_whose_memory_others_took_a_sequence_beside_the_pool_waits_for_it(
     model: Model, methods: dict[tuple[str, str], Method], steps: StepLoop
 ) -> None:
     class Gpu:
@@ -531,10 +534,12 @@ async def test_on_a_gpu_whose_memory_others_took_a_sequence_waits_until_it_is_fr
         def free_bytes(self) -> int | None:
             return self.free
 
-    method, prompt = methods["wide", "exact"], prompt_of(100)
+    pooled, prompt = methods["wide", "pre"], prompt_of(100)
+    method = replace(pooled, pipeline=Pipeline.of(H2O(heavy=0.5, recent=0.5)))
     gpu = Gpu()
     steps.pool.gpu = gpu  # type: ignore[assignment]
     first = await steps.open(method, prompt)  # nobody else is there to give it back
+    third = await asyncio.wait_for(steps.open(pooled, prompt), SOON_S)
     waiting = asyncio.create_task(steps.open(method, prompt))
     await asyncio.sleep(0.3)
     assert not waiting.done()
@@ -543,5 +548,5 @@ async def test_on_a_gpu_whose_memory_others_took_a_sequence_waits_until_it_is_fr
     gpu.free = 0
     with pytest.raises(DeadlineError, match="waited for memory"):
         await steps.open(method, prompt, deadline_unix_s=time.time() + 0.2)
-    for sequence in (first, second):
+    for sequence in (first, second, third):
         await steps.close(sequence)

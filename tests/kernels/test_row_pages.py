@@ -20,7 +20,7 @@ from kvstrata.kernels.row_pages import (
 )
 from kvstrata.kernels.row_pages_numba import SPLIT_ROWS, step_rows_numba
 from kvstrata.kernels.row_pages_triton import SPLIT_ROWS as GPU_SPLIT_ROWS
-from kvstrata.kernels.row_pages_triton import step_rows_triton
+from kvstrata.kernels.row_pages_triton import attend_rows_triton, step_rows_triton
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 LONG = SPLIT_ROWS + 17
@@ -270,6 +270,18 @@ def test_attending_without_a_new_row_gives_what_the_step_that_wrote_it_gave(
     got = attend_rows(case.queries, RowStep(case.pages, case.step.slots), 1, case.scaling)
     for one, other in zip(got, wanted, strict=True):
         assert_near(one, other.double(), 1e-6)
+    assert torch.equal(memory.view(torch.uint8), case.pages.memory.view(torch.uint8))
+
+
+@interpreted
+def test_so_it_does_on_a_gpu() -> None:
+    case = Case([0, 15, 16, GPU_SPLIT_ROWS], dim=16, dtype=torch.float32)
+    wanted = step_rows_triton(case.queries, *case.new, case.step, 1, case.scaling)
+    memory = case.pages.memory.clone()
+    case.pages.lengths.add_(1)
+    got = attend_rows_triton(case.queries, RowStep(case.pages, case.step.slots), 1, case.scaling)
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one, other)
     assert torch.equal(memory.view(torch.uint8), case.pages.memory.view(torch.uint8))
 
 

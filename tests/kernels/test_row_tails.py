@@ -18,11 +18,14 @@ from kvstrata.kernels.row_tails import (
     stage_rows_reference,
     tail_rows,
 )
+from kvstrata.kernels.row_tails_triton import stage_rows_triton
 
+interpreted = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LENGTHS = [0, 3, 15, 16, 32, 46]  # those at multiples of 16 begin a tail
 LAYERS, HEADS = 2, 3
 ROWS = LAYERS * HEADS
+STAGES = {"fast": stage_rows, "reference": stage_rows_reference, "triton": stage_rows_triton}
 
 
 class Case:
@@ -68,16 +71,17 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return found
 
 
+@interpreted
 @pytest.mark.parametrize("dim", [16, 64, 24], ids=lambda dim: f"dim{dim}")
-@pytest.mark.parametrize("stage", [stage_rows, stage_rows_reference], ids=["fast", "reference"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_attention_over_tails_is_attention_over_pages(
-    stage: type, dtype: torch.dtype, dim: int
+    stage: str, dtype: torch.dtype, dim: int
 ) -> None:
     """Layer after layer through the same pages, with new rows and then without."""
     case = Case(dtype, dim)
     for layer in range(LAYERS):
         step = RowStep(case.split, case.slots)
-        stage(case.tails, step, layer, tuple(case.new))
+        STAGES[stage](case.tails, step, layer, (case.new[0], case.new[1]))
         args = (case.queries, *case.new)
         got = step_rows(*args, step, layer, 0.2)
         wanted = step_rows(*args, RowStep(case.whole, case.slots), layer, 0.2)
@@ -87,19 +91,21 @@ def test_attention_over_tails_is_attention_over_pages(
         pages.lengths.add_(1)
     for layer in range(LAYERS):
         step = RowStep(case.split, case.slots)
-        stage(case.tails, step, layer)
+        STAGES[stage](case.tails, step, layer)
         got = attend_rows(case.queries, step, layer, 0.2)
         wanted = attend_rows(case.queries, RowStep(case.whole, case.slots), layer, 0.2)
         assert torch.equal(got[0], wanted[0])
         assert torch.equal(got[1], wanted[1])
 
 
+@interpreted
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_new_rows_are_in_the_tails_and_nothing_else_of_them_changed(
-    dtype: torch.dtype,
+    stage: str, dtype: torch.dtype
 ) -> None:
     case = Case(dtype, 32)
     before = rows_of(case.split.memory).clone()
-    stage_rows(case.tails, RowStep(case.split, case.slots), 1, tuple(case.new))  # type: ignore[arg-type]
+    STAGES[stage](case.tails, RowStep(case.split, case.slots), 1, (case.new[0], case.new[1]))
     after = rows_of(case.split.memory)
     numbers = torch.arange(HEADS) + HEADS
     for i, slot in enumerate(case.slots.tolist()):
@@ -111,23 +117,26 @@ def test_the_new_rows_are_in_the_tails_and_nothing_else_of_them_changed(
         assert torch.equal(after[used].nan_to_num(9.0), before[used].nan_to_num(9.0))
 
 
+@interpreted
 def test_rows_that_are_all_in_pages_are_left_alone() -> None:
     case = Case(torch.bfloat16, 32)
     case.tails.firsts.add_(PAGE_TOKENS)
     before = case.split.memory.clone()
-    for stage in (stage_rows, stage_rows_reference):
-        stage(case.tails, RowStep(case.split, case.slots), 0, tuple(case.new))  # type: ignore[arg-type]
+    for stage in STAGES.values():
+        stage(case.tails, RowStep(case.split, case.slots), 0, (case.new[0], case.new[1]))
         assert torch.equal(case.split.memory.nan_to_num(9.0), before.nan_to_num(9.0))
 
 
-def test_layers_may_hold_different_numbers_of_rows() -> None:
+@interpreted
+@pytest.mark.parametrize("stage", STAGES)
+def test_layers_may_hold_different_numbers_of_rows(stage: str) -> None:
     """As under SkipDecode: a layer whose rows end in its pages has nothing in the tail."""
     case = Case(torch.bfloat16, 32)
     for pages in (case.whole, case.split):
         pages.lengths[5, 0] = 20  # of 46; its tail begins at 32
     for layer in range(LAYERS):
         step = RowStep(case.split, case.slots)
-        stage_rows(case.tails, step, layer, tuple(case.new))  # type: ignore[arg-type]
+        STAGES[stage](case.tails, step, layer, (case.new[0], case.new[1]))
         args = (case.queries, *case.new)
         got = step_rows(*args, step, layer, 0.2)
         wanted = step_rows(*args, RowStep(case.whole, case.slots), layer, 0.2)
