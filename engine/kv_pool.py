@@ -18,7 +18,7 @@ from kvstrata.kernels.token_rows import TokenTable
 from kvstrata.methods.calibrated import CalibratedCodec
 from kvstrata.methods.calibrated_pages import PageLayout, is_readable_in_place
 from kvstrata.methods.codec import BlockCodec
-from kvstrata.protos.identity import BLOCK_TOKENS, is_of_image
+from kvstrata.protos.identity import BLOCK_TOKENS, has_images
 
 MAX_SEQUENCES = 64
 _FIRST_COLUMNS = 8  # of the tables: pages for the rows of two blocks
@@ -85,7 +85,7 @@ class KVPool:
         self, token_ids: Sequence[int], first_position: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return layer 0's K and V of tokens, of text from ``first_layer``; see ``Model``."""
-        if self.model.spec.rope != "pre" or any(map(is_of_image, token_ids)):
+        if self.model.spec.rope != "pre" or has_images(token_ids):
             return self.model.first_layer_kv(token_ids, first_position)
         self.first_layer.learn(token_ids)
         return self.first_layer.read(torch.tensor(token_ids), first_position)

@@ -28,7 +28,7 @@ from kvstrata.kernels.saliency import normalised_saliency
 from kvstrata.methods.codec import BlockCodec
 from kvstrata.protos.frame import Frame
 from kvstrata.protos.frame_pb2 import Stratum
-from kvstrata.protos.identity import BLOCK_TOKENS, is_of_image
+from kvstrata.protos.identity import BLOCK_TOKENS, has_images
 
 
 class PagedCache:
@@ -60,7 +60,7 @@ class PagedCache:
         self.token_ids = token_ids
         self.length = 0
         # Layer 0's shared table knows the tokens of text alone.
-        self.blocks = None if any(map(is_of_image, token_ids)) else pool.blocks_of(codec)
+        self.blocks = None if has_images(token_ids) else pool.blocks_of(codec)
         self.block_rows: list[int] = []
         self.block_tokens = torch.zeros(0, dtype=torch.int32)
         self.probes = Probes(pool.model.spec, probe_tokens, pool.model.device)

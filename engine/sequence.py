@@ -201,7 +201,7 @@ class RunningSequence:
                 loaded = self._load_singly(first, chosen)
         for frames in chosen[: loaded.num_blocks]:
             for stratum in counted:
-                self._count({e.layer: e.length for e in frames[stratum].header.segments})
+                self._count({i: len(part) for i, part in frames[stratum].segments().items()})
         return loaded
 
     def _count(self, sizes: Mapping[int, int]) -> None:

@@ -27,7 +27,7 @@ from kvstrata.methods.framing import SealedBlock
 from kvstrata.methods.presets import Method
 from kvstrata.protos.errors import CapacityError, DrainingError
 from kvstrata.protos.frame_pb2 import Stratum
-from kvstrata.protos.identity import BLOCK_TOKENS, is_of_image
+from kvstrata.protos.identity import BLOCK_TOKENS, has_images
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -109,7 +109,7 @@ class StepLoop:
         generated = len(token_ids) - num_prompt
         rows = max(num_prompt - num_cached, 0)
         rows += generated if method.skip else min(generated, BLOCK_TOKENS)
-        codec = method.codec if is_pooled and not any(map(is_of_image, token_ids)) else None
+        codec = method.codec if is_pooled and not has_images(token_ids) else None
         return self.pool.bytes_for(codec, len(token_ids), len(token_ids) - rows)
 
     async def open(

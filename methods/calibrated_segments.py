@@ -16,6 +16,7 @@ import torch
 from kvstrata.kernels.block_planes import MidRows, PlaneLayout
 from kvstrata.kernels.byte_ranges import join_ranges
 from kvstrata.kernels.escape_rows import EscapeRows
+from kvstrata.kernels.huge_memory import empty_huge
 from kvstrata.kernels.token_masks import count_tokens
 from kvstrata.kernels.value_bias import ValueBias
 from kvstrata.methods.left_out import compact_segment, saved_bytes, spread_segment
@@ -271,7 +272,12 @@ class _Joined:
         sizes = np.array([len(part) for part in parts], np.int64)
         shape = len(segments), len(parts) // max(1, len(segments))
         starts = (np.cumsum(sizes) - sizes).reshape(shape)
-        data = np.frombuffer(bytearray().join(parts), np.uint8)
+        data = empty_huge((int(sizes.sum()),), torch.uint8).numpy()  # else cleared each time
+        view, begin = data.data, 0
+        for part in parts:
+            end = begin + len(part)
+            view[begin:end] = part
+            begin = end
         return cls(data, starts, sizes.reshape(shape))
 
     def check(self, name: str, wanted: np.ndarray) -> None:

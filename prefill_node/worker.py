@@ -25,7 +25,7 @@ from kvstrata.methods.presets import Method
 from kvstrata.prefill_node.read_rates import Arrivals, ReadRates, settings_of
 from kvstrata.prefill_node.task import Task
 from kvstrata.protos.credentials import ANONYMOUS, ClientCredentials
-from kvstrata.protos.errors import DeadlineError, KVStrataError
+from kvstrata.protos.errors import CorruptFrameError, DeadlineError, KVStrataError
 from kvstrata.protos.frame import Frame
 from kvstrata.protos.frame_pb2 import Stratum
 from kvstrata.protos.heap import keep_freed_memory
@@ -237,6 +237,8 @@ class Worker:
                         continue
                     blocks[piece.index][cast(Stratum, piece.stratum)] = piece.frame
                     arrivals.add(piece.tier, piece.stratum, piece.num_bytes)
+                    with contextlib.suppress(CorruptFrameError):  # found again by who decodes it
+                        piece.frame.segments()  # here, while the others are on their way
                 self.rates.fetched(arrivals, settings_of(method.codec), method.codec.strata)
             except KVStrataError as error:
                 failure = store_failure(error)

@@ -25,13 +25,12 @@ A frame of one layer with the two bytes ``ab cd`` begins so (header shortened)::
     00000020  0a 10 ...                                         |FrameHeader|
     000000c0  ab cd                                             |segment of layer 0|
 
-Not covered: which strata of a block belong together (``encoding_id``, compared by the codec's
-reader).
+Not covered: which strata belong together (``encoding_id``, compared by the codec's reader).
 """
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import xxhash
 from google.protobuf.message import DecodeError
@@ -167,7 +166,7 @@ class Frame:
         frame_bytes: Size of the whole frame.
         head_bytes: Size of prelude and header; a reader that has them can ask for any layers.
         first_byte: Offset within the frame at which ``payload`` starts.
-        payload: A contiguous run of the frame's bytes.
+        payload: A contiguous run of the frame's bytes; they stay what they are.
     """
 
     header: FrameHeader
@@ -175,6 +174,7 @@ class Frame:
     head_bytes: int
     first_byte: int
     payload: memoryview
+    _verified: dict[int, memoryview] = field(init=False, default_factory=dict, compare=False)
 
     @classmethod
     def open(cls, buffer: Buffer, *, is_stored: bool = False) -> "Frame":
@@ -218,7 +218,9 @@ class Frame:
         raise KeyError(f"no layer {layer} in this frame")
 
     def segments(self) -> dict[int, memoryview]:
-        """Return every held layer's verified bytes, ascending."""
+        """Return every held layer's bytes, ascending, verified once; not to be changed."""
+        if self._verified:
+            return self._verified
         payload, first_byte = self.payload, self.first_byte
         size, digest = len(payload), xxhash.xxh3_64_intdigest
         found = {}
@@ -232,7 +234,8 @@ class Frame:
                 found[entry.layer] = view
             elif end + first_byte > self.frame_bytes:
                 raise CorruptFrameError("the offset table points beyond the frame")
-        return found
+        self._verified.update(found)
+        return self._verified
 
     def attachment(self, name: str) -> memoryview:
         """Return the verified bytes of an attachment; errors as for ``segment``."""
@@ -315,10 +318,8 @@ def head_size(prefix: Buffer) -> int:
             f"frame version {version} flags {flags:#x}, this reader knows version {VERSION}",
             "use the same release on every node",
         )
-    if (
-        head_length > MAX_HEADER_BYTES
-        or not head_length + PRELUDE_BYTES <= frame_bytes <= MAX_FRAME_BYTES
-    ):
+    is_possible = head_length + PRELUDE_BYTES <= frame_bytes <= MAX_FRAME_BYTES
+    if head_length > MAX_HEADER_BYTES or not is_possible:
         raise CorruptFrameError(f"impossible sizes: header {head_length}, frame {frame_bytes}")
     return PRELUDE_BYTES + int(head_length)
 
@@ -376,9 +377,8 @@ def _check_table(header: FrameHeader, head_bytes: int, frame_bytes: int) -> None
     cursor = head_bytes
     for entries in (header.segments, header.attachments):
         for entry in entries:  # hot, as in ``segments``
-            offset = entry.offset
-            end = offset + entry.length
-            _check_entry(cursor, offset, end, frame_bytes)
+            end = entry.offset + entry.length
+            _check_entry(cursor, entry.offset, end, frame_bytes)
             cursor = end
 
 

@@ -120,6 +120,11 @@ def is_of_image(token_id: int) -> bool:
     return token_id >= _IMAGE_TOKENS
 
 
+def has_images(token_ids: Sequence[int]) -> bool:
+    """Tell whether some tokens stand for a piece of an image."""
+    return is_of_image(max(token_ids, default=0))
+
+
 def pack_token_ids(token_ids: Sequence[int]) -> bytes:
     """Return token ids as little-endian uint32; as uint64 where one of them needs it."""
     kind = "Q" if max(token_ids, default=0) >= 1 << 32 else "I"

@@ -373,3 +373,15 @@ def test_sizes_round_up_to_the_next_multiple_of_64() -> None:
 def test_strata_have_short_names() -> None:
     assert [stratum_name(s) for s in (1, 2, 3, 4)] == ["base", "mid", "fine", "exact"]
     assert [stratum_name(s) for s in (-1, 66)] == ["-1", "66"]
+
+
+def test_segments_are_verified_once_and_a_bad_one_each_time() -> None:
+    raw = bytearray(encode_frame(FrameHeader(), {0: b"abc", 1: b"defg"}))
+    good = Frame.open(bytes(raw))
+    assert good.segments() is good.segments()
+    assert good == Frame.open(bytes(raw))
+    raw[raw.index(b"defg")] ^= 1
+    bad = Frame.open(bytes(raw))
+    for _ in range(2):
+        with pytest.raises(CorruptFrameError, match="layer 1"):
+            bad.segments()

@@ -21,6 +21,7 @@ from kvstrata.protos.identity import (
     block_hash,
     block_hashes,
     digest,
+    has_images,
     image_token_ids,
     is_of_image,
     split_hashes,
@@ -247,3 +248,6 @@ def test_an_images_tokens_are_those_of_no_vocabulary_and_of_no_other_place() -> 
     assert all(is_of_image(i) and i < 2**63 for i in ids)
     assert ids[:10] == image_token_ids(b"content", 10)
     assert not is_of_image(2**32 - 1)
+    assert has_images([7, *ids, 2**32 - 1])
+    assert not has_images([7, 2**32 - 1])
+    assert not has_images([])
