@@ -75,7 +75,7 @@ class _Sides:
             refined=floats(BLOCK_TOKENS, self.dim),
             state=floats(4, group),
             words=np.zeros(words, np.int64),
-            halves=np.zeros(2 * words, np.int32),
+            halves=np.zeros(2 * (words + self.dim), np.int32),
             bits=np.zeros(words // 8 * BLOCK_TOKENS, np.uint8),
             tokens=np.zeros(BLOCK_TOKENS, np.int64),
         )

@@ -19,6 +19,13 @@ mid token about 20 + G operations per 16 refined components. At D = 128, G = 4 a
 
 import numpy as np
 
+from kvstrata.kernels.attend_places_numba import (
+    escapes_before,
+    fetch_side,
+    fits,
+    mid_bytes_before,
+    num_words,
+)
 from kvstrata.kernels.attend_tables_numba import (
     add_keys,
     add_values,
@@ -27,12 +34,13 @@ from kvstrata.kernels.attend_tables_numba import (
 )
 from kvstrata.kernels.attend_tokens_numba import (
     add_row,
+    add_rows,
     bias_row,
     dot,
     escape_row,
+    part_words,
     refine,
     scale_row,
-    stage_words,
     turn_back,
 )
 from kvstrata.kernels.block_pages import (
@@ -66,21 +74,13 @@ from kvstrata.kernels.vectors_numba import (
     subtract,
     sum_lanes,
 )
-from kvstrata.kernels.word_vectors_numba import lanes_of, lowest_bit, turn_eight
+from kvstrata.kernels.word_vectors_numba import copy_words, lanes_of, lowest_bit, turn_eight
 
 # A block whose scores are all this far below the largest so far adds less than float32 resolves.
 _NEGLIGIBLE = np.float32(28.0)
 _NONE = np.float32(-np.inf)
 _ALL = np.uint64(2**64 - 1)
 _ZERO, _ONE = np.float32(0), np.float32(1)
-
-
-@inlined
-def _num_words(plan, h):
-    total = 0
-    for plane in range(MAX_WIDTH):
-        total += plan.sizes[h * MAX_WIDTH + plane]
-    return total
 
 
 @inlined
@@ -95,21 +95,12 @@ def _list_tokens(mask, tokens):
 
 
 @inlined
-def _escapes_before(pages, counts, h):
-    """Return how many escapes of a side lie before a head's."""
-    total = 0
-    for g in range(h):
-        total += pages.counts[counts + g]
-    return total
-
-
-@inlined
-def _mid_bytes_before(pages, plan, counts, h):
-    """Return how many bytes of a side's mid tokens lie before a head's."""
-    total = 0
-    for g in range(h):
-        total += pages.counts[counts + g] * (plan.counts[g] // 4)
-    return total
+def _whole(pages, room, first, words):
+    """Return where words may be read by whole vectors; at the arena's end that is a copy."""
+    if fits(pages.words, first, words):
+        return pages.words, first
+    copy_words(pages.words, first, words, room.words)
+    return room.words, 0
 
 
 @inlined
@@ -117,9 +108,10 @@ def _score(
     pages, side, tables, room, start, fields, counts, h, heads, group, dim, escapes, mids, one
 ):
     """Write the scores (G, 64) of one KV head of a block; ``room.rows`` are its queries."""
-    plan, words = side.plan, _num_words(side.plan, h)
+    plan, words = side.plan, num_words(side.plan, h)
     first = (start + pages.offsets[fields + WORDS]) // 8 + plan.offsets[h * MAX_WIDTH]
-    stage_words(pages.words, first, words, room.words, room.halves)
+    stored, first = _whole(pages, room, first, words)
+    part_words(stored, first, words, room.halves)
     columns, row = room.queries.size // group, room.factors.size // group
     kept = max(plan.sizes[h * MAX_WIDTH], plan.counts[h])
     multiply_few(
@@ -136,11 +128,11 @@ def _score(
     num_bytes = (words + 7) // 8
     fill_tables(room.factors, 8 * num_bytes, group, tables.signs, room.tables)
     for i in range(num_bytes):
-        turn_eight(room.words, 8 * i, room.bits, i * TOKENS)
+        turn_eight(stored, first + 8 * i, room.bits, i * TOKENS)
     add_keys(group, room.bits, num_bytes, room.tables, one, room.scores)
     count, offset = plan.counts[h], pages.offsets[fields + MID]
     if mids != 0 and count > 0 and offset != ABSENT:
-        at = start + offset + _mid_bytes_before(pages, plan, counts + heads, h)
+        at = start + offset + mid_bytes_before(pages, plan, counts + heads, h)
         num = _list_tokens(mids, room.tokens)
         refine(
             room.halves, plan, tables.deltas, pages.bytes, at, count, h, room.tokens, num, dim,
@@ -152,7 +144,7 @@ def _score(
                 extra = dot(room.queries, j * columns, room.refined, k * dim, count)
                 room.scores[j * TOKENS + t] += extra
     if escapes != 0:
-        place = _escapes_before(pages, counts, h)
+        place = escapes_before(pages, counts, h)
         scale = (start + pages.offsets[fields + SCALES]) // 2 + place
         at = start + pages.offsets[fields + CODES] + place * dim
         while escapes != 0:
@@ -231,7 +223,7 @@ def _sum_values(
             mass = _mass(room.scores, j * TOKENS, ~(escapes | mids))
             add_row(room.biases, j * dim, room.row, 0, dim, mass)
     if escapes != 0:
-        place, left = _escapes_before(pages, counts, h), escapes
+        place, left = escapes_before(pages, counts, h), escapes
         scale = (start + pages.offsets[fields + SCALES]) // 2 + place
         at = start + pages.offsets[fields + CODES] + place * dim
         while left != 0:
@@ -244,24 +236,25 @@ def _sum_values(
             scale, at = scale + 1, at + dim
     for j in range(group):
         room.state[2 * group + j] += _mass(room.scores, j * TOKENS, _ALL)
-    words = _num_words(plan, h)
+    words = num_words(plan, h)
     first = (start + pages.offsets[fields + WORDS]) // 8 + plan.offsets[h * MAX_WIDTH]
-    stage_words(pages.words, first, words, room.words, room.halves)
+    stored, first = _whole(pages, room, first, words)
+    part_words(stored, first, words, room.halves)
     fill_tables(room.scores, TOKENS, group, tables.signs, room.tables)
     add_values(group, room.halves, words, room.tables, one, room.sums)
     count, offset = plan.counts[h], pages.offsets[fields + MID]
     if mids != 0 and count > 0 and offset != ABSENT:
-        at = start + offset + _mid_bytes_before(pages, plan, counts + heads, h)
+        at = start + offset + mid_bytes_before(pages, plan, counts + heads, h)
         num = _list_tokens(mids, room.tokens)
         refine(
             room.halves, plan, tables.deltas, pages.bytes, at, count, h, room.tokens, num, dim,
             room.refined,
         )  # fmt: skip
-        for k in range(num):
-            t = room.tokens[k]
-            for j in range(group):
-                weight = room.scores[j * TOKENS + t]
-                add_row(room.components, j * dim, room.refined, k * dim, count, weight)
+        for j in range(group):
+            add_rows(
+                room.components, j * dim, room.refined, dim, count, room.scores, j * TOKENS,
+                room.tokens, num,
+            )  # fmt: skip
 
 
 @inlined
@@ -350,6 +343,7 @@ def attend_items(
             entry = ends[sequence] + b
             b += 1
             page = rows[entry]
+            following = rows[entry + 1] if b < last else page
             start, fields = pages.starts[page], page * NUM_FIELDS
             masks = (start + pages.offsets[fields + MASKS]) // 8 + h
             tokens = pages.num_tokens[page]
@@ -367,10 +361,12 @@ def attend_items(
                 group, dim, room.rows,
             )  # fmt: skip
             counts = page * 4 * heads
+            fetch_side(pages, keys.plan, following, 0, h, heads, dim)
             _score(
                 pages, keys, tables, room, start, fields, counts, h, heads, group, dim,
                 k_escape & ~k_mid, k_mid & ~k_escape, tables.signs[0],
             )  # fmt: skip
+            fetch_side(pages, values.plan, following, SIDE_FIELDS, h, heads, dim)
             if _weigh(room, group, dim, valid):
                 _sum_values(
                     pages, values, tables, room, start, fields, counts + 2 * heads, h, heads, group,

@@ -18,6 +18,7 @@ from kvstrata.kernels.vectors_numba import (
     load_ints,
     multiply,
     multiply_add,
+    signed,
     splat,
     splat_at,
     store,
@@ -31,8 +32,8 @@ SIGNS = np.concatenate([1 - 2 * (_NUMBERS >> bit & 1) for bit in range(4)]).asty
 
 
 def _for_groups(make):
-    """Return a function for any number of query heads of functions for one, two or four."""
-    one, two, four = map(make, (1, 2, 4))
+    """Return a function for any number of query heads of functions for one to four."""
+    one, two, three, four = map(make, (1, 2, 3, 4))
 
     @inlined
     def run(group, *args):
@@ -40,10 +41,11 @@ def _for_groups(make):
         while j + 4 <= group:
             four(group, j, *args)
             j += 4
-        if j + 2 <= group:
+        if j + 3 == group:
+            three(group, j, *args)
+        elif j + 2 == group:
             two(group, j, *args)
-            j += 2
-        if j < group:
+        elif j < group:
             one(group, j, *args)
 
     return run
@@ -52,40 +54,58 @@ def _for_groups(make):
 def _key_adder(heads):
     """Return what adds, for some heads, each token's entries of the tables to its scores.
 
-    Every other sum is an FMA by one: some processors have other units for it than for additions.
+    Every other head's sums are FMAs by one: some processors have other units for these than for
+    additions. Tokens come 32 at a time, so that a table is loaded once for two look-ups, and enough
+    sums are under way to hide their latency.
     """
 
     @called
     def run(group, j, bits, num_bytes, tables, one, scores):
         unit = splat(one)
-        for quarter in range(0, TOKENS, LANES):
-            at = j * TOKENS + quarter
-            a = load(scores, at)
-            b = load(scores, at + TOKENS) if heads > 1 else a
-            c = load(scores, at + 2 * TOKENS) if heads > 2 else a
-            d = load(scores, at + 3 * TOKENS) if heads > 3 else a
+        for low in range(0, TOKENS, 2 * LANES):
+            at, high = j * TOKENS + low, j * TOKENS + low + LANES
+            a, b = load(scores, at), load(scores, high)
+            c, d, e, f, g, h = a, b, a, b, a, b
+            if heads > 1:
+                c, d = load(scores, at + TOKENS), load(scores, high + TOKENS)
+            if heads > 2:
+                e, f = load(scores, at + 2 * TOKENS), load(scores, high + 2 * TOKENS)
+            if heads > 3:
+                g, h = load(scores, at + 3 * TOKENS), load(scores, high + 3 * TOKENS)
             for i in range(num_bytes):
-                x = load_ints(bits, i * TOKENS + quarter)
+                x = load_ints(bits, i * TOKENS + low)
+                y = load_ints(bits, i * TOKENS + low + LANES)
                 place = (2 * i * group + j) * LANES
                 for _ in range(2):
-                    a = add(a, pick(tables, place, x))
+                    a, b = add(a, pick(tables, place, x)), add(b, pick(tables, place, y))
                     if heads > 1:
-                        b = multiply_add(pick(tables, place + LANES, x), unit, b)
+                        k = place + LANES
+                        c = multiply_add(pick(tables, k, x), unit, c)
+                        d = multiply_add(pick(tables, k, y), unit, d)
                     if heads > 2:
-                        c = add(c, pick(tables, place + 2 * LANES, x))
+                        k = place + 2 * LANES
+                        e, f = add(e, pick(tables, k, x)), add(f, pick(tables, k, y))
                     if heads > 3:
-                        d = multiply_add(pick(tables, place + 3 * LANES, x), unit, d)
-                    x = shift_right(x, np.int32(4))
+                        k = place + 3 * LANES
+                        g = multiply_add(pick(tables, k, x), unit, g)
+                        h = multiply_add(pick(tables, k, y), unit, h)
+                    x, y = shift_right(x, np.int32(4)), shift_right(y, np.int32(4))
                     place += group * LANES
-            store(scores, at, a)
+            _store_both(scores, at, high, a, b)
             if heads > 1:
-                store(scores, at + TOKENS, b)
+                _store_both(scores, at + TOKENS, high + TOKENS, c, d)
             if heads > 2:
-                store(scores, at + 2 * TOKENS, c)
+                _store_both(scores, at + 2 * TOKENS, high + 2 * TOKENS, e, f)
             if heads > 3:
-                store(scores, at + 3 * TOKENS, d)
+                _store_both(scores, at + 3 * TOKENS, high + 3 * TOKENS, g, h)
 
     return run
+
+
+@inlined
+def _store_both(out, place, other, x, y):
+    store(out, place, x)
+    store(out, other, y)
 
 
 def _value_adder(heads):
@@ -129,16 +149,19 @@ add_keys, add_values = _for_groups(_key_adder), _for_groups(_value_adder)
 
 @called
 def fill_tables(factors, count, group, signs, tables):
-    """Write the 16 sums of +-factor of every four factors: bit i set takes factor i off."""
+    """Write the 16 sums of +-factor of every four factors: bit i set takes factor i off.
+
+    Half of the factors get their signs without a multiplication, for which there are fewer units.
+    """
     s0, s1, s2, s3 = load(signs, 0), load(signs, 16), load(signs, 32), load(signs, 48)
     row, to = factors.size // group, 0
     for i in range(0, count, 4):
         for j in range(group):
             at = j * row + i
-            total = multiply(s0, splat_at(factors, at))
-            total = multiply_add(s1, splat_at(factors, at + 1), total)
-            total = multiply_add(s2, splat_at(factors, at + 2), total)
-            store(tables, to, multiply_add(s3, splat_at(factors, at + 3), total))
+            low = multiply_add(s1, splat_at(factors, at + 1), signed(splat_at(factors, at), s0))
+            third = signed(splat_at(factors, at + 2), s2)
+            high = multiply_add(s3, splat_at(factors, at + 3), third)
+            store(tables, to, add(low, high))
             to += LANES
 
 

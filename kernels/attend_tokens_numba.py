@@ -20,6 +20,7 @@ from kvstrata.kernels.vectors_numba import (
     multiply,
     multiply_add,
     splat,
+    splat_at,
     splat_int,
     store,
     store_ints,
@@ -62,6 +63,17 @@ def add_row(out, to, row, at, count, factor):
 
 
 @inlined
+def add_rows(out, to, rows, step, count, factors, at, tokens, num):
+    """Add rows of ``count`` numbers, ``step`` apart, each times the factor of its token."""
+    for i in range(0, count, LANES):
+        total = load(out, to + i)
+        for k in range(num):
+            factor = splat_at(factors, at + item_of(tokens, k))
+            total = multiply_add(load(rows, k * step + i), factor, total)
+        store(out, to + i, total)
+
+
+@inlined
 def scale_row(row, at, count, factor):
     """Multiply ``count`` numbers, a multiple of 16, by a factor."""
     factor = splat(factor)
@@ -70,12 +82,18 @@ def scale_row(row, at, count, factor):
 
 
 @called
-def stage_words(words, first, count, target, halves):
-    """Copy words, and write their low and high halves apart; what follows has no meaning."""
-    copy_words(words, first, count, target)
+def part_words(words, at, count, halves):
+    """Write the low and high halves of words apart; what follows has no meaning."""
     for i in range(0, count, LANES):
-        store_ints(halves, i, load_halves(target, i, np.int32(0)))
-        store_ints(halves, halves.size // 2 + i, load_halves(target, i, np.int32(1)))
+        store_ints(halves, i, load_halves(words, at + i, np.int32(0)))
+        store_ints(halves, halves.size // 2 + i, load_halves(words, at + i, np.int32(1)))
+
+
+@called
+def stage_words(words, first, count, target, halves):
+    """Copy words, so that no vector reads behind them, and write their halves apart."""
+    copy_words(words, first, count, target)
+    part_words(target, 0, count, halves)
 
 
 @called
@@ -107,44 +125,41 @@ def turn_back(queries, at, scaling, cos, sin, angle, half, group, dim, rows):
 
 
 def _refiner(planes):
-    """Return what refines 16 components of so many planes, or more if 4; tables in registers."""
+    """Return what refines 16 components of up to three or six planes.
+
+    Each has as many planes as fit: what a component lacks adds 0 to its code, whatever its bits.
+    Up to three planes, levels are looked up in registers.
+    """
 
     @called
-    def run(
-        widest, halves, first, plan, place, deltas, rows, at, count, h, c, tokens, num, dim, out
-    ):
+    def run(halves, plan, place, deltas, rows, at, count, h, c, tokens, num, dim, out):
         starts, one, two = load_ints(plan.starts, h * dim + c), splat_int(_1), splat_int(_2)
         at, is_half = at + c // 8, c + 8 >= count
-        w0, w1 = c, first + c
-        w2 = w3 = w1
-        p0 = p1 = p2 = p3 = one
-        if planes > 0:
-            p0 = load_ints(plan.places, place * dim + c)
-        if planes > 1:
-            w1 += item_of(plan.offsets, place + 1)
-            p1 = load_ints(plan.places, (place + 1) * dim + c)
-        if planes > 2:
-            w2 += item_of(plan.offsets, place + 2)
-            p2 = load_ints(plan.places, (place + 2) * dim + c)
+        first = c - item_of(plan.offsets, place)
+        w0, w1 = c, first + item_of(plan.offsets, place + 1)
+        p0 = load_ints(plan.places, place * dim + c)
+        p1 = load_ints(plan.places, (place + 1) * dim + c)
+        w2 = first + item_of(plan.offsets, place + 2)
+        p2 = load_ints(plan.places, (place + 2) * dim + c)
+        w3, w4, w5, p3, p4, p5 = w2, w2, w2, p2, p2, p2
         if planes > 3:
-            w3 += item_of(plan.offsets, place + 3)
+            w3 = first + item_of(plan.offsets, place + 3)
             p3 = load_ints(plan.places, (place + 3) * dim + c)
+            w4 = first + item_of(plan.offsets, place + 4)
+            p4 = load_ints(plan.places, (place + 4) * dim + c)
+            w5 = first + item_of(plan.offsets, place + 5)
+            p5 = load_ints(plan.places, (place + 5) * dim + c)
         for k in range(num):
             t = item_of(tokens, k)
             token = splat_int(np.int32(np.uint32(1) << np.uint32(t & 31)))
-            code, high = starts, (t >> 5) * (halves.size // 2)
-            if planes > 0:
-                code = add_where(has_bits(load_ints(halves, w0 + high), token), code, p0)
-            if planes > 1:
-                code = add_where(has_bits(load_ints(halves, w1 + high), token), code, p1)
-            if planes > 2:
-                code = add_where(has_bits(load_ints(halves, w2 + high), token), code, p2)
+            high = (t >> 5) * (halves.size // 2)
+            code = add_where(has_bits(load_ints(halves, w0 + high), token), starts, p0)
+            code = add_where(has_bits(load_ints(halves, w1 + high), token), code, p1)
+            code = add_where(has_bits(load_ints(halves, w2 + high), token), code, p2)
             if planes > 3:
                 code = add_where(has_bits(load_ints(halves, w3 + high), token), code, p3)
-            for plane in range(4, widest):  # rare
-                w = first + c + item_of(plan.offsets, place + plane) + high
-                step = load_ints(plan.places, (place + plane) * dim + c)
-                code = add_where(has_bits(load_ints(halves, w), token), code, step)
+                code = add_where(has_bits(load_ints(halves, w4 + high), token), code, p4)
+                code = add_where(has_bits(load_ints(halves, w5 + high), token), code, p5)
             here = at + k * (count // 4)
             code = add_where(load_bits(rows, here), code, two)
             if is_half:  # a second byte could lie beyond the arena
@@ -152,9 +167,7 @@ def _refiner(planes):
                 code = add_where(lanes_of(low, 0), code, one)
             else:
                 code = add_where(load_bits(rows, here + count // 8), code, one)
-            if planes < 3:  # their codes fit two registers, those of three bits another two
-                value = pick_of_32(deltas, 0, code)
-            elif planes == 3:
+            if planes == 3:
                 above = has_bits(code, splat_int(np.int32(32)))
                 value = choose(above, pick_of_32(deltas, 32, code), pick_of_32(deltas, 0, code))
             else:
@@ -166,7 +179,7 @@ def _refiner(planes):
     return run
 
 
-_refine0, _refine1, _refine2, _refine3, _refine4 = map(_refiner, range(5))
+_refine3, _refine6 = map(_refiner, (3, 6))
 
 
 @called
@@ -174,7 +187,7 @@ def refine(halves, plan, deltas, rows, at, count, h, tokens, num, dim, out):
     """Write what refinements add to the base values of mid tokens, as rows of ``dim`` numbers.
 
     Args:
-        halves: The words of the head, in order, from ``stage_words``.
+        halves: Of ``part_words``, the head's words; ``dim`` words behind them are read too.
         plan: The layout's.
         deltas: What each fine code adds to its base value, widths 0 to 6 one after the other.
         rows: uint8, the tokens' MID rows from ``at`` on.
@@ -187,20 +200,13 @@ def refine(halves, plan, deltas, rows, at, count, h, tokens, num, dim, out):
         out: float32; of each row ``count`` numbers, and zeros up to a multiple of 16.
     """
     place = h * MAX_WIDTH
-    first = -item_of(plan.offsets, place)
     for c in range(0, count, LANES):
-        args = (halves, first, plan, place, deltas, rows, at, count, h, c, tokens, num, dim, out)
+        args = (halves, plan, place, deltas, rows, at, count, h, c, tokens, num, dim, out)
         planes = item_of(plan.widths, h * dim + c)
-        if planes == 0:
-            _refine0(planes, *args)
-        elif planes == 1:
-            _refine1(planes, *args)
-        elif planes == 2:
-            _refine2(planes, *args)
-        elif planes == 3:
-            _refine3(planes, *args)
+        if planes <= 3:
+            _refine3(*args)
         else:
-            _refine4(planes, *args)
+            _refine6(*args)
 
 
 @called

@@ -1,4 +1,4 @@
-"""Products of few rows, one, two or four at a time, by a matrix packed for FMA."""
+"""Products of few rows, one to four at a time, by a matrix packed for FMA."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -53,7 +53,7 @@ def _store_both(out, place, other, x, y):
     store(out, other, y)
 
 
-_one, _two, _four = map(_multiplier, (1, 2, 4))
+_one, _two, _three, _four = map(_multiplier, (1, 2, 3, 4))
 
 
 @called
@@ -77,8 +77,9 @@ def multiply_few(a, at, row, count, packed, start, depth, columns, out, to, step
     while count >= 4:
         _four(a, at, row, packed, start, depth, columns, out, to, step)
         at, to, count = at + 4 * row, to + 4 * step, count - 4
-    if count >= 2:
+    if count == 3:
+        _three(a, at, row, packed, start, depth, columns, out, to, step)
+    elif count == 2:
         _two(a, at, row, packed, start, depth, columns, out, to, step)
-        at, to, count = at + 2 * row, to + 2 * step, count - 2
-    if count == 1:
+    elif count == 1:
         _one(a, at, row, packed, start, depth, columns, out, to, step)

@@ -129,6 +129,13 @@ def _steps_from_zero(builder, x):
     return builder.bitcast(builder.add(size, less), many(_F32))
 
 
+def _signed(builder, x, signs):
+    """Return x with its sign changed where the other is below zero, or -0."""
+    kind = many(_I32)
+    minus = builder.and_(builder.bitcast(signs, kind), constant(_I32, 1 << 31))
+    return builder.bitcast(builder.xor(builder.bitcast(x, kind), minus), many(_F32))
+
+
 def _folded(builder, x, combine):
     """Return the first lane after folding the vector in half four times."""
     for size in (8, 4, 2, 1):
@@ -153,6 +160,7 @@ floor = vector_function(_F, (_F,), lambda b, x: call(b, "llvm.floor.v16f32", man
 absolute = vector_function(_F, (_F,), lambda b, x: call(b, "llvm.fabs.v16f32", many(_F32), [x]))
 larger = vector_function(_F, (_F, _F), lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
 smaller = vector_function(_F, (_F, _F), lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y))
+signed = vector_function(_F, (_F, _F), _signed)
 reaches = vector_function(_L, (_F, _F), lambda b, x, y: b.fcmp_ordered(">=", x, y))
 choose = vector_function(_F, (_L, _F, _F), lambda b, m, x, y: b.select(m, x, y))
 choose_ints = vector_function(_I, (_L, _I, _I), lambda b, m, x, y: b.select(m, x, y))
@@ -225,9 +233,15 @@ def load_halves(typingctx, array, index, high):
     """Return the low or (``high`` != 0) high 32 bits of 16 words of an int64 array."""
 
     def generate(context, builder, signature, args):
-        words = load_as(context, builder, signature, args, _I64)
-        shift = builder.zext(builder.mul(args[2], _I32(32)), _I64)
-        return builder.trunc(builder.lshr(words, splat_value(builder, shift)), many(_I32))
+        pair = ir.VectorType(_I32, 2 * LANES)
+        words = builder.bitcast(load_as(context, builder, signature, args, _I64), pair)
+        low, high = (
+            builder.shuffle_vector(
+                words, words, ir.Constant(many(_I32), [2 * lane + half for lane in range(LANES)])
+            )
+            for half in range(2)
+        )
+        return builder.select(builder.icmp_signed("!=", args[2], _I32(0)), high, low)
 
     return ints(array, types.intp, types.int32), generate
 
