@@ -270,6 +270,29 @@ def test_moved_blocks_equal_keys_turned_to_the_new_position(backend: str) -> Non
         check(got, expected(queries, pages, starts, 64, 0.2), 16 * 64)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("side", [0, SIDE_FIELDS])
+@pytest.mark.parametrize("spare", [0, 5, 16])
+def test_words_at_the_very_end_of_the_arena_are_read_as_anywhere(
+    backend: str, side: int, spare: int
+) -> None:
+    """``spare`` words behind them: less than a vector reads, or as many."""
+    pages, queries, turns = make_pages(SMALL), torch.randn(6, 32), make_turns([0, 64], 32)
+    size = 8 * (pages.values if side else pages.keys).layout.num_words
+    at = int(pages.places(torch.tensor([1]))[0, side + WORDS])
+    arena = torch.cat([pages.arena[: pages.arena.numel() // 8 * 8], pages.arena[at : at + size]])
+    offsets = pages.offsets.clone()
+    offsets[1, side + WORDS] = arena.numel() - size - int(pages.blocks.starts[1])
+    arena = torch.cat([arena, torch.full((8 * spare,), 0xFF, dtype=torch.uint8)])
+    moved = BlockPages(arena, pages.blocks, offsets, pages.keys, pages.values)
+    for got, want in zip(
+        VERSIONS[backend](queries, moved, turns, 0.3),
+        VERSIONS[backend](queries, pages, turns, 0.3),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_a_token_output_is_zero_and_lse_minus_infinity(backend: str) -> None:
     pages = make_pages((2, 2, 32, 1, 5, (0.0, 0.0, 1.0), True))
