@@ -12,7 +12,8 @@ the free bytes would, movable extents are pushed together (``compact``).
 
 import bisect
 import heapq
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvstrata.engine.staging import Staging
 from kvstrata.kernels.huge_memory import empty_huge
 
 ALIGNMENT = 64
@@ -75,9 +77,19 @@ class KVArena:
     """
 
     def __init__(
-        self, capacity_bytes: int, page_bytes: int, device: torch.device | str = "cpu"
+        self,
+        capacity_bytes: int,
+        page_bytes: int,
+        device: torch.device | str = "cpu",
+        staging: Staging | None = None,
     ) -> None:
         """Reserve the memory; the system maps it when it is first written.
+
+        Args:
+            capacity_bytes: How much, down to whole pages.
+            page_bytes: Of a page.
+            device: Where it is.
+            staging: How bytes get there.
 
         Raises:
             ValueError: A page is no multiple of ``ALIGNMENT`` bytes, or the arena holds no page.
@@ -87,6 +99,7 @@ class KVArena:
         if capacity_bytes < page_bytes:
             raise ValueError(f"{capacity_bytes} bytes hold no page of {page_bytes}")
         self.page_bytes = page_bytes
+        self._staging = staging
         self._num_pages = capacity_bytes // page_bytes
         self.memory = empty_huge((self._num_pages * page_bytes,), torch.uint8, device)
         self._extents: list[Extent] = []  # ascending
@@ -178,16 +191,28 @@ class KVArena:
         """Write extents, each by a function that is given its bytes, and return who has them.
 
         On a device the bytes are put together on the host and sent, without waiting for it.
+
+        Raises:
+            StagingLateError: The device did not take them in time; the extents mean nothing.
         """
-        if self.memory.device.type == "cpu":
+        if self._staging is None and self.memory.device.type == "cpu":
             for extent, fill in zip(extents, fills, strict=True):
                 fill(self.view(extent).numpy())
             return Source(self.memory, [extent.offset for extent in extents])
         ends = [0, *accumulate(extent.num_bytes for extent in extents)]
         staged = torch.empty(ends[-1], dtype=torch.uint8)
-        for extent, fill, (first, stop) in zip(extents, fills, pairwise(ends), strict=True):
-            fill(staged[first:stop].numpy())
-            self.view(extent).copy_(staged[first:stop], non_blocking=True)
+        targets = [self.view(extent) for extent in extents]
+
+        def sources() -> Iterator[torch.Tensor]:
+            for fill, (first, stop) in zip(fills, pairwise(ends), strict=True):
+                fill(staged[first:stop].numpy())
+                yield staged[first:stop]
+
+        if self._staging is not None:
+            deque(self._staging.write(targets, sources()), 0)
+        else:
+            for target, source in zip(targets, sources(), strict=True):
+                target.copy_(source, non_blocking=True)
         return Source(staged, ends[:-1])
 
     def take_pages(self, count: int) -> PageIds:

@@ -11,6 +11,7 @@ from kvstrata.engine.gpu_monitor import GPUMonitor
 from kvstrata.engine.kv_arena import ArenaFullError, KVArena
 from kvstrata.engine.model import Model
 from kvstrata.engine.row_buffer import RowBuffer
+from kvstrata.engine.staging import Staging
 from kvstrata.kernels.block_pages import Turns
 from kvstrata.kernels.row_pages import PAGE_TOKENS, RowPages
 from kvstrata.kernels.row_tails import RowTails
@@ -36,6 +37,7 @@ class KVPool:
         rows: Uncompressed rows in pages, by slot of a sequence. Of now: ``widen`` replaces it.
         tails: The newest of them, which fill no page.
         saliency: float32 (slots, layers, kv_heads, 64): sums of the block that fills.
+        staging: Copies to the device and back; None where they are plain.
         gpu: Tells what is left of the model's GPU beside the pool, if there is one.
     """
 
@@ -46,6 +48,7 @@ class KVPool:
         *,
         max_sequences: int = MAX_SEQUENCES,
         gpu: GPUMonitor | None = None,
+        staging: Staging | None = None,
     ) -> None:
         """Reserve ``capacity_bytes`` for the KV of at most ``max_sequences`` at once.
 
@@ -62,7 +65,8 @@ class KVPool:
             )
         self.model = model
         self.gpu = gpu
-        self.arena = KVArena(capacity_bytes, page_bytes, model.device)
+        self.staging = staging
+        self.arena = KVArena(capacity_bytes, page_bytes, model.device, staging)
         heads = (max_sequences, spec.num_layers, spec.num_kv_heads)
         self._max_columns = spec.max_positions // PAGE_TOKENS + 1  # a step looks one row ahead
         with torch.inference_mode(False):

@@ -24,6 +24,7 @@ from kvstrata.engine.last_token import LastToken
 from kvstrata.engine.model import Model
 from kvstrata.engine.paged_cache import PagedCache
 from kvstrata.engine.rotary import stored_turns
+from kvstrata.engine.staging import StagingLateError, to_host
 from kvstrata.methods.codec import BlockShape, KVBlocks
 from kvstrata.methods.framing import (
     BlockIdentity,
@@ -37,13 +38,7 @@ from kvstrata.methods.presets import Method
 from kvstrata.protos.errors import CorruptFrameError
 from kvstrata.protos.frame import Frame
 from kvstrata.protos.frame_pb2 import FrameHeader, RopeForm, Stratum
-from kvstrata.protos.identity import (
-    BLOCK_TOKENS,
-    BlockHash,
-    CacheScope,
-    block_hash,
-    block_hashes,
-)
+from kvstrata.protos.identity import BLOCK_TOKENS, BlockHash, CacheScope, block_hash, block_hashes
 
 PREFILL_CHUNK = 1024
 MAX_PROBE_ROWS = 256  # bounds the scores held at once
@@ -69,7 +64,8 @@ class RunningSequence:
         cache: KV of the first ``cache.length`` of them.
         committable: False once nothing computed here may be stored any more: a block was read below
             its stored precision, or a block before could not be encoded.
-        num_unencodable: Blocks whose values the codec cannot represent; attended uncompressed.
+        num_unencodable: Blocks whose values the codec cannot represent, or that did not come back
+            from a GPU in time; attended uncompressed.
         layer_bytes: Of all blocks sealed or loaded, layer by layer.
         num_stored_tokens: Tokens in them.
         layer_executions: Layers that ran for generated tokens, if not all of them did.
@@ -101,6 +97,7 @@ class RunningSequence:
         else:
             capacity = min(model.spec.max_positions, len(token_ids) + 4 * BLOCK_TOKENS)
             self.cache = SequenceCache(model.spec, capacity, probes, device=model.device)
+        self._staging = None if pool is None else pool.staging
         self._first_layer_kv = (pool or model).first_layer_kv
         self.committable = method.reads_all
         self.num_unencodable = 0
@@ -197,7 +194,7 @@ class RunningSequence:
         if chosen:
             try:
                 self._write(first, chosen)
-            except CorruptFrameError:  # one bad segment: go block by block up to it
+            except (CorruptFrameError, StagingLateError):  # go block by block up to it
                 loaded = self._load_singly(first, chosen)
         for frames in chosen[: loaded.num_blocks]:
             for stratum in counted:
@@ -279,7 +276,8 @@ class RunningSequence:
     def seal(self, first: int, last: int) -> list[SealedBlock]:
         """Return blocks [first, last) of the cache, encoded and framed.
 
-        Returns nothing, and commits nothing from here on, if the codec cannot represent them.
+        Returns nothing, and commits nothing from here on, if the codec cannot represent them, or a
+        GPU does not give them back in time.
         """
         for index in range(len(self.hashes), last):
             parent = self.hashes[-1] if self.hashes else self.scope
@@ -293,15 +291,16 @@ class RunningSequence:
         if (turns := stored_turns(self._rope, begin, end)) is not None:
             keys = self.model.rotate(keys, turns, inverse=True)
         saliency = self.cache.saliency(begin, end, self.model.attention_scaling)
-        blocks = KVBlocks(
-            keys=keys.cpu().unflatten(2, (-1, BLOCK_TOKENS)),
-            values=values.cpu().unflatten(2, (-1, BLOCK_TOKENS)),
-            saliency=saliency[codec.first_layer :].unflatten(2, (-1, BLOCK_TOKENS)),
-            first_position=begin,
-        )
         try:
+            keys, values = (to_host(part, self._staging) for part in (keys, values))
+            blocks = KVBlocks(
+                keys=keys.unflatten(2, (-1, BLOCK_TOKENS)),
+                values=values.unflatten(2, (-1, BLOCK_TOKENS)),
+                saliency=saliency[codec.first_layer :].unflatten(2, (-1, BLOCK_TOKENS)),
+                first_position=begin,
+            )
             encoded = codec.encode(self._chosen(blocks))
-        except ValueError:
+        except (ValueError, StagingLateError):
             self.committable = False
             self.num_unencodable += last - first
             return []
@@ -336,10 +335,11 @@ class RunningSequence:
             return
         first = blocks[0].identity.first_position // BLOCK_TOKENS
         wanted = self.method.wanted
-        self._write(
-            first,
-            [{s: Frame.open(f) for s, f in b.frames.items() if s in wanted} for b in blocks],
-        )
+        frames = [{s: Frame.open(f) for s, f in b.frames.items() if s in wanted} for b in blocks]
+        try:
+            self._write(first, frames)
+        except StagingLateError:  # they stay as they are, which no reader gets
+            self.committable = False
 
     @property
     def _rope(self) -> RopeForm:
@@ -375,6 +375,8 @@ class RunningSequence:
                 self._write(first + count, [frames])
             except CorruptFrameError:
                 return Loaded(count, "corrupt")
+            except StagingLateError:
+                return Loaded(count, "late_copy")
         return Loaded(len(chosen), None)
 
     def _write(self, first: int, blocks: Sequence[FrameSet]) -> None:

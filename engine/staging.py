@@ -20,7 +20,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -123,7 +123,7 @@ class Staging:
         return cls(device) if device.type == "cuda" else None
 
     def write(
-        self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
+        self, targets: Sequence[torch.Tensor], sources: Iterable[torch.Tensor]
     ) -> Iterator[torch.Tensor]:
         """Copy blocks; yields each target once all that is launched from then on sees its block.
 
@@ -133,7 +133,8 @@ class Staging:
 
         Args:
             targets: uint8, one dimension, on the GPU.
-            sources: uint8, in host memory, as long as their targets; of no use once copied.
+            sources: uint8, in host memory, as long as their targets. Asked for one by one, while
+                what came before is copied.
 
         Raises:
             StagingLateError: An earlier copy has not ended in time. What was not yielded means
@@ -196,6 +197,15 @@ class Staging:
         self.counts[reason] += 1
         if self.counts[reason] == 1:  # a GPU that is lost is late every time
             logger.warning("a copy has not ended in time", extra={"reason": reason})
+
+
+def to_host(tensor: torch.Tensor, staging: Staging | None) -> torch.Tensor:
+    """Return a tensor in host memory: itself, if it is there and nothing is staged.
+
+    Raises:
+        StagingLateError: As ``Staging.read``.
+    """
+    return tensor.cpu() if staging is None else staging.read(tensor)
 
 
 def _pinned(num_bytes: int) -> torch.Tensor:

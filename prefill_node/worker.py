@@ -16,6 +16,7 @@ from kvstrata.engine.kv_pool import KVPool
 from kvstrata.engine.model import Model
 from kvstrata.engine.row_buffer import RowBuffer
 from kvstrata.engine.sequence import RunningSequence
+from kvstrata.engine.staging import Staging
 from kvstrata.engine.step_graphs import StepGraphs
 from kvstrata.engine.step_loop import StepLoop
 from kvstrata.kernels.warmup import WORKER_OPS, warm_up
@@ -122,7 +123,7 @@ class Worker:
             warm_up((spec.head_dim,), (spec.dtype,), WORKER_OPS)
         gpu = GPUMonitor.of(self.model.device)
         pool_bytes = config.pool_bytes or _default_pool_bytes(self.model.device, gpu)
-        pool = KVPool(self.model, pool_bytes, gpu=gpu)
+        pool = KVPool(self.model, pool_bytes, gpu=gpu, staging=Staging.of(self.model.device))
         if config.warm_up:
             pool.arena.touch(RowBuffer.bytes_for(spec, spec.max_positions))
         self.steps = StepLoop(self.model, pool)
@@ -172,6 +173,9 @@ class Worker:
         if pool.gpu is not None and (gpu := pool.gpu.read()) is not None:
             found.gpu_bytes, found.gpu_used_bytes = gpu.num_bytes, gpu.used_bytes
             found.gpu_busy = gpu.busy
+        if pool.staging is not None:
+            late = pool.staging.counts
+            found.late_copies = late["late_blocks"] + late["late_reads"]
         if self.graphs is not None:
             found.graph_passes = self.graphs.counts["graph_passes"]
             found.graph_failed_passes = self.graphs.counts["graph_failed_passes"]

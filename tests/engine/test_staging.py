@@ -5,11 +5,21 @@ import time
 import pytest
 import torch
 
+from kvstrata.engine import Model
+from kvstrata.engine.kv_pool import KVPool
+from kvstrata.engine.sequence import Loaded, RunningSequence
 from kvstrata.engine.staging import MAX_PINNED_BYTES, Staging, StagingLateError
+from kvstrata.methods.presets import Method
+from kvstrata.protos.identity import BLOCK_TOKENS
+from tests.engine.calibrating import profile_of
 from tests.engine.fake_cuda import CUDA, FakeCuda, cuda
+from tests.engine.test_calibrated_sequence import method_of
+from tests.engine.test_paged_cache import start
+from tests.engine.test_sequence import opened, prompt_of, tail
 
 __all__ = ["cuda"]
 SIZE = 64
+POOL_BYTES = 1 << 21
 
 
 def staging_of(timeout_s: float = 30.0, num_buffers: int = 2) -> Staging:
@@ -152,6 +162,86 @@ def test_where_nothing_can_be_pinned_plain_memory_serves(
     staging = staging_of()
     assert torch.equal(staging.read(block(1, 100)), block(1, 100))
     assert "no memory can be pinned" in caplog.text
+
+
+def immediately(cuda: FakeCuda) -> Staging:
+    """Return copies that have ended once their waits allow, as torch computes at once here."""
+    cuda.is_hasty = cuda.computing.is_hasty = True
+    return Staging(CUDA, buffer_bytes=200, timeout_s=0.05)
+
+
+@pytest.fixture
+def method(models: dict[str, Model]) -> Method:
+    return method_of(profile_of(models["qwen3"]), "frame")
+
+
+def test_a_pools_blocks_and_rows_go_through_the_buffers(
+    cuda: FakeCuda, models: dict[str, Model], method: Method
+) -> None:
+    """Sealed, settled, read in place, and loaded by another sequence."""
+    model, prompt = models["qwen3"], prompt_of(3 * BLOCK_TOKENS + 5)
+    plain, sealed = start(model, method, prompt, KVPool(model, POOL_BYTES, max_sequences=2))
+    pool = KVPool(model, POOL_BYTES, max_sequences=2, staging=immediately(cuda))
+    staged, again = start(model, method, prompt, pool)
+    assert [b.frames for b in again] == [b.frames for b in sealed]
+    assert torch.equal(tail(staged), tail(plain))
+    assert pool.staging is not None
+    assert pool.staging.counts["staged_blocks"] == 3
+    assert pool.staging.counts["read_bytes"] > 0
+    reader = RunningSequence(model, method, prompt, pool=pool)
+    assert reader.load(opened(sealed, method.wanted)).num_blocks == 3
+    other = RunningSequence(model, method, prompt, pool=KVPool(model, POOL_BYTES))
+    other.load(opened(sealed, method.wanted))
+    assert torch.equal(tail(reader), tail(other))
+    assert pool.staging.counts["staged_blocks"] == 6
+    pool.check_integrity()
+
+
+def go_on(cuda: FakeCuda) -> None:
+    """Let copies end that were only slow, and with them what was to be computed behind them."""
+    cuda.streams[0].is_stuck = cuda.computing.is_stuck = False
+    cuda.computing.synchronize()  # before torch, which computes at once here
+
+
+def test_blocks_that_do_not_get_there_are_computed_anew(
+    cuda: FakeCuda, models: dict[str, Model], method: Method
+) -> None:
+    model, prompt = models["qwen3"], prompt_of(3 * BLOCK_TOKENS + 5)
+    _, sealed = start(model, method, prompt, KVPool(model, POOL_BYTES, max_sequences=2))
+    pool = KVPool(model, POOL_BYTES, max_sequences=2, staging=immediately(cuda))
+    cuda.streams[0].is_stuck = True
+    sequence = RunningSequence(model, method, prompt, pool=pool)
+    assert sequence.load(opened(sealed, method.wanted)) == Loaded(0, "late_copy")
+    assert pool.staging is not None
+    assert pool.staging.counts["late_blocks"] == 2  # all of them, then the first alone
+    pool.check_integrity()
+    go_on(cuda)
+    for _ in sequence.compute(3 * BLOCK_TOKENS):
+        pass
+    blocks = sequence.seal(0, 3)
+    assert [b.frames for b in blocks] == [b.frames for b in sealed]
+    cuda.streams[0].is_stuck = True
+    sequence.settle(blocks)  # does not get there either
+    assert not sequence.committable
+    go_on(cuda)
+    assert sequence.cache.length == 3 * BLOCK_TOKENS
+    assert torch.isfinite(tail(sequence)).all()
+    pool.check_integrity()
+
+
+def test_rows_that_do_not_come_back_are_not_stored(
+    cuda: FakeCuda, models: dict[str, Model], method: Method
+) -> None:
+    model, prompt = models["qwen3"], prompt_of(BLOCK_TOKENS + 5)
+    pool = KVPool(model, POOL_BYTES, max_sequences=2, staging=immediately(cuda))
+    cuda.streams[1].is_stuck = True
+    sequence, sealed = start(model, method, prompt, pool)
+    assert not sealed
+    assert not sequence.committable
+    assert sequence.num_unencodable == 1
+    assert pool.staging is not None
+    assert pool.staging.counts == {"late_reads": 1}
+    assert torch.isfinite(tail(sequence)).all()
 
 
 def test_a_processor_stages_nothing() -> None:
