@@ -83,7 +83,8 @@ def add_row_saliency_triton(
             tables.lengths[layer], firsts.to(device), added, scaling, heads, group,
             tables.width, sums.shape[3], **shape_of(pages.head_dim, group, queries.itemsize),
         )  # fmt: skip
-    sums[:, layer].index_add_(0, step.slots.to(sums.device), added.to(sums.device))
+    slots = tables.slots if sums.device == device else step.slots
+    sums[:, layer].index_add_(0, slots, added.to(sums.device))
 
 
 def _case(dtype: str, dim: int) -> AotCase:

@@ -33,6 +33,7 @@ _WAITING = {
     _aten.bincount.default,
 }
 
+_one_at_a_time = threading.Lock()  # the interpreter knows of one grid
 crossings: Counter[str] = Counter()  # "to device", "to host", "waits"
 
 
@@ -190,10 +191,11 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         kinds = {isinstance(part, DeviceTensor) for part in _given(args, kwargs)}
         if kinds == {True, False}:
             raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _one_at_a_time, torch.utils._python_dispatch._disable_current_modes():
             launch(self, *_content(args), **_content(kwargs))
 
     def run_inside(self: threading.Thread) -> None:
+        torch._C._set_only_lift_cpu_tensors(True)  # of a thread
         with _Mode():
             run(self)
 
