@@ -4,7 +4,13 @@ On a CPU that is oneDNN's blocked layout, which torch.compile uses too: with few
 bound by reading the weight, and reads it up to twice as fast so. Measured on two cores, all
 products of SmolLM2 (425 MB in float32, 212 MB in bf16), ms: 1 row 34 plain, 20 packed; 8 rows 41
 and 21; 256 rows 332 and 254; in bf16 16 and 13; 19 and 12; 145 and 134.
+
+oneDNN compiles a product anew for each number of rows, and keeps the newest 1,024; torch keeps as
+many beside it. Passes over prompts have any number, so that took 820 MB after 300 numbers of rows
+of four weights. Importing this module bounds both, unless the environment does.
 """
+
+import os
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
@@ -12,6 +18,9 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from kvstrata.kernels.few_rows import BlockedWeight, blocked_weight
 
 _ROWS = 8  # what the layout is chosen for; it serves all sizes alike
+_KEPT = 64  # compiled products, some .7 MB each; a pass over another number of rows takes 2 to 4 ms
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first one
+    os.environ.setdefault(_name, str(_KEPT))
 
 
 class PackedLinear:
