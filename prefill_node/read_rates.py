@@ -19,6 +19,9 @@ FADING = 0.9  # weight of an observation against that of the next one
 MIN_SEEN = 3  # before that nothing is told
 MAX_AGE_S = 60.0  # of what is known of a link
 MAX_RATES = 256  # of all kinds: clients may name any number of settings
+# Messages carry up to 2 MB, so of a small fetch all pieces come at once: those of the first message
+# come within so much of its time, or so many seconds, after one another.
+TOGETHER_SHARE, TOGETHER_S = 0.02, 0.001
 
 
 def settings_of(codec: BlockCodec) -> str:
@@ -77,13 +80,18 @@ class Arrivals:
     Attributes:
         tiers: Where they came from.
         num_bytes: Of all of them.
+        first: The tier of the first one, and seconds until what came with it was there.
+        first_bytes: Of the first one.
+        beside_bytes: Of those that came with it.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self.tiers: dict[str, list[float]] = {}  # bytes and seconds of all pieces but the first
+        self.tiers: dict[str, list[float]] = {}  # bytes and seconds of all pieces but those
         self.strata: dict[int, int] = {}  # bytes
         self.num_bytes = 0
-        self.first: tuple[str, float] | None = None  # its tier, and seconds until it was there
+        self.first: tuple[str, float] | None = None
+        self.first_bytes = self.beside_bytes = 0
+        self._is_first = True  # whether the next piece may have come with the first one
         self._now = now
         self._last_s = now()
 
@@ -95,7 +103,14 @@ class Arrivals:
         self.strata[stratum] = self.strata.get(stratum, 0) + num_bytes
         total = self.tiers.setdefault(tier, [0, 0.0])
         if self.first is None:
-            self.first = (tier, seconds)
+            self.first, self.first_bytes = (tier, seconds), num_bytes
+            return
+        first_tier, first_s = self.first
+        limit_s = max(TOGETHER_S, TOGETHER_SHARE * first_s)
+        self._is_first = self._is_first and tier == first_tier and seconds <= limit_s
+        if self._is_first:
+            self.first = (tier, first_s + seconds)
+            self.beside_bytes += num_bytes
         else:
             total[0] += num_bytes
             total[1] += seconds
@@ -115,14 +130,26 @@ class ReadRates:
     def fetched(self, arrivals: Arrivals, settings: str, full: Sequence[Stratum]) -> None:
         """Learn from a fetch that ended well; ``full`` are all strata of its codec."""
         if arrivals.first is not None:
-            tier, seconds = arrivals.first
-            self._of("latency", tier).add(seconds)
+            self._first_came(arrivals, *arrivals.first)
         for tier, (num_bytes, seconds) in arrivals.tiers.items():
             if num_bytes:
                 self._of("byte", tier).add(seconds / num_bytes, num_bytes)
         if arrivals.num_bytes and set(arrivals.strata) == set(full):
             for stratum, num_bytes in arrivals.strata.items():
                 self._of("share", settings, str(stratum)).add(num_bytes / arrivals.num_bytes)
+
+    def _first_came(self, arrivals: Arrivals, tier: str, seconds: float) -> None:
+        """Learn from what came first: latency where more came later, else the whole fetch's rate.
+
+        So a small fetch over a slow link tells that the link is slow, not that it answers late.
+        """
+        latency = self._of("latency", tier)
+        num_later, later_s = arrivals.tiers[tier]
+        if num_later:
+            latency.add(max(0.0, seconds - arrivals.beside_bytes * later_s / num_later))
+        elif num_bytes := arrivals.first_bytes + arrivals.beside_bytes:
+            byte_s = max(0.0, seconds - (latency.value or 0.0)) / num_bytes
+            self._of("byte", tier).add(byte_s, num_bytes)
 
     def unpacked(
         self, settings: str, strata: Sequence[Stratum], num_blocks: int, seconds: float

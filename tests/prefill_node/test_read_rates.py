@@ -2,6 +2,7 @@
 
 import pytest
 
+from kvstrata.prefill_node.read_plan import TierRate
 from kvstrata.prefill_node.read_rates import (
     FADING,
     MAX_AGE_S,
@@ -79,6 +80,39 @@ def test_what_a_link_did_is_forgotten_and_what_the_node_does_is_not() -> None:
     assert rates.token_s == 0.1
     fetch(rates, [("dram", BASE, 100, 0.5), ("dram", MID, 300, 3.0)])
     assert rates.tier("dram") is None  # one alone says little
+
+
+def test_a_fetch_that_came_in_one_message_tells_the_rate_of_the_link() -> None:
+    rates = ReadRates()
+    for _ in range(MIN_SEEN):  # 8 MB/s; what is in a message is read from it at once
+        pieces = [("redis", BASE, 200_000, 0.1), ("redis", MID, 30_000, 1e-4)]
+        fetch(rates, [*pieces, ("redis", BASE, 200_000, 1e-4), ("redis", MID, 370_000, 1e-4)])
+    found = rates.tier("redis")
+    assert found is not None
+    assert found.byte_s == pytest.approx(0.1 / 800_000, rel=0.01)
+    assert found.latency_s == 0.0
+
+
+def test_messages_after_the_first_tell_the_rate_and_the_first_one_the_latency() -> None:
+    rates = ReadRates()
+    for _ in range(MIN_SEEN):  # 20 ms, then 1 MB in 125
+        message = [("redis", BASE, 200_000, 1e-6)] * 4
+        first = [("redis", BASE, 200_000, 0.145), *message]
+        fetch(rates, [*first, ("redis", MID, 200_000, 0.125), *message])
+    found = rates.tier("redis")
+    assert found is not None
+    assert found.byte_s == pytest.approx(1.25e-7, rel=0.01)
+    assert found.latency_s == pytest.approx(0.045, rel=0.01)  # the first piece's own time included
+    for _ in range(MIN_SEEN):  # what is known of the latency is not the link's rate
+        fetch(rates, [("redis", BASE, 8_000, 0.046), ("redis", MID, 8_000, 0.0)])
+    assert rates.tier("redis") == found
+
+
+def test_one_stratum_alone_tells_a_rate_too() -> None:
+    rates = ReadRates()
+    for _ in range(MIN_SEEN):
+        fetch(rates, [("dram", BASE, 1000, 0.5)])
+    assert rates.tier("dram") == TierRate(0.0, 0.0005)
 
 
 def test_tiers_and_strata_are_told_apart() -> None:
