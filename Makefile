@@ -42,7 +42,7 @@ demo: install ## start everything on this machine and show a cache hit; writes .
 	$(BIN)/kvstrata demo
 
 test: lint types ## lint, types and every test but those that are long: make e2e, make aot
-	$(RUN_CLEAN) export OMP_WAIT_POLICY=PASSIVE && $(BIN)/pytest -m "not e2e" -n 2 --dist loadfile --basetemp="$$TMPDIR/pytest" --durations=10
+	$(RUN_CLEAN) export OMP_WAIT_POLICY=PASSIVE && $(BIN)/pytest -m "not e2e and not long" -n 2 --dist loadfile --basetemp="$$TMPDIR/pytest" --durations=10
 	$(RUN_CLEAN) $(BIN)/pytest -m "e2e and not long" --basetemp="$$TMPDIR/pytest" --durations=5
 
 soak: install ## 30 minutes of load and faults against three stores; SOAK="--seed 7 --seconds 120" for another run
@@ -56,7 +56,7 @@ aot: install ## compile every case of every GPU kernel for every GPU we name; ma
 	$(RUN_CLEAN) KVSTRATA_AOT=all $(BIN)/pytest tests/kernels/test_aot.py --basetemp="$$TMPDIR/pytest"
 
 e2e: install ## the tests that start real processes, the long ones too
-	$(RUN_CLEAN) $(BIN)/pytest -m e2e --basetemp="$$TMPDIR/pytest" --durations=10
+	$(RUN_CLEAN) $(BIN)/pytest -m "e2e or long" --basetemp="$$TMPDIR/pytest" --durations=10
 
 lint: install ## ruff check and format check; edits nothing
 	$(BIN)/ruff check
