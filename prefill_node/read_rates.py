@@ -13,14 +13,15 @@ from collections.abc import Callable, Sequence
 from kvstrata.methods.codec import BlockCodec
 from kvstrata.prefill_node.read_plan import Precision, TierRate
 from kvstrata.protos.frame_pb2 import Stratum
+from kvstrata.protos.service import MAX_WHOLE_BYTES
 
 KEPT = 32  # observations of a rate
 FADING = 0.9  # weight of an observation against that of the next one
 MIN_SEEN = 3  # before that nothing is told
 MAX_AGE_S = 60.0  # of what is known of a link
 MAX_RATES = 256  # of all kinds: clients may name any number of settings
-# Messages carry up to 2 MB, so of a small fetch all pieces come at once: those of the first message
-# come within so much of its time, or so many seconds, after one another.
+# Of a small fetch all pieces come in one message: within so much of its time, or so many seconds,
+# after one another, and no more of them than a message holds.
 TOGETHER_SHARE, TOGETHER_S = 0.02, 0.001
 
 
@@ -107,7 +108,13 @@ class Arrivals:
             return
         first_tier, first_s = self.first
         limit_s = max(TOGETHER_S, TOGETHER_SHARE * first_s)
-        self._is_first = self._is_first and tier == first_tier and seconds <= limit_s
+        message_bytes = self.first_bytes + self.beside_bytes + num_bytes
+        self._is_first = (
+            self._is_first
+            and tier == first_tier
+            and seconds <= limit_s
+            and message_bytes <= MAX_WHOLE_BYTES
+        )
         if self._is_first:
             self.first = (tier, first_s + seconds)
             self.beside_bytes += num_bytes

@@ -108,6 +108,17 @@ def test_messages_after_the_first_tell_the_rate_and_the_first_one_the_latency() 
     assert rates.tier("redis") == found
 
 
+def test_a_fast_link_that_answers_late_is_not_taken_for_a_slow_one() -> None:
+    rates = ReadRates()
+    for _ in range(MIN_SEEN):  # a second, then 20 MB/s: each piece takes a hundredth of that
+        pieces = [("object", BASE, 200_000, 0.01)] * 40
+        fetch(rates, [("object", BASE, 200_000, 1.01), *pieces, ("object", MID, 200_000, 0.01)])
+    found = rates.tier("object")
+    assert found is not None
+    assert found.byte_s == pytest.approx(5e-8)
+    assert found.latency_s == pytest.approx(1.01, rel=0.01)
+
+
 def test_one_stratum_alone_tells_a_rate_too() -> None:
     rates = ReadRates()
     for _ in range(MIN_SEEN):
